@@ -1,0 +1,76 @@
+"""Errors meant for people, and the one way an entry point ends.
+
+A mistake of the user is a `UserError`: one line that says what was given, what is allowed and what to
+do, and exit code 2. Everything else keeps its traceback (it is a defect or a fault of the machine, and
+the traceback is what we need), followed by one closing line, and exit code 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Wrong input. The message says what was given, what is allowed and what to do."""
+
+
+_OS_HINTS = {
+    errno.ENOSPC: "the disk is full; free space or save elsewhere (--save), then start again: "
+    "training resumes from the last complete checkpoint",
+    errno.EDQUOT: "the disk quota is used up; free space or save elsewhere (--save), then start "
+    "again: training resumes from the last complete checkpoint",
+    errno.EFBIG: "a file grew past the allowed size (ulimit -f); raise it, then start again",
+    errno.EACCES: "permission denied; check the directory's owner and mode",
+    errno.EROFS: "the file system is read-only; save elsewhere (--save)",
+}
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit the process with its code; see the module's docstring for failures."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        _last_words(f"error: {error}")
+        code = 2
+    except KeyboardInterrupt:
+        _last_words("interrupted; the last complete checkpoint is intact")
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        traceback.print_exc()
+        cause = root_user_error(error)
+        _last_words(f"error: {cause}" if cause else f"stopped: {describe(error)}")
+        code = 2 if cause else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def root_user_error(error: BaseException) -> UserError | None:
+    """The `UserError` that `error` wraps, if any: Megatron re-raises what a spec's module raised."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, UserError):
+            return link
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """One line for `error`: its type, its message, and what to do where that is known."""
+    text = " ".join(str(error).split()) or "no message"
+    hint = _OS_HINTS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    return f"{type(error).__name__}: {text}" + (f" ({hint})" if hint else "")
+
+
+def _last_words(line: str) -> None:
+    rank = os.environ.get("RANK")
+    where = f" [rank {rank}]" if rank not in (None, "0") else ""
+    print(f"megatron_dyt{where}: {line}", file=sys.stderr, flush=True)
