@@ -1,0 +1,41 @@
+# Every target that needs the environment calls `setup` first; it costs milliseconds when nothing changed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PY := .venv/bin/python
+# Passed through to pytest: make test PYTEST_ARGS="tests/ops -x --no-cov"
+PYTEST_ARGS ?=
+
+.PHONY: help setup quickstart test lint format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with everything pinned (PYTHON=..., TORCH_INDEX_URL=... to choose)
+	@bash scripts/setup.sh
+
+quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT LLaMA
+	@bash examples/quickstart.sh
+
+# sysmon is coverage's cheap measurement: no trace function is called for a line already seen.
+test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)
+	@COVERAGE_CORE=sysmon $(PY) -m pytest --cov=megatron_dyt \
+		--cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
+
+lint: setup ## ruff, mypy, shell syntax
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@git ls-files '*.sh' .ci/run | while read -r script; do bash -n "$$script"; done
+
+format: setup ## sort imports and format the code
+	@$(PY) -m ruff check --fix-only --select I .
+	@$(PY) -m ruff format .
+
+bench: setup ## time the norms on the CPU
+	@$(PY) benchmarks/cpu_norms.py
+
+clean: ## remove caches and build outputs; keeps .venv/ and quickstart/
+	@rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
