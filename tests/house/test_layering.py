@@ -1,4 +1,4 @@
-"""Imports go one way, ops and nn know nothing of Megatron, and one file reads Megatron's version."""
+"""Imports go one way, ops and nn know nothing of Megatron, one file reads Megatron's version."""
 
 import ast
 from pathlib import Path
@@ -89,7 +89,7 @@ def megatron_aliases(tree: ast.AST) -> set[str]:
 
 
 def version_reads(source: str, file: str) -> list[str]:
-    """Where the file reads Megatron's version: its attributes, its package_info, or its metadata."""
+    """Where the file reads Megatron's version: by attribute, package_info or metadata."""
     tree = ast.parse(source)
     aliases = megatron_aliases(tree)
     reads = [

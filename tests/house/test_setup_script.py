@@ -1,4 +1,4 @@
-"""scripts/setup.sh: which interpreter it takes, and that it is idempotent, resumable and says what is wrong.
+"""scripts/setup.sh: the interpreter it takes; that it is idempotent, resumable and clear on errors.
 
 No package is installed here: the interpreters are small shell scripts that answer as Python would.
 """
@@ -26,8 +26,8 @@ TOOLS = (
     "sleep",
 )
 
-# Answers the script's three questions (version, ensurepip, pip and version) and the commands `-m venv` and
-# `-m pip`. `-m pip` appends its arguments to $PIP_LOG and fails when $PIP_FAILS is set.
+# Answers the script's three questions (version, ensurepip, pip and version) and the commands
+# `-m venv` and `-m pip`. `-m pip` adds its arguments to $PIP_LOG and fails when $PIP_FAILS is set.
 FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
   "-c import ensurepip, venv") exit {ensurepip_rc} ;;
