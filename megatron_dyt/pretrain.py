@@ -1,0 +1,405 @@
+"""Pretrain a GPT model with Megatron's own training loop: `python -m megatron_dyt.pretrain ARGS`.
+
+It does what Megatron-LM's `pretrain_gpt.py` does, which the megatron-core wheel lacks, with every flag
+of it, plus DyT (`--normalization DyT`, `--dyt-*`) and the choice of device (`--device`). Run it under
+torchrun, or alone for one process.
+"""
+
+from __future__ import annotations
+
+import time
+
+_PROGRAM_START = time.time()  # Megatron's start-up report counts the imports below.
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_dyt.errors import run_main
+from megatron_dyt.runtime import device, launch, preflight, wheel
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer import TransformerConfig
+
+# A loss above this many times the largest one so far counts as a spike (--check-for-spiky-loss).
+_SPIKE_FACTOR = 10
+
+_BATCH_TENSORS = (
+    *("tokens", "labels", "loss_mask", "position_ids", "attention_mask"),
+    *("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as `argv` (default: the command line) says.
+
+    Raises `UserError` for input that cannot work; see `megatron_dyt.runtime.preflight`.
+    """
+    entry = time.time()
+    rest = device.activate(sys.argv[1:] if argv is None else argv)
+    sys.argv = [sys.argv[0], *rest]  # Megatron parses sys.argv.
+    launch.prepare_process()
+
+    import megatron_dyt
+
+    megatron_dyt.register()
+    wheel.skip_helper_build()
+    _pretrain(entry)
+
+
+def _pretrain(entry: float) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
+    run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    preflight.check(args)
+    with launch.clean_end(args):
+        run(
+            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+            build_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=get_embedding_ranks,
+        )
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Callable[..., Any]]:
+    """Megatron's forward step: the model's output, and the function that makes it a loss.
+
+    The output is the loss of each token, [batch, sequence] (on the last pipeline stage), or the
+    schedule plan when `return_schedule_plan` is set.
+    """
+    from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    straggler = StragglerDetector()
+    timer = get_timers()("batch-generator", log_level=2)
+    timer.start()
+    with straggler(bdata=True):
+        config = get_attr_wrapped_model(model, "config")
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, config, vp_stage)
+    timer.stop()
+
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    with straggler:
+        if return_schedule_plan:
+            output = model.build_schedule_plan(*inputs, **targets)  # type: ignore[operator]
+        else:
+            output = model(*inputs, **targets, packed_seq_params=_packed_sequences(batch))
+    return output, functools.partial(loss_func, batch["loss_mask"], model=model)
+
+
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    config: TransformerConfig,
+    vp_stage: int | None,
+) -> dict[str, Any]:
+    """This rank's part of the next micro-batch; None for every tensor it does not need.
+
+    Tensor-parallel rank 0 reads the data and sends it to the others; each context-parallel rank
+    keeps its part of the sequence. tokens, labels and position_ids are int64 [batch, sequence].
+    """
+    from megatron.core import mpu
+    from megatron.core import utils as core
+    from megatron.training import get_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    args = get_args()
+    packed = args.sft or args.dataloader_inter_document_masking
+    has_mtp = _mtp_on_this_rank(config, vp_stage)
+    needs_tokens = is_first_or_last_pipeline_stage(vp_stage) or has_mtp
+    nothing: dict[str, Any] = dict.fromkeys(_BATCH_TENSORS)
+    if not needs_tokens and not packed:
+        return nothing
+
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        assert data_iterator is not None
+        read = next(data_iterator)
+        batch = {**nothing, **{name: _to_device(read.get(name)) for name in _BATCH_TENSORS}}
+    batch = core.get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=packed,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = core.flatten_batch_for_packed_sequences(batch)
+    if not needs_tokens:
+        # A middle stage attends within documents too: it needs their bounds and nothing else.
+        bounds = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+        return {**nothing, **{name: batch[name] for name in bounds}}
+    return core.get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        cp_group=mpu.get_context_parallel_group(),
+        hybrid_cp_group_func=mpu.get_hybrid_data_context_parallel_groups,
+        use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+    )
+
+
+def _to_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cuda(non_blocking=True)
+
+
+def _mtp_on_this_rank(config: TransformerConfig, vp_stage: int | None) -> bool:
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _packed_sequences(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """Where the packed sequences of `batch` begin and end, for attention; None without packing."""
+    if batch["cu_seqlens"] is None:
+        return None
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.training import get_args
+    from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+
+    real = batch["cu_seqlens"].squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(real)  # FLOPs are counted over real tokens.
+    padded = batch["cu_seqlens_padded"]
+    padded = None if padded is None else padded.squeeze(0)
+    bounds = real if padded is None else padded
+    longest = int(batch["max_seqlen"].item())
+    cp_size = batch["local_cp_size"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        local_cp_size=None if cp_size is None else int(cp_size.item()),
+        cp_group=batch["hybrid_cp_group"],
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor, model: torch.nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the token losses that `loss_mask` keeps (fp32), their number (int32), and the report.
+
+    `output` holds each token's loss, [batch, sequence]. Megatron divides the one by the other over
+    all data-parallel ranks.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    if args.logits_load_dir is not None:
+        loss, tokens, report = _distillation_loss(args)(loss_mask, output, model=model)
+    else:
+        mask = loss_mask.reshape(-1).float()
+        loss = torch.sum(output.reshape(-1).float() * mask)
+        tokens = mask.sum().detach().to(torch.int)
+        report = {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
+    _validate_loss(args, loss)
+    return loss, tokens, report
+
+
+@functools.cache
+def _cached_distillation_loss(**options: Any) -> Callable[..., Any]:
+    from megatron.training.distillation import LossFuncCallable
+
+    return LossFuncCallable(**options)
+
+
+def _distillation_loss(args: Any) -> Callable[..., Any]:
+    """The loss against a teacher's stored log-probabilities; its reader is opened once."""
+    return _cached_distillation_loss(
+        logprobs_dir=args.logits_load_dir,
+        decode_threads=args.logits_load_decode_threads,
+        prefetch_factor=args.logits_load_prefetch_factor,
+        msc_prefetch_depth=args.logits_load_msc_prefetch_depth,
+        kd_loss_alpha=args.logits_load_kd_loss_alpha,
+        ignore_errors=args.logits_load_ignore_errors,
+    )
+
+
+def _validate_loss(args: Any, loss: torch.Tensor) -> None:
+    """Tell Megatron's rerun machinery about a NaN, infinite or suddenly large local loss."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    rerun = get_rerun_state_machine()
+    checks: list[tuple[Callable[..., Any], str, bool]] = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks.append((torch.isnan, "the loss on this rank is NaN", True))
+        checks.append((torch.isinf, "the loss on this rank is infinite", True))
+    if args.check_for_spiky_loss:
+        spike = functools.partial(
+            rerun.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"
+        )
+        checks.append((spike, "the loss on this rank is a spike", False))
+    for rejected, message, fatal in checks:
+        rerun.validate_result(
+            result=loss, rejection_func=rejected, message=message, tolerance=0.0, fatal=fatal
+        )
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def build_datasets(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """The training, validation and test datasets with (at least) the given numbers of samples."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.training import get_args, print_rank_0
+
+    args = get_args()
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    builder = BlendedMegatronDatasetBuilder(
+        _dataset_class(args),
+        samples,
+        functools.partial(_reads_data, args, vp_stage),
+        dataset_config(args),
+    )
+    datasets = builder.build()
+    print_rank_0("> finished creating GPT datasets ...")
+    return datasets
+
+
+# Every rank calls the provider; `_reads_data` says which of them build something.
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _dataset_class(args: Any) -> type:
+    if args.sft:
+        from megatron.training.datasets.sft_dataset import SFTDataset
+
+        return SFTDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+
+    if args.mock_data:
+        return MockGPTDataset
+    if args.fim_data:
+        from megatron.training.datasets.fim_dataset import GPTFIMDataset
+
+        return GPTFIMDataset
+    return GPTDataset
+
+
+def _reads_data(args: Any, vp_stage: int | None) -> bool:
+    from megatron.core import mpu
+    from megatron.training.arguments import core_transformer_config_from_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    if args.sft or is_first_or_last_pipeline_stage(vp_stage):
+        return True
+    return _mtp_on_this_rank(core_transformer_config_from_args(args), vp_stage)
+
+
+def dataset_config(args: Any) -> GPTDatasetConfig:
+    """The dataset's configuration from Megatron's arguments (fill-in-the-middle included)."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path, encoding="utf-8") as file:
+            sequences_per_dataset = json.load(file)
+    options = {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "tokenizer": build_tokenizer(args),
+        "path_to_cache": args.data_cache_path,
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "inter_document_masking": args.dataloader_inter_document_masking,
+        "sequences_per_dataset": sequences_per_dataset,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        **{name: getattr(args, name) for name in _SAME_NAME_IN_DATASET_CONFIG},
+    }
+    if args.fim_data:
+        return _fim_config(args, options)
+    return GPTDatasetConfig(**options)
+
+
+_SAME_NAME_IN_DATASET_CONFIG = (
+    *("split", "multiple_validation_sets", "full_validation", "num_dataset_builder_threads"),
+    *("mmap_bin_files", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    *("object_storage_cache_path", "mid_level_dataset_surplus", "allow_ambiguous_pad_tokens"),
+    *("context_parallel_size", "data_parallel_size", "hybrid_context_parallel"),
+)
+
+
+def _fim_config(args: Any, options: dict[str, Any]) -> GPTDatasetConfig:
+    from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
+
+    parts = ("prefix", "middle", "suffix", "pad", "eod")
+    names = ("rate", "spm_rate", "split_sample", "fragment_rate", "no_prefix")
+    return GPTFIMDatasetConfig(
+        **options,
+        fim_extra_tokens={part: getattr(args, f"fim_{part}_token") for part in parts},
+        **{f"fim_{name}": getattr(args, f"fim_{name}") for name in names},
+    )
+
+
+def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """The ranks of one pipeline that hold the word embedding.
+
+    The first; the last too when it shares the embedding with the output layer; and those with
+    multi-token prediction layers, which embed their own input.
+    """
+    from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    ranks = {pp_ranks[0]}
+    if len(pp_ranks) > 1:
+        args = get_args()
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pp_ranks[-1])
+        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args)))
+    return sorted(ranks)
+
+
+if __name__ == "__main__":
+    run_main(main)

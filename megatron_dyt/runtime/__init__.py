@@ -1,0 +1,1 @@
+"""Where Megatron runs: on CUDA devices, or without any on CPU processes."""

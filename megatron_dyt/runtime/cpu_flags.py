@@ -1,0 +1,67 @@
+"""Megatron's flags as the CPU needs them: changed before validation, and reported in one line."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dyt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`args.name` becomes `value`, unless it has a value in `fine`; `shown` is how to write it."""
+
+    name: str
+    value: Any
+    shown: str
+    fine: tuple[Any, ...] = ()
+
+    def works(self, given: Any) -> bool:
+        return given == self.value or given in self.fine
+
+
+# A flag that the installed Megatron does not have is skipped: there is nothing to switch off.
+FLAGS = (
+    Flag("distributed_backend", "gloo", "--distributed-backend gloo"),
+    Flag("transformer_impl", "local", "--transformer-impl local"),
+    Flag("use_cpu_initialization", True, "--use-cpu-initialization"),
+    Flag("gradient_accumulation_fusion", False, "--no-gradient-accumulation-fusion"),
+    Flag("masked_softmax_fusion", False, "--no-masked-softmax-fusion"),
+    Flag("apply_rope_fusion", False, "--no-rope-fusion"),
+    Flag("no_persist_layer_norm", True, "--no-persist-layer-norm"),
+    Flag("cross_entropy_fusion_impl", "native", "--cross-entropy-fusion-impl native"),
+    Flag("cuda_graph_impl", "none", "--cuda-graph-impl none", fine=(None,)),
+    Flag("tp_comm_overlap", False, "no --tp-comm-overlap"),
+    Flag("moe_grouped_gemm", False, "no --moe-grouped-gemm"),
+    Flag("moe_permute_fusion", False, "no --moe-permute-fusion"),
+)
+
+# Features that change the numbers, so they are refused and not switched off.
+_UNAVAILABLE = {
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+}
+
+
+def adjust(args: Namespace) -> list[str]:
+    """Change in `args` what cannot work on CPU, print it on rank 0, and return how it is written.
+
+    Raises `UserError` for a flag that asks for something which the CPU cannot do at all.
+    """
+    for name, shown in _UNAVAILABLE.items():
+        if getattr(args, name, None):
+            raise UserError(
+                f"{shown} was given, but it needs a GPU; on CPU use --bf16 or fp32 (no flag)"
+            )
+    changed = []
+    for flag in FLAGS:
+        if hasattr(args, flag.name) and not flag.works(getattr(args, flag.name)):
+            setattr(args, flag.name, flag.value)
+            changed.append(flag.shown)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"megatron_dyt: CPU runtime set {' '.join(changed) or 'no flags'}", flush=True)
+    return changed
