@@ -1,0 +1,1 @@
+"""DyT inside Megatron-Core: the norm, the spec rewrite, flags, checkpoints, and their registration."""

@@ -1,0 +1,275 @@
+"""Megatron's command line with `--normalization DyT` and the `--dyt-*` flags.
+
+Flags default to None; `validate` turns them into resolved values (alpha as numbers), so that Megatron
+saves with each checkpoint exactly what the model was built with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, get_args
+
+from megatron_dyt.config import (
+    DyTConfig,
+    check_alpha,
+    check_choice,
+    parse_embedding_scale,
+    resolve_embedding_scale,
+)
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.limits import refuse_unsupported
+from megatron_dyt.names import Backend, Function, Preset, Role
+
+NORMALIZATION = "DyT"
+
+# Saved with a checkpoint and restored by --use-checkpoint-args: what the model's parameters depend on.
+MODEL_ARGS = (
+    "dyt_preset",
+    *(f"dyt_alpha_init_{role}" for role in get_args(Role)),
+    "dyt_bias",
+    "dyt_embedding_scale",
+    "dyt_function",
+    "embedding_scale",
+)
+DYT_ARGS = (*MODEL_ARGS[:-1], "dyt_backend")
+
+
+class _Unset(float):
+    """A flag's default that can be told from the same number given by the user."""
+
+
+def wrap_add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`arguments.add_megatron_arguments` with DyT among the norms and a group of DyT flags."""
+
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        norm = _action(parser, "normalization")
+        norm.choices = [*(norm.choices or ()), NORMALIZATION]
+        init_std = parser.get_default("init_method_std")
+        parser.set_defaults(init_method_std=_Unset(init_std))
+        add_flags(parser)
+        return parser
+
+    return add_megatron_arguments
+
+
+def _action(parser: argparse.ArgumentParser, dest: str) -> argparse.Action:
+    for action in parser._actions:
+        if action.dest == dest:
+            return action
+    raise UserError(f"Megatron's parser has no --{dest}: this version is not supported by megatron_dyt.")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the plugin's flags to a parser."""
+    group = parser.add_argument_group(title="dynamic tanh (megatron_dyt)")
+    group.add_argument(
+        "--dyt-preset",
+        choices=get_args(Preset),
+        help="Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
+        "'unit' for a unit-variance stream at any width (also sets --init-method-std to "
+        "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
+    )
+    sites = {
+        "attn": "DyT in front of attention",
+        "ffn": "DyT in front of the MLP or MoE",
+        "final": "the final DyT",
+        "qk": "DyT on queries and keys (--qk-layernorm)",
+    }
+    for role, where in sites.items():
+        group.add_argument(
+            f"--dyt-alpha-init-{role}",
+            type=float,
+            help=f"Initial alpha of {where}. Default: preset.",
+        )
+    group.add_argument(
+        "--dyt-bias",
+        action=argparse.BooleanOptionalAction,
+        help="Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
+    )
+    group.add_argument(
+        "--dyt-embedding-scale",
+        metavar="{sqrt,unit,none,FLOAT}",
+        help="Initial value of the learnable scalar on the embedding: sqrt(hidden), 1/std of the "
+        "embedding, no scalar, or a number. Default: preset.",
+    )
+    group.add_argument(
+        "--embedding-scale",
+        metavar="{sqrt,unit,none,FLOAT}",
+        help="The same scalar for a LayerNorm or RMSNorm model: a baseline with the same start as DyT.",
+    )
+    group.add_argument(
+        "--dyt-function",
+        choices=get_args(Function),
+        help="What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
+    )
+    group.add_argument("--dyt-backend", choices=get_args(Backend), help="Kernel to use. Default: auto.")
+    group.add_argument(
+        "--dyt-stats-interval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Every N steps append alpha, std of the input and saturation of each DyT to "
+        "dyt_stats.jsonl in the --save directory. Default: 0, off.",
+    )
+
+
+def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`arguments.validate_args` preceded by ours."""
+
+    @functools.wraps(original)
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        validate(args)
+        return original(args, *rest, **kwargs)
+
+    return validate_args
+
+
+def validate(args: Any) -> None:
+    """Check the plugin's flags and resolve them in place.
+
+    Raises:
+        UserError: a DyT flag without `--normalization DyT`, a bad value, or a Megatron flag that
+            cannot work together with DyT.
+    """
+    _validate_stats(args)
+    if args.normalization == NORMALIZATION:
+        _resolve(args)
+        refuse_unsupported(args)
+    else:
+        _refuse_stray_flags(args)
+        if args.embedding_scale is not None:
+            args.embedding_scale = parse_embedding_scale(args.embedding_scale)
+    if isinstance(args.init_method_std, _Unset):
+        args.init_method_std = float(args.init_method_std)
+
+
+def _validate_stats(args: Any) -> None:
+    if args.dyt_stats_interval < 0:
+        raise UserError(
+            f"--dyt-stats-interval is {args.dyt_stats_interval}; give a number of steps, or 0 for off."
+        )
+    if args.dyt_stats_interval > 0 and not args.save:
+        raise UserError("--dyt-stats-interval writes into the --save directory; give --save too.")
+
+
+def _refuse_stray_flags(args: Any) -> None:
+    given = [name for name in DYT_ARGS if getattr(args, name) is not None]
+    if args.dyt_stats_interval:
+        given.append("dyt_stats_interval")
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        hint = ""
+        if "dyt_embedding_scale" in given:
+            hint = " For an embedding scale with another norm use --embedding-scale."
+        raise UserError(
+            f"{flags} given with --normalization {args.normalization}: DyT flags need "
+            f"--normalization DyT. Add it, or take the flags away.{hint}"
+        )
+
+
+def _resolve(args: Any) -> None:
+    """Replace the DyT flags that were not given by the preset's values."""
+    if args.embedding_scale is not None:
+        if args.dyt_embedding_scale not in (None, args.embedding_scale):
+            raise UserError(
+                f"--embedding-scale {args.embedding_scale} and --dyt-embedding-scale "
+                f"{args.dyt_embedding_scale} are the same setting; give one of them."
+            )
+        args.dyt_embedding_scale = args.embedding_scale
+    config = config_from_args(args)
+    if config.name == "unit" and isinstance(args.init_method_std, _Unset):
+        if args.embedding_init_method_std is None:
+            args.embedding_init_method_std = float(args.init_method_std)
+        args.init_method_std = config.linear_init_std(args.hidden_size)
+    args.dyt_preset = config.name
+    for role in get_args(Role):
+        setattr(args, f"dyt_alpha_init_{role}", config.alpha(role))
+    args.dyt_bias = config.bias
+    args.dyt_embedding_scale = args.embedding_scale = parse_embedding_scale(config.embedding_scale)
+    args.dyt_function = config.function
+    args.dyt_backend = config.backend
+
+
+def config_from_args(args: Any) -> DyTConfig:
+    """The DyTConfig that the flags ask for; what was not given comes from the preset."""
+    if args.hidden_size is None:
+        raise UserError("--hidden-size is missing: alpha0 of --normalization DyT depends on it.")
+    overrides = {}
+    for role in get_args(Role):
+        value = getattr(args, f"dyt_alpha_init_{role}")
+        if value is not None:
+            check_alpha(f"--dyt-alpha-init-{role}", value)
+            overrides[f"alpha_{role}"] = value
+    for name in ("bias", "embedding_scale", "function", "backend"):
+        if getattr(args, f"dyt_{name}") is not None:
+            overrides[name] = getattr(args, f"dyt_{name}")
+    return DyTConfig.preset(args.dyt_preset or "paper", args.hidden_size, **overrides)
+
+
+def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`checkpointing.load_args_from_checkpoint` that restores the DyT flags as well."""
+
+    @functools.wraps(original)
+    def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = original(args, *rest, **kwargs)
+        if isinstance(result, tuple):
+            restore(result[0], result[1])
+        return result
+
+    return load_args_from_checkpoint
+
+
+def restore(args: Any, saved: Any) -> None:
+    """Copy the model's DyT flags of a checkpoint's args over; a checkpoint without them has none."""
+    for name in MODEL_ARGS:
+        setattr(args, name, getattr(saved, name, None))
+    if args.normalization == NORMALIZATION:
+        check_choice("the checkpoint's dyt_preset", args.dyt_preset, get_args(Preset))
+
+
+def wrap_post_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`TransformerConfig.__post_init__` that attaches `config.dyt` and `config.embedding_scale`.
+
+    Idempotent: Megatron Bridge calls it repeatedly.
+    """
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        if self.normalization == NORMALIZATION:
+            refuse_unsupported(self)
+        original(self)
+        attach(self)
+
+    return __post_init__
+
+
+def attach(config: Any) -> None:
+    """Give a TransformerConfig its DyT settings and the embedding scale's initial value.
+
+    Without Megatron's command line (users of `megatron.core`) set `config.dyt` to a DyTConfig before
+    building the model; without it the paper's settings for the width are taken.
+    """
+    args = _parsed_args()
+    if config.normalization == NORMALIZATION:
+        if getattr(config, "dyt", None) is None:
+            use_args = args is not None and args.normalization == NORMALIZATION
+            config.dyt = config_from_args(args) if use_args else DyTConfig.paper(config.hidden_size)
+        rule = config.dyt.embedding_scale
+    else:
+        rule = getattr(args, "embedding_scale", None)
+    if rule is not None:
+        std = config.embedding_init_method_std or config.init_method_std
+        config.embedding_scale = resolve_embedding_scale(rule, config.hidden_size, std)
+
+
+def _parsed_args() -> Any:
+    """Megatron's parsed command line, or None when there is none."""
+    try:
+        from megatron.training import global_vars
+    except ImportError:
+        return None
+    return global_vars._GLOBAL_ARGS

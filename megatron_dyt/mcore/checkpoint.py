@@ -1,0 +1,143 @@
+"""A checkpoint and the model must have the same parameters, in both directions.
+
+Megatron's loader ignores checkpoint entries that the model lacks, so a DyT checkpoint would load into
+an RMSNorm model with its alphas dropped, silently. Here the keys are compared first, on all ranks, with
+one verdict.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dyt.errors import UserError
+
+DEFAULT_STRICTNESS = "assume_ok_unexpected"
+SHOWN = 4
+
+
+def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`dist_checkpointing.load` that first compares the model's keys with the checkpoint's."""
+
+    @functools.wraps(original)
+    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        model_keys = gather(set(model_tensor_keys(sharded_state_dict)))
+        if model_keys:
+            strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
+            default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
+            compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    return load
+
+
+def model_tensor_keys(sharded_state_dict: Any) -> Iterator[str]:
+    """Checkpoint keys of this rank's model parameters (not of optimizer, RNG or extra state)."""
+    if not isinstance(sharded_state_dict, dict):
+        return
+    for name, part in sharded_state_dict.items():
+        # "model", or "model0", "model1" … with virtual pipeline stages.
+        if isinstance(name, str) and name.startswith("model"):
+            yield from _tensor_keys(part)
+
+
+def _tensor_keys(node: Any) -> Iterator[str]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    if isinstance(node, dict):
+        for item in node.values():
+            yield from _tensor_keys(item)
+    elif isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _tensor_keys(item)
+    elif isinstance(node, ShardedTensorFactory):
+        yield from _tensor_keys(node.build())
+    elif isinstance(node, ShardedTensor):
+        yield node.key
+
+
+def checkpoint_tensor_keys(checkpoint_dir: Any) -> set[str]:
+    """Keys of the model tensors in a checkpoint directory.
+
+    Raises:
+        UserError: the directory's metadata cannot be read.
+    """
+    from megatron.core import dist_checkpointing
+
+    try:
+        keys = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir))
+    except Exception as error:
+        raise UserError(
+            f"the checkpoint {checkpoint_dir} cannot be read ({type(error).__name__}: {error}). "
+            "It may be incomplete or damaged; load an earlier one with --ckpt-step."
+        ) from error
+    return {key for key in keys if not _is_optimizer(key)}
+
+
+def _is_optimizer(key: str) -> bool:
+    return key.startswith("optimizer.") or ".optimizer." in key
+
+
+def gather(keys: set[str]) -> set[str]:
+    """Union over all ranks: a pipeline stage has only its own layers."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return keys
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, keys)
+    return set().union(*parts)
+
+
+def compare(model: set[str], checkpoint: set[str], checkpoint_dir: Any, norms_only: bool = False) -> None:
+    """Raise UserError unless the model and the checkpoint have the same parameters.
+
+    Args:
+        model, checkpoint: parameter keys.
+        checkpoint_dir: for the message.
+        norms_only: compare only norm parameters and the embedding scale: for users who chose another
+            --dist-ckpt-strictness, which says what to do with the rest.
+    """
+    missing, unexpected = model - checkpoint, checkpoint - model
+    if norms_only:
+        missing, unexpected = set(filter(_is_norm, missing)), set(filter(_is_norm, unexpected))
+    if missing or unexpected:
+        raise UserError(
+            f"the checkpoint {checkpoint_dir} does not fit this model. {_diagnosis(missing, unexpected)}"
+            f" Missing in the checkpoint: {_some(missing)}. Not in the model: {_some(unexpected)}."
+        )
+
+
+def _is_norm(key: str) -> bool:
+    return "norm" in key.lower() or _is_dyt(key)
+
+
+def _is_dyt(key: str) -> bool:
+    return key.endswith(("alpha", "shift", "embedding_scale.scale"))
+
+
+def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
+    if any(key.endswith("alpha") for key in missing):
+        return (
+            "It holds a LayerNorm or RMSNorm model and this one is DyT; give the --normalization it was "
+            "trained with, or start DyT from scratch in an empty --save/--load directory."
+        )
+    if any(key.endswith("alpha") for key in unexpected):
+        return (
+            "It holds a DyT model and this one is not; give --normalization DyT (or "
+            "--use-checkpoint-args, which restores every DyT setting)."
+        )
+    if any(_is_dyt(key) or _is_norm(key) for key in missing | unexpected):
+        return (
+            "The DyT settings differ (bias, function, embedding scale); --use-checkpoint-args restores "
+            "those it was saved with."
+        )
+    return "Check the architecture flags against those it was saved with (--use-checkpoint-args)."
+
+
+def _some(keys: set[str]) -> str:
+    if not keys:
+        return "nothing"
+    shown = ", ".join(sorted(keys, key=lambda key: (not _is_dyt(key), key))[:SHOWN])
+    return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

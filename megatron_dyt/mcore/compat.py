@@ -1,0 +1,67 @@
+"""The only reader of Megatron's version."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron_dyt.errors import UserError
+
+# First supported release and first unsupported minor.
+SUPPORTED = ((0, 16, 1), (0, 20, 0))
+
+
+def megatron_version() -> str:
+    """Version of the installed megatron-core, such as "0.19.2".
+
+    Raises:
+        UserError: megatron-core is not installed.
+    """
+    try:
+        from megatron.core.package_info import __version__
+    except ImportError as error:
+        raise UserError(
+            "megatron-core is not installed (or does not import: "
+            f"{error}). Install it with: pip install 'megatron-dyt[train]'."
+        ) from error
+    return str(__version__)
+
+
+def check_version() -> str:
+    """The installed version, if this plugin supports it; UserError with the range otherwise."""
+    version = megatron_version()
+    low, high = SUPPORTED
+    if not low <= _parse(version) < high:
+        raise UserError(
+            f"megatron-core {version} is not supported: megatron_dyt works with "
+            f">= {_text(low)}, < {_text(high)}. Install one of these, for example: "
+            "pip install 'megatron-core[training]==0.19.2'."
+        )
+    return version
+
+
+def has_training() -> bool:
+    """Whether `megatron.training` (the training loop) is there: the wheel has it from 0.17."""
+    return importlib.util.find_spec("megatron.training") is not None
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed; without it Megatron puts mocks in its place."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def _parse(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = ""
+        for char in part:
+            if not char.isdigit():
+                break
+            digits += char
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,137 @@
+"""Megatron settings that cannot work together with DyT, each with what to do instead.
+
+The table is checked against the parsed flags and against every TransformerConfig, because users of
+`megatron.core` have no flags. Field names are Megatron's; a field that a version lacks is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dyt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One combination that is refused: `clashes(config)` says whether it is present."""
+
+    what: str
+    why: str
+    todo: str
+    clashes: Callable[[Any], bool]
+
+
+def _on(*names: str) -> Callable[[Any], bool]:
+    """Whether any of these settings is switched on."""
+    return lambda config: any(bool(getattr(config, name, None)) for name in names)
+
+
+def _mla_fused_qk(config: Any) -> bool:
+    mla = getattr(config, "multi_latent_attention", False) and getattr(config, "qk_layernorm", False)
+    return bool(mla) and getattr(config, "q_lora_rank", None) is None
+
+
+LIMITS = (
+    Limit(
+        "fused_residual_rmsnorm",
+        "it is an RMSNorm kernel",
+        "Remove the flag.",
+        _on("fused_residual_rmsnorm"),
+    ),
+    Limit(
+        "layernorm_zero_centered_gamma (--apply-layernorm-1p)",
+        "DyT's weight starts at 1 and is not stored as weight - 1",
+        "Remove the flag.",
+        _on("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+    ),
+    Limit(
+        "memory_efficient_layer_norm",
+        "it saves LayerNorm's output in place of its input",
+        "Remove the flag; DyT saves no statistics.",
+        _on("memory_efficient_layer_norm"),
+    ),
+    Limit(
+        "transformer_impl inference_optimized",
+        "its kernels fuse RMSNorm",
+        "Use --transformer-impl transformer_engine or local.",
+        lambda config: getattr(config, "transformer_impl", None) == "inference_optimized",
+    ),
+    Limit(
+        "inference_fuse_tp_communication",
+        "it fuses RMSNorm into the reduce-scatter",
+        "Remove the flag.",
+        _on("inference_fuse_tp_communication"),
+    ),
+    Limit(
+        "use_transformer_engine_op_fuser",
+        "TE's fused MLP contains its own norm",
+        "Remove the flag.",
+        _on("use_transformer_engine_op_fuser", "use_te_op_fuser"),
+    ),
+    Limit(
+        "mla_down_proj_fusion",
+        "it fuses the input norm into the down projection",
+        "Remove the flag.",
+        _on("mla_down_proj_fusion"),
+    ),
+    Limit(
+        "multi-latent attention with qk_layernorm and no q_lora_rank",
+        "Megatron then forces its fused norm-linear whatever the spec says",
+        "Set --q-lora-rank, or remove --qk-layernorm.",
+        _mla_fused_qk,
+    ),
+    Limit(
+        "a heterogeneous layer configuration",
+        "it requires RMSNorm",
+        "Remove --heterogeneous-layers-config-path.",
+        _on(
+            "heterogeneous_block_specs",
+            "heterogeneous_layers_config_path",
+            "heterogeneous_layers_config_encoded_json",
+        ),
+    ),
+    Limit(
+        "Kitchen quantization (use_kitchen)",
+        "its layers fuse the norm",
+        "Remove the flag.",
+        _on("use_kitchen"),
+    ),
+    Limit(
+        "ModelOpt or TensorRT-LLM export (modelopt_enabled, export_*)",
+        "their specs know LayerNorm and RMSNorm only",
+        "Export through Hugging Face, or train with RMSNorm.",
+        _on("modelopt_enabled", "export_te_mcore_model", "export_kd_teacher_load"),
+    ),
+    Limit(
+        "multi-token prediction (mtp_num_layers)",
+        "its norms and its second embedding are not covered by this version",
+        "Remove --mtp-num-layers.",
+        _on("mtp_num_layers"),
+    ),
+    Limit(
+        "multi-latent attention",
+        "its latent norms are not covered by this version",
+        "Remove --multi-latent-attention.",
+        _on("multi_latent_attention"),
+    ),
+    Limit(
+        "a hybrid (Mamba, GDN, DSA) layer pattern",
+        "its norms are not covered by this version",
+        "Use a GPT model.",
+        _on("hybrid_layer_pattern", "hybrid_override_pattern", "experimental_attention_variant"),
+    ),
+)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise UserError naming every setting of `config` that clashes with `--normalization DyT`.
+
+    Args:
+        config: Megatron's parsed args or a TransformerConfig.
+    """
+    found = [limit for limit in LIMITS if limit.clashes(config)]
+    if found:
+        lines = "; ".join(f"{limit.what}: {limit.why}. {limit.todo}" for limit in found)
+        raise UserError(f"--normalization DyT cannot be combined with {lines}")

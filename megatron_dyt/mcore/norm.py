@@ -1,0 +1,83 @@
+"""DyTNorm: DyT with Megatron's norm-builder signature and parallelism attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import nn
+
+from megatron_dyt.config import check_choice
+from megatron_dyt.names import Role
+from megatron_dyt.nn import DynamicTanh
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class DyTNorm(DynamicTanh):
+    """DynamicTanh as Megatron builds a norm: `DyTNorm(config=..., hidden_size=..., eps=..., role=...)`.
+
+    Parameters are replicated over tensor parallel ranks. Under sequence parallelism each rank sees
+    only its part of the sequence, so its gradient is partial: the attribute `sequence_parallel` on a
+    parameter makes Megatron sum the gradient over the tensor parallel group
+    (`megatron/core/distributed/finalize_model_grads.py`). Without sequence parallelism every rank has
+    the whole gradient already and the attribute is False.
+
+    The class name contains "Norm" because Megatron-FSDP finds replicated modules by that.
+
+    Attributes:
+        role: "attn", "ffn", "final" or "qk".
+        probe: called with (module, input) at each forward while a monitor is looking, else None.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float | None = None,
+        *,
+        role: Role,
+    ) -> None:
+        """Args:
+        config: Megatron's config; `config.dyt` (a DyTConfig) gives alpha, bias and function.
+        hidden_size: length of the last dimension (the head's size for role "qk").
+        eps: accepted for the builder's signature; DyT divides by nothing.
+        role: where the norm stands.
+        """
+        check_choice("role", role, get_args(Role))
+        dyt = config.dyt
+        super().__init__(
+            hidden_size,
+            alpha_init=dyt.alpha(role),
+            bias=dyt.bias,
+            function=dyt.function,
+            backend=dyt.backend,
+            dtype=config.params_dtype,
+        )
+        self.role: Role = role
+        self.probe: Callable[[DyTNorm, torch.Tensor], None] | None = None
+        mark_sequence_parallel(self, config.sequence_parallel)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape and dtype."""
+        if self.probe is not None:
+            self.probe(self, x)
+        return super().forward(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, role={self.role}"
+
+
+def mark_sequence_parallel(module: nn.Module, sequence_parallel: bool) -> None:
+    """Tell Megatron whether the gradients of this module's own parameters are partial sums."""
+    for parameter in module.parameters(recurse=False):
+        parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+
+def dyt_sites(model: nn.Module) -> Iterator[tuple[str, DyTNorm]]:
+    """(name, module) of every DyTNorm in a model, in the order of the module tree."""
+    for name, module in model.named_modules():
+        if isinstance(module, DyTNorm):
+            yield name, module

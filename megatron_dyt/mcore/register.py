@@ -1,0 +1,106 @@
+"""The only writer into Megatron: one table of seams, applied once.
+
+Every wrapper passes straight through unless the model's `normalization` is "DyT" (or an embedding
+scale was asked for), so Megatron with the plugin registered and RMSNorm is Megatron unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import args, checkpoint, compat, embedding, monitor, safety_net, spec
+from megatron_dyt.patching import Patches, Replacement
+
+_EMBEDDING = "megatron.core.models.common.embeddings.language_model_embedding"
+_TE = "megatron.core.extensions.transformer_engine"
+
+
+class Seam(NamedTuple):
+    """One attribute of Megatron and the function that makes its replacement from the original."""
+
+    module: str
+    attribute: str
+    wrap: Callable[[Any], Any]
+
+
+CORE = (
+    Seam(
+        "megatron.core.transformer.transformer_block",
+        "_get_block_submodules",
+        spec.wrap_block_submodules,
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_config",
+        "TransformerConfig.__post_init__",
+        args.wrap_post_init,
+    ),
+    Seam(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
+    Seam(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
+    Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", safety_net.wrap_new),
+    Seam(
+        "megatron.core.fusions.fused_layer_norm",
+        "FusedLayerNorm.__init__",
+        safety_net.wrap_fused_init,
+    ),
+    Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
+)
+
+# Without Transformer Engine these names are mocks.
+TRANSFORMER_ENGINE = (
+    Seam(_TE, "TENorm.__new__", safety_net.wrap_new),
+    Seam(_TE, "TELayerNormColumnParallelLinear.__init__", safety_net.wrap_fused_init),
+)
+
+TRAINING = (
+    Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
+    Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
+    Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
+    Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
+    Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
+)
+
+_patches: Patches | None = None
+
+
+def seams() -> tuple[Seam, ...]:
+    """The seams of what is installed: the training loop and Transformer Engine may be absent."""
+    training = TRAINING if compat.has_training() else ()
+    return CORE + training + (TRANSFORMER_ENGINE if compat.has_transformer_engine() else ())
+
+
+def register() -> None:
+    """Add `--normalization DyT` to the installed Megatron-Core. Calling it again does nothing.
+
+    Call it before Megatron parses its arguments or builds a model.
+
+    Raises:
+        UserError: megatron-core is missing, of an unsupported version, or lacks a seam.
+    """
+    global _patches
+    if _patches is not None:
+        return
+    version = compat.check_version()
+    patches = Patches()
+    try:
+        patches.apply(Replacement(*seam) for seam in seams())
+    except RuntimeError as error:
+        raise UserError(
+            f"megatron-core {version} lacks a place that megatron_dyt needs: {error}. "
+            "Install a release that docs/compatibility.md lists."
+        ) from error
+    _patches = patches
+
+
+def unregister() -> None:
+    """Put Megatron back as it was (models built with DyT keep working)."""
+    global _patches
+    if _patches is not None:
+        _patches.undo()
+        _patches = None
+
+
+def is_registered() -> bool:
+    """Whether `register` is in force."""
+    return _patches is not None

@@ -1,0 +1,185 @@
+"""Rewrite of a Megatron layer spec: every LayerNorm/RMSNorm slot becomes DyT.
+
+A spec is Megatron's tree of what to build. It is copied, never mutated: Megatron shares spec objects
+between models. The field that holds a norm gives its role. Transformer Engine's fused norm-linear
+becomes DyT in front of the plain column-parallel linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.norm import DyTNorm
+
+LAYER_ROLES = {"input_layernorm": "attn", "pre_mlp_layernorm": "ffn"}
+ATTENTION_ROLES = {"q_layernorm": "qk", "k_layernorm": "qk"}
+
+# Classes are matched by name: Transformer Engine and apex may not be installed.
+NORM_CLASSES = {
+    "WrappedTorchNorm",  # local spec
+    "FusedLayerNorm",  # local spec with apex
+    "TENorm",
+    "LayerNorm",
+    "RMSNorm",
+    "TELayerNorm",
+    "TERMSNorm",
+}
+FUSED_LINEAR = "TELayerNormColumnParallelLinear"
+
+# Same checkpoint keys as the local and the TE spec have for their norms, so that a checkpoint moves
+# between them: alpha is saved as `...linear_qkv.layer_norm_alpha`.
+KEYS_MAP = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def wrap_block_submodules(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`transformer_block._get_block_submodules`, rewritten when the config's norm is DyT."""
+
+    @functools.wraps(original)
+    def get_block_submodules(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
+        block = original(config, spec, *args, **kwargs)
+        return rewrite_block(config, block) if config.normalization == "DyT" else block
+
+    return get_block_submodules
+
+
+def rewrite_block(config: Any, block: Any) -> Any:
+    """A copy of a `TransformerBlockSubmodules` in which every norm is DyT.
+
+    Raises:
+        UserError: a layer or a norm that this version cannot turn into DyT.
+    """
+    # A spec repeated for every layer stays one object, as Megatron had it.
+    done: dict[int, Any] = {}
+    layers = []
+    for layer in block.layer_specs or []:
+        if id(layer) not in done:
+            done[id(layer)] = rewrite_layer(config, layer)
+        layers.append(done[id(layer)])
+    final = block.layer_norm
+    if is_norm(final):
+        final = dyt_spec("final")
+    rewritten = dataclasses.replace(block, layer_specs=layers, layer_norm=final)
+    refuse_leftovers(rewritten)
+    return rewritten
+
+
+def rewrite_layer(config: Any, layer: Any) -> Any:
+    """A copy of one transformer layer's ModuleSpec in which every norm is DyT."""
+    parts: Any = getattr(layer, "submodules", None)
+    if not hasattr(parts, "pre_mlp_layernorm"):
+        raise UserError(
+            f"--normalization DyT does not support layers of type {_name(layer)} yet; it supports "
+            "the transformer layers of GPT models. Use another --normalization for this model."
+        )
+    changes: dict[str, Any] = {
+        field: dyt_spec(role) for field, role in LAYER_ROLES.items() if is_norm(getattr(parts, field))
+    }
+    attention, fused = rewrite_attention(config, parts.self_attention)
+    changes["self_attention"] = attention
+    if fused:
+        changes["input_layernorm"] = dyt_spec("attn")
+    mlp, fused = unfuse(parts.mlp, "linear_fc1")
+    changes["mlp"] = mlp
+    if fused:
+        changes["pre_mlp_layernorm"] = dyt_spec("ffn")
+    keys = {k: v for k, v in KEYS_MAP.items() if k.rstrip(".") in changes}
+    changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **keys}
+    return dataclasses.replace(layer, submodules=dataclasses.replace(parts, **changes))
+
+
+def rewrite_attention(config: Any, attention: Any) -> tuple[Any, bool]:
+    """(copy of an attention spec with DyT on q and k where asked, whether qkv had a fused norm)."""
+    attention, fused = unfuse(attention, "linear_qkv")
+    parts = submodules_of(attention)
+    changes = {
+        field: dyt_spec(role)
+        for field, role in ATTENTION_ROLES.items()
+        if hasattr(parts, field)
+        and (is_norm(getattr(parts, field)) or _unfilled_qk(config, getattr(parts, field)))
+    }
+    if changes:
+        attention = with_submodules(attention, dataclasses.replace(parts, **changes))
+    return attention, fused
+
+
+def _unfilled_qk(config: Any, value: Any) -> bool:
+    # Since 0.18 an empty slot with --qk-layernorm falls back to TENorm inside SelfAttention.
+    return value is None and config.qk_layernorm
+
+
+def unfuse(spec: Any, field: str) -> tuple[Any, bool]:
+    """(copy of `spec` whose fused norm-linear in `field` is a plain linear, whether there was one)."""
+    parts = submodules_of(spec)
+    if _name(getattr(parts, field, None)) != FUSED_LINEAR:
+        return spec, False
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    parts = dataclasses.replace(parts, **{field: TEColumnParallelLinear})
+    return with_submodules(spec, parts), True
+
+
+def submodules_of(spec: Any) -> Any:
+    """What a ModuleSpec or a `functools.partial` (MLP from 0.18, MoE) is built from, or None."""
+    if isinstance(spec, functools.partial):
+        return spec.keywords.get("submodules")
+    return getattr(spec, "submodules", None)
+
+
+def with_submodules(spec: Any, parts: Any) -> Any:
+    """A copy of a ModuleSpec or partial with other submodules."""
+    if isinstance(spec, functools.partial):
+        return functools.partial(spec.func, *spec.args, **{**spec.keywords, "submodules": parts})
+    return dataclasses.replace(spec, submodules=parts)
+
+
+def dyt_spec(role: str) -> Any:
+    """The spec of a DyTNorm. A ModuleSpec: 0.16 builds neither partials nor lambdas."""
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    return ModuleSpec(module=DyTNorm, params={"role": role})
+
+
+def is_norm(value: Any) -> bool:
+    """Whether a slot holds a LayerNorm/RMSNorm builder of Megatron, TE, apex or torch."""
+    return _name(value) in NORM_CLASSES
+
+
+def refuse_leftovers(block: Any) -> None:
+    """Raises UserError when a norm or fused norm-linear is left in a slot that we do not know."""
+    for path, value in _walk(block, "decoder"):
+        if is_norm(value) or "LayerNorm" in _name(value):
+            raise UserError(
+                f"--normalization DyT cannot replace {_name(value)} at {path}: this model's spec is "
+                "not supported yet. Supported: GPT with self-attention and MLP or MoE layers, local or "
+                "Transformer Engine spec."
+            )
+
+
+def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _walk(item, f"{path}.{index}")
+        return
+    yield path, node
+    parts = submodules_of(node) if not dataclasses.is_dataclass(node) else node
+    if hasattr(node, "submodules"):
+        parts = node.submodules
+    if dataclasses.is_dataclass(parts) and not isinstance(parts, type):
+        for field in dataclasses.fields(parts):
+            yield from _walk(getattr(parts, field.name), f"{path}.{field.name}")
+
+
+def _name(value: Any) -> str:
+    """Name of the class that a slot builds."""
+    if isinstance(value, functools.partial):
+        value = value.func
+    if hasattr(value, "module") and not isinstance(value, type):
+        value = value.module
+    return getattr(value, "__name__", type(value).__name__)
