@@ -1,19 +1,16 @@
 """Pretrain a GPT model with Megatron's own training loop: `python -m megatron_dyt.pretrain ARGS`.
 
-It does what Megatron-LM's `pretrain_gpt.py` does, which the megatron-core wheel lacks, with every flag
-of it, plus DyT (`--normalization DyT`, `--dyt-*`) and the choice of device (`--device`). Run it under
-torchrun, or alone for one process.
+It does what Megatron-LM's `pretrain_gpt.py` does, which the megatron-core wheel lacks, with every
+flag of it, plus DyT (`--normalization DyT`, `--dyt-*`) and the choice of device (`--device`).
+Run it under torchrun, or alone for one process.
 """
 
 from __future__ import annotations
 
-import time
-
-_PROGRAM_START = time.time()  # Megatron's start-up report counts the imports below.
-
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,9 @@ if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer import TransformerConfig
+
+# Megatron's start-up report counts from here.
+_PROGRAM_START = time.time()
 
 # A loss above this many times the largest one so far counts as a spike (--check-for-spiky-loss).
 _SPIKE_FACTOR = 10
@@ -266,9 +266,7 @@ def _validate_loss(args: Any, loss: torch.Tensor) -> None:
         checks.append((torch.isnan, "the loss on this rank is NaN", True))
         checks.append((torch.isinf, "the loss on this rank is infinite", True))
     if args.check_for_spiky_loss:
-        spike = functools.partial(
-            rerun.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"
-        )
+        spike = functools.partial(rerun.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss")
         checks.append((spike, "the loss on this rank is a spike", False))
     for rejected, message, fatal in checks:
         rerun.validate_result(

@@ -1,17 +1,19 @@
 """Megatron-Core without a GPU: the unmodified training loop on CPU processes over gloo.
 
-`enable()` replaces, from one table, what in PyTorch and Megatron needs a CUDA device; `disable()` puts
-everything back. Nothing is active unless asked for, and a process that uses CUDA is refused.
+`enable()` replaces, from one table, what in PyTorch and Megatron needs a CUDA device; `disable()`
+puts everything back. Nothing is active unless asked for, and a process that uses CUDA is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import importlib.util
 import logging
 import os
+import queue
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,9 +21,9 @@ from typing import Any
 import torch
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.patching import Patches, Replacement
 from megatron_dyt.runtime import cpu_flags
 from megatron_dyt.runtime import cuda_stand_ins as stand_in
-from megatron_dyt.runtime.patching import Patches, Replacement
 
 _patches = Patches()
 _closing = contextlib.ExitStack()
@@ -54,6 +56,7 @@ def enable() -> None:
         _import_megatron_uncompiled()
         _patches.apply(_table())
         _quiet_rng_warning()
+        _satisfy_connection_check()
         _use_all_cores()
         undo_on_error.pop_all()
     _enabled = True
@@ -72,8 +75,8 @@ def _undo() -> None:
 
 
 def _table() -> list[Replacement]:
-    rows = _torch_cuda_rows() + _tensor_rows() + _megatron_core_rows()
-    return rows + (_megatron_training_rows() if _has_megatron_training() else [])
+    rows = [*_torch_cuda_rows(), *_tensor_rows(), *_megatron_core_rows()]
+    return [*rows, *_megatron_training_rows()] if _has_megatron_training() else rows
 
 
 def _has_megatron_training() -> bool:
@@ -137,8 +140,8 @@ _FACTORIES = (
 
 
 def _tensor_rows() -> list[Replacement]:
-    rows = [Replacement("torch", name, _device_argument_to_cpu) for name in _FACTORIES]
-    return rows + [
+    return [
+        *(Replacement("torch", name, _device_argument_to_cpu) for name in _FACTORIES),
         Replacement("torch", "Tensor.to", _first_argument_to_cpu),
         Replacement("torch", "Tensor.cuda", _always(_itself)),
         Replacement("torch", "Tensor.pin_memory", _always(_itself)),
@@ -211,21 +214,53 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
 
 def _megatron_core_rows() -> list[Replacement]:
     random = "megatron.core.tensor_parallel.random"
-    return [Replacement(random, "_set_cuda_rng_state", _always(stand_in.set_rng_state))]
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    norm = "megatron.core.transformer.torch_norm"
+    return [
+        Replacement(random, "_set_cuda_rng_state", _always(stand_in.set_rng_state)),
+        # Without --async-save a checkpoint is written by threads of this process, which need no
+        # server process (Megatron starts one, and importing PyTorch there takes seconds).
+        Replacement(writer, "get_write_results_queue", _always(_results_queue())),
+        Replacement(norm, "WrappedTorchNorm.__new__", _for_sequence_parallel),
+    ]
+
+
+def _results_queue() -> Callable[[], queue.Queue[Any]]:
+    results: queue.Queue[Any] = queue.Queue()
+    return lambda: results
+
+
+def _for_sequence_parallel(new: Callable[..., Any]) -> Any:
+    """PyTorch's norms under sequence parallelism, which Megatron allows for TE and apex norms only.
+
+    All that they lack is the mark by which Megatron sums their gradients over the tensor-parallel
+    ranks, each of which has seen its part of the sequence.
+    """
+
+    @functools.wraps(new)
+    def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return new(cls, config, *args, **kwargs)
+        unsplit = copy.copy(config)
+        unsplit.sequence_parallel = False
+        norm = new(cls, unsplit, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return staticmethod(__new__)
 
 
 def _megatron_training_rows() -> list[Replacement]:
+    # `training` binds these two names at its import, scripts take them from `initialize`.
+    initialize, training = "megatron.training.initialize", "megatron.training.training"
     return [
-        Replacement("megatron.training.initialize", "initialize_megatron", _without_cuda_check),
-        Replacement("megatron.training.training", "initialize_megatron", _without_cuda_check),
+        Replacement(initialize, "initialize_megatron", _without_cuda_check),
+        Replacement(training, "initialize_megatron", _without_cuda_check),
         # The warm-up only draws random numbers here, which would make the initial weights depend on
         # flags such as --seq-length: on CPU they come from the same generator.
-        Replacement(
-            "megatron.training.initialize", "set_jit_fusion_options", _always(stand_in.nothing)
-        ),
-        Replacement(
-            "megatron.training.training", "set_jit_fusion_options", _always(stand_in.nothing)
-        ),
+        Replacement(initialize, "set_jit_fusion_options", _always(stand_in.nothing)),
+        Replacement(training, "set_jit_fusion_options", _always(stand_in.nothing)),
         Replacement("megatron.training.arguments", "validate_args", _after_adjusting_flags),
     ]
 
@@ -252,9 +287,8 @@ def _import_megatron_uncompiled() -> None:
     wrapped_already = "megatron.core" in sys.modules
     if not wrapped_already:
         with _torch_compile_does_nothing():
-            import megatron.core
-    import megatron.core.jit as jit
-
+            importlib.import_module("megatron.core")
+    jit = importlib.import_module("megatron.core.jit")
     original = jit.jit_fuser
     jit.disable_jit_fuser()
     _closing.callback(setattr, jit, "jit_fuser", original)
@@ -285,11 +319,19 @@ def _quiet_rng_warning() -> None:
     _closing.callback(logger.removeFilter, expected)
 
 
-def _use_all_cores() -> None:
-    """Share the cores among this machine's processes, unless OMP_NUM_THREADS was set by the user.
+def _satisfy_connection_check() -> None:
+    """Megatron demands CUDA_DEVICE_MAX_CONNECTIONS=1 with tensor parallelism on any device."""
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if variable not in os.environ:
+        os.environ[variable] = "1"
+        _closing.callback(os.environ.pop, variable, None)
 
-    torchrun sets OMP_NUM_THREADS=1 for more than one process; one process gets every core.
+
+def _use_all_cores() -> None:
+    """Give a lone process every core, unless the user has set OMP_NUM_THREADS.
+
+    With more processes torchrun sets OMP_NUM_THREADS=1 itself.
     """
-    processes = stand_in.device_count()
-    if processes == 1 and "OMP_NUM_THREADS" not in os.environ:
+    if stand_in.device_count() == 1 and "OMP_NUM_THREADS" not in os.environ:
+        _closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(len(os.sched_getaffinity(0)))

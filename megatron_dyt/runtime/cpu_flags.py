@@ -35,6 +35,7 @@ FLAGS = (
     Flag("cross_entropy_fusion_impl", "native", "--cross-entropy-fusion-impl native"),
     Flag("cuda_graph_impl", "none", "--cuda-graph-impl none", fine=(None,)),
     Flag("tp_comm_overlap", False, "no --tp-comm-overlap"),
+    Flag("async_save", False, "no --async-save"),
     Flag("moe_grouped_gemm", False, "no --moe-grouped-gemm"),
     Flag("moe_permute_fusion", False, "no --moe-permute-fusion"),
 )
@@ -54,9 +55,13 @@ def adjust(args: Namespace) -> list[str]:
     """
     for name, shown in _UNAVAILABLE.items():
         if getattr(args, name, None):
-            raise UserError(
-                f"{shown} was given, but it needs a GPU; on CPU use --bf16 or fp32 (no flag)"
-            )
+            raise UserError(f"{shown} was given, but it needs a GPU; on CPU use --bf16 or fp32 (no flag)")
+    if getattr(args, "context_parallel_size", 1) > 1:
+        raise UserError(
+            f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine's "
+            "attention, which needs a GPU; on CPU leave it at 1 and use tensor, pipeline or data "
+            "parallelism"
+        )
     changed = []
     for flag in FLAGS:
         if hasattr(args, flag.name) and not flag.works(getattr(args, flag.name)):

@@ -1,8 +1,9 @@
 """What `torch.cuda` answers while Megatron runs on CPU.
 
-Megatron asks for the current device, makes streams and events, draws from the CUDA random generator
-and reports memory. On CPU there is one device, work is finished when a call returns, and there is one
-generator: the answers below say so. `torch.cuda.is_available()` is not among them; it stays False.
+Megatron asks for the current device, makes streams and events, draws from the CUDA random
+generator and reports memory. On CPU there is one device, work is finished when a call returns, and
+there is one generator: the answers below say so. `torch.cuda.is_available()` is not among them; it
+stays False.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _KIBIBYTE = 1024
 
 
 def current_device() -> torch.device:
-    """The device for `device=torch.cuda.current_device()`, Megatron's usual way to place a tensor."""
+    """For `device=torch.cuda.current_device()`, Megatron's usual way to place a tensor."""
     return torch.device("cpu")
 
 
