@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_dyt"
 
 # A module imports from its own layer and from lower ones. A new top-level module gets a row here.
 LAYERS = {
-    0: ("version", "errors", "names"),
+    0: ("version", "errors", "names", "patching"),
     1: ("ops",),
     2: ("nn", "config"),
     3: ("mcore", "runtime", "recipes"),
