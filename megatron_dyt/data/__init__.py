@@ -1,0 +1,1 @@
+"""Text to what Megatron trains on: a tokenizer model, then tokenized, indexed datasets."""

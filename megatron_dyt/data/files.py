@@ -1,0 +1,63 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it takes its name; in the same directory, for os.replace."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def whole_files(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Yield temporary paths that become `paths` when the block ends well, and vanish when it fails.
+
+    The renames happen one after the other: where several files belong together, write a manifest
+    after the block and remove the old one before it.
+    """
+    targets = list(paths)
+    partials = [partial_path(path) for path in targets]
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partials
+        for partial, target in zip(partials, targets, strict=True):
+            os.replace(partial, target)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, leaving an equal file (and its time stamp) as it is."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    with whole_files([path]) as (partial,):
+        partial.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

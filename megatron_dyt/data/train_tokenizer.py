@@ -1,0 +1,137 @@
+"""Train a SentencePiece BPE tokenizer on JSON-lines text.
+
+    python -m megatron_dyt.data.train_tokenizer --input t.jsonl --vocab-size 32000 --output t.model
+
+The settings are those of LLaMA 2's tokenizer (BPE, byte fallback, single digits, identity
+normalization, unk 0, bos 1, eos 2) but for one: no dummy space is put before the text, so
+decode(encode(text)) == text for every text without U+2581, the character that SentencePiece writes
+for a space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from megatron_dyt.data.files import write_atomically
+from megatron_dyt.data.jsonl import check_inputs, parse_text, read_lines
+from megatron_dyt.errors import UserError, run_main
+
+DEFAULT_MAX_BYTES = 32_000_000
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "add_dummy_prefix": False,
+    "character_coverage": 0.99995,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    # Longer lines than the default 4192 bytes are common in web text and would be skipped.
+    "max_sentence_length": 1 << 20,
+    # Recorded in the model file: a constant keeps the file equal on every machine.
+    "num_threads": 2,
+    "minloglevel": 2,
+}
+
+
+def sample_texts(paths: Sequence[Path], max_bytes: int) -> Iterator[str]:
+    """Yield about `max_bytes` of text in all, spread evenly over `paths`; the same on every call.
+
+    A document is taken whenever the share taken so far has fallen behind max_bytes / total size;
+    only taken lines are parsed. Every document is taken when all of them fit.
+
+    Raises:
+        UserError: an input is missing or empty, or a line that was taken is malformed.
+    """
+    total = check_inputs(paths)
+    share = min(1.0, max_bytes / total)
+    seen = taken = 0
+    for path in paths:
+        for number, line in read_lines(path):
+            if taken <= share * seen:
+                text = parse_text(line, path, number)[: max_bytes - taken]
+                taken += len(line)
+                yield text
+            seen += len(line)
+
+
+def train(paths: Sequence[Path], vocab_size: int, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
+    """Train and return the serialized SentencePiece model of exactly `vocab_size` pieces.
+
+    Time and memory grow with `max_bytes` (about 0.25 s a MB on 2 cores), not with the input.
+
+    Raises:
+        UserError: bad input, no text, or a vocabulary that the text cannot fill or that cannot hold
+            the 256 bytes, 3 special pieces and the characters of the text.
+    """
+    # Lines, because SentencePiece never learns a piece across a newline, which is a byte piece.
+    # A list, because SentencePiece hides what an iterator raises.
+    lines = [line for text in sample_texts(paths, max_bytes) for line in text.split("\n") if line]
+    if not lines:
+        raise UserError(f"no text in {', '.join(map(str, paths))}; the tokenizer needs some")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            **SETTINGS,
+        )
+    except RuntimeError as error:
+        raise _vocabulary_error(error, vocab_size) from error
+    return model.getvalue()
+
+
+def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
+    message = str(error)
+    if high := re.search(r"too high.*<= (\d+)", message):
+        limit = f"the text gives at most {high[1]} pieces; give more text or a smaller --vocab-size"
+    elif low := re.search(r"(\d+) vs (\d+)", message):
+        # SentencePiece counts the pieces that the bytes, specials and characters of the text need.
+        limit = f"at least {low[2]} are needed for this text; raise --vocab-size"
+    else:
+        return error
+    return UserError(f"--vocab-size {vocab_size} does not fit: {limit}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_dyt.data.train_tokenizer",
+        description="Train a SentencePiece BPE tokenizer with LLaMA 2's settings on JSON lines.",
+    )
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON-lines file(s)")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces")
+    parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=DEFAULT_MAX_BYTES,
+        help="train on an even sample of about this many bytes (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    for name, value in (("--vocab-size", args.vocab_size), ("--max-bytes", args.max_bytes)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    size = min(check_inputs(args.input), args.max_bytes) / 1e6
+    print(f"training a tokenizer of {args.vocab_size} pieces on {size:.1f} MB ...", flush=True)
+    started = time.monotonic()
+    model = train(args.input, args.vocab_size, args.max_bytes)
+    write_atomically(args.output, model)
+    print(f"{args.output}: {args.vocab_size} pieces, {time.monotonic() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

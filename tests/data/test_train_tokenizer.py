@@ -1,0 +1,123 @@
+"""The tokenizer is exact, has LLaMA's settings, and is trained in bounded time."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_dyt.data.train_tokenizer import main, sample_texts, train
+from megatron_dyt.errors import UserError
+from tests.data.samples import VOCAB_SIZE, source_texts, write_jsonl
+
+AWKWARD = [
+    "",
+    " ",
+    "  two, then tab\tand  trailing  ",
+    "def f():\r\n\tif x:\r\n\t\treturn 1\r\n",
+    "\n\n\n    indented\n\n",
+    "naïve 漢字 🙂 \ufeff \x00 \x85\u2028",
+    "<s></s><unk><0x0A> are text, not symbols",
+    "0123456789 3.14e-10",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_model: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+
+
+@pytest.mark.parametrize("text", [*AWKWARD, *source_texts()], ids=lambda text: ascii(text[:20]))
+def test_decoding_gives_the_text_back(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_settings_are_those_of_llama(tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    assert tokenizer.vocab_size() == VOCAB_SIZE
+    assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (0, 1, 2)
+    assert tokenizer.id_to_piece(list(range(3, 259))) == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert len(tokenizer.encode("2025")) == 4
+    pieces = [tokenizer.id_to_piece(index) for index in range(259, VOCAB_SIZE)]
+    assert any(len(piece) > 1 and not piece.strip("▁") for piece in pieces), "no run of spaces"
+    assert not any("\n" in piece for piece in pieces)
+
+
+def test_special_pieces_never_come_from_text(
+    tokenizer: sentencepiece.SentencePieceProcessor,
+) -> None:
+    assert not {0, 1, 2} & set(tokenizer.encode("<unk><s></s> \ud7ff\U0010ffff"))
+
+
+def test_training_is_deterministic(source_jsonl: Path, tokenizer_model: Path) -> None:
+    assert train([source_jsonl], VOCAB_SIZE) == tokenizer_model.read_bytes()
+
+
+def test_sample_is_bounded_even_and_repeatable(tmp_path: Path) -> None:
+    documents = [f"{index:04d} " * 20 for index in range(1000)]
+    paths = [
+        write_jsonl(tmp_path / "a.jsonl", documents[:300]),
+        write_jsonl(tmp_path / "b.jsonl", documents[300:]),
+    ]
+    sample = list(sample_texts(paths, 10_000))
+    assert sample == list(sample_texts(paths, 10_000))
+    assert 8_000 <= sum(map(len, sample)) <= 10_000
+    numbers = [int(text[:4]) for text in sample]
+    steps = [after - before for before, after in pairwise(numbers)]
+    assert max(steps) - min(steps) <= 1
+    assert numbers[0] == 0
+    assert numbers[-1] > 980
+
+
+def test_sample_of_a_small_input_is_all_of_it(source_jsonl: Path) -> None:
+    assert list(sample_texts([source_jsonl], 10**9)) == source_texts()
+
+
+def test_one_huge_document_is_cut_to_the_limit(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000])
+    assert [len(text) for text in sample_texts([path], 1000)] == [1000]
+
+
+def test_command_writes_the_model_and_nothing_else(source_jsonl: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "t.model"
+    args = ["--input", str(source_jsonl), "--vocab-size", "400", "--output", str(output)]
+    assert main(args) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["t.model"]
+    assert sentencepiece.SentencePieceProcessor(model_file=str(output)).vocab_size() == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "vocab_size", "problem"),
+    [
+        ('{"text": "abc abd"}\n', "4096", "at most [0-9]+ pieces"),
+        ('{"text": "abc abd"}\n', "100", "at least 26[0-9] are needed"),
+        ('{"text": "abc abd"}\n', "0", "must be at least 1, not 0"),
+        ('{"text": ""}\n', "300", "no text in"),
+        ('{"text": "abc"}\n{"text"\n', "300", "in.jsonl, line 2: is not valid JSON"),
+        ("", "300", "in.jsonl is empty"),
+        (None, "300", "in.jsonl does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    tmp_path: Path, content: str | None, vocab_size: str, problem: str
+) -> None:
+    path = tmp_path / "in.jsonl"
+    if content is not None:
+        path.write_text(content)
+    output = tmp_path / "t.model"
+    with pytest.raises(UserError, match=problem):
+        main(["--input", str(path), "--vocab-size", vocab_size, "--output", str(output)])
+    assert [entry for entry in tmp_path.iterdir() if entry != path] == []
+
+
+def test_the_stated_minimum_vocabulary_works(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"text": "abc abd"}) + "\n")
+    with pytest.raises(UserError) as failure:
+        train([path], 100)
+    needed = int(str(failure.value).split("at least ")[1].split()[0])
+    assert train([path], needed)
+    with pytest.raises(UserError, match=f"at least {needed} are needed"):
+        train([path], needed - 1)
