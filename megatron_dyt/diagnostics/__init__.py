@@ -1,0 +1,1 @@
+"""What a run did: monitors while it trains, log parsers, and a report to compare runs."""
