@@ -208,7 +208,9 @@ def side_by_side(
     )
     description = " ".join(chart.description for chart in charts)
     svg = _svg("curves", title, description, width, height, f"<style>{STYLE}</style>{body}")
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{svg}\n'
+    # Shown by <img>, a picture without a size of its own may shrink to 300 pixels.
+    sized = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{sized}\n'
 
 
 def legend_row(entries: Sequence[Series]) -> str:

@@ -132,6 +132,7 @@ def test_side_by_side_is_a_file_of_its_own() -> None:
     text = side_by_side(charts, "Both", charts[0].series, 880, 340)
     svg = ElementTree.fromstring(text.encode())
     assert svg.attrib["viewBox"] == "0 0 880 340"
+    assert (svg.attrib["width"], svg.attrib["height"]) == ("880", "340")
     assert len(list(svg.iter(f"{SVG}polyline"))) == 2
     assert next(svg.iter(f"{SVG}style")).text == STYLE
     assert "href" not in text
@@ -154,6 +155,11 @@ def test_fit_axis(values: list[float], log: bool, low: float, high: float) -> No
     axis = fit_axis("y", values)
     assert axis.log == log
     assert (axis.low, axis.high) == pytest.approx((low, high))
+
+
+def test_an_axis_runs_from_low_to_high() -> None:
+    assert [Axis("x", 2, 8).fraction(v) for v in (2, 5, 8)] == [0, 0.5, 1]
+    assert [Axis("x", 2, 8, log=True).fraction(v) for v in (2, 4, 8)] == pytest.approx([0, 0.5, 1])
 
 
 def test_fit_axis_from_zero_stays_linear() -> None:

@@ -14,6 +14,7 @@ import pytest
 from megatron_dyt.diagnostics.logs import SiteStats, StatsRecord
 from megatron_dyt.diagnostics.plots import ALPHA_STD, alpha_charts, history_charts, site_groups
 from megatron_dyt.diagnostics.report import main, parse_runs, write_file
+from megatron_dyt.diagnostics.runs import load_run
 from megatron_dyt.errors import UserError
 
 ITERATIONS = [1, *range(10, 201, 10)]
@@ -183,6 +184,20 @@ def test_results(runs: Path) -> None:
         "versions",
         "commands",
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "first"),
+    [(1, 1), (2, 1), (3, 3), (10, 3), (40, 5)],  # lines in the log, first line past the warm-up
+)
+def test_warm_up_is_left_out_of_the_step_time(tmp_path: Path, count: int, first: int) -> None:
+    directory = write_run(tmp_path / "r", final=2.0, ms=10, normalization="RMSNorm")
+    line = (directory / "train.log").read_text().splitlines()[5]
+    assert "iteration        1/" in line
+    lines = (line.replace("iteration        1/", f"iteration {i}/") for i in range(1, count + 1))
+    (directory / "train.log").write_text("\n".join(lines))
+    steps = load_run("r", directory).steady_steps()
+    assert [at for at, _ in steps] == list(range(first, count + 1))
 
 
 def test_one_run_has_no_ratio(runs: Path) -> None:
