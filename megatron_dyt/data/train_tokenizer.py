@@ -24,7 +24,7 @@ from megatron_dyt.data.files import write_atomically
 from megatron_dyt.data.jsonl import check_inputs, parse_text, read_lines
 from megatron_dyt.errors import UserError, run_main
 
-DEFAULT_MAX_BYTES = 32_000_000
+DEFAULT_MAX_BYTES = 16_000_000
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
