@@ -1,0 +1,97 @@
+"""Dynamic Tanh as a torch module."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dyt.ops import dyt
+from megatron_dyt.ops.dyt import BACKENDS
+from megatron_dyt.ops.reference import FUNCTIONS
+
+
+class DynamicTanh(nn.Module):
+    """A layer in the place of a norm: `weight * f(alpha * x + shift) + bias` (arXiv 2503.10622).
+
+    Unlike a norm it does not rescale its input, so alpha_init has to fit the scale of x.
+
+    Args:
+        hidden_size: size of x's last dimension.
+        alpha_init: initial alpha, finite and > 0. The paper's default is 0.5; for its language models
+            see its tables 10 and 11.
+        bias: whether to have a bias. The paper's formula does, its LLaMA code does not.
+        function: tanh, erf (Derf, arXiv 2512.10938: adds a learnable shift), hardtanh, sigmoid, isru
+            or identity.
+        backend: "auto", "triton" or "torch"; see `megatron_dyt.ops.dyt`.
+        device, dtype: of the parameters. x may have another dtype; y has x's.
+
+    Parameters: `alpha` (1,); `weight` (hidden_size,), initially 1; `bias` (hidden_size,), initially 0,
+    or None; `shift` (1,), initially 0, for erf, else None.
+
+    Raises:
+        ValueError: hidden_size < 1, alpha_init not finite or not > 0, unknown function or backend.
+    """
+
+    bias: nn.Parameter | None
+    shift: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        alpha_init: float = 0.5,
+        bias: bool = True,
+        function: str = "tanh",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
+        if not (math.isfinite(alpha_init) and alpha_init > 0):
+            raise ValueError(f"alpha_init is {alpha_init}; it must be finite and > 0 (the default is 0.5)")
+        if function not in FUNCTIONS:
+            raise ValueError(f"function is {function!r}; allowed are {', '.join(FUNCTIONS)}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}")
+        self.hidden_size = hidden_size
+        self.alpha_init = alpha_init
+        self.function = function
+        self.backend = backend
+
+        def parameter(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        # (1,) and not 0-d: what skips weight decay for 1-D parameters then skips it here too.
+        self.alpha = parameter(1)
+        self.weight = parameter(hidden_size)
+        self.register_parameter("bias", parameter(hidden_size) if bias else None)
+        self.register_parameter("shift", parameter(1) if function == "erf" else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values, in place; also after meta-device construction and `to_empty`."""
+        nn.init.constant_(self.alpha, self.alpha_init)
+        nn.init.ones_(self.weight)
+        for parameter in (self.bias, self.shift):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) of any strides -> y of the same shape and dtype, contiguous."""
+        return dyt(
+            x,
+            self.alpha,
+            self.weight,
+            self.bias,
+            function=self.function,
+            shift=self.shift,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, alpha_init={self.alpha_init}, bias={self.bias is not None}, "
+            f"function={self.function!r}"
+        )

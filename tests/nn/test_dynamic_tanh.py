@@ -1,0 +1,115 @@
+"""The module: its parameters, initial values and agreement with the paper's formula."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_dyt.nn import DynamicTanh
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_computes_the_formula(bias: bool) -> None:
+    torch.manual_seed(0)
+    module = DynamicTanh(8, alpha_init=0.7, bias=bias, dtype=torch.float64)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    expected = module.weight * torch.tanh(module.alpha * x)
+    if module.bias is not None:
+        expected = expected + module.bias
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_erf_computes_its_formula() -> None:
+    torch.manual_seed(0)
+    module = DynamicTanh(8, function="erf")
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 8)
+    assert module.shift is not None
+    assert module.bias is not None
+    expected = module.weight * torch.erf(module.alpha * x + module.shift) + module.bias
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize(("function", "shift"), [("tanh", {}), ("erf", {"shift": [0.0]})])
+@pytest.mark.parametrize(("bias", "extra"), [(True, {"bias": [0.0, 0.0, 0.0]}), (False, {})])
+def test_initial_parameters(
+    bias: bool, extra: dict[str, list[float]], function: str, shift: dict[str, list[float]]
+) -> None:
+    module = DynamicTanh(3, alpha_init=0.25, bias=bias, function=function)
+    values = {name: p.tolist() for name, p in module.named_parameters()}
+    assert values == {"alpha": [0.25], "weight": [1.0, 1.0, 1.0], **extra, **shift}
+
+
+def test_alpha_is_half_by_default() -> None:
+    assert DynamicTanh(3).alpha.item() == 0.5
+
+
+def test_meta_device_then_reset_gives_the_initial_values() -> None:
+    module = DynamicTanh(3, alpha_init=0.8, function="erf", device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in module.parameters())
+    module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    module.reset_parameters()
+    expected = DynamicTanh(3, alpha_init=0.8, function="erf", dtype=torch.bfloat16).state_dict()
+    actual = module.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_training_moves_every_parameter_and_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    module = DynamicTanh(16, function="erf")
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    x, target = torch.randn(64, 16), torch.rand(64, 16)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = (module(x) - target).square().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert losses == sorted(losses, reverse=True)
+    for name, parameter in module.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_state_dict_round_trip() -> None:
+    source = DynamicTanh(4, function="erf")
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    target = DynamicTanh(4, function="erf")
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(2, 4)
+    assert torch.equal(source(x), target(x))
+
+
+def test_compiles_into_one_graph() -> None:
+    module, x = DynamicTanh(8), torch.randn(3, 8)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), module(x))
+
+
+def test_repr_shows_the_configuration() -> None:
+    assert repr(DynamicTanh(8, bias=False)) == ("DynamicTanh(8, alpha_init=0.5, bias=False, function='tanh')")
+
+
+@pytest.mark.parametrize("alpha_init", [0.0, -0.5, math.nan, math.inf])
+def test_bad_alpha_init(alpha_init: float) -> None:
+    with pytest.raises(ValueError, match=f"alpha_init is {alpha_init}; it must be finite and > 0"):
+        DynamicTanh(8, alpha_init=alpha_init)
+
+
+def test_bad_sizes_and_names() -> None:
+    with pytest.raises(ValueError, match="hidden_size is 0; it must be at least 1"):
+        DynamicTanh(0)
+    with pytest.raises(ValueError, match=r"function is 'relu'; allowed are tanh, .*identity"):
+        DynamicTanh(8, function="relu")
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed are auto, triton, torch"):
+        DynamicTanh(8, backend="cuda")
