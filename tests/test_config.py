@@ -1,0 +1,98 @@
+import math
+
+import pytest
+
+from megatron_dyt.config import (
+    PAPER_ALPHA,
+    DyTConfig,
+    paper_alpha,
+    parse_embedding_scale,
+    resolve_embedding_scale,
+)
+from megatron_dyt.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("width", "attn", "other"),
+    [(1024, 1.0, 1.0), (2048, 1.0, 0.5), (4096, 0.8, 0.2), (5120, 0.6, 0.15), (8192, 0.2, 0.05)],
+)
+def test_paper_points_are_exact(width: int, attn: float, other: float) -> None:
+    config = DyTConfig.paper(width)
+    assert (config.alpha_attn, config.alpha_ffn, config.alpha_final) == (attn, other, other)
+    assert config.embedding_scale == "sqrt"
+    assert config.bias is False
+
+
+@pytest.mark.parametrize(("width", "point"), [(64, 1024), (1023, 1024), (8193, 8192), (16384, 8192)])
+def test_outside_the_paper_alpha_is_clamped(width: int, point: int) -> None:
+    assert paper_alpha(width) == PAPER_ALPHA[point]
+
+
+@pytest.mark.parametrize(("low", "high"), [(1024, 2048), (2048, 4096), (4096, 5120), (5120, 8192)])
+def test_between_two_points_alpha_is_their_geometric_mean_at_the_geometric_middle(
+    low: int, high: int
+) -> None:
+    width = math.sqrt(low * high)
+    # A power law through both points.
+    expected = [math.sqrt(a * b) for a, b in zip(PAPER_ALPHA[low], PAPER_ALPHA[high], strict=True)]
+    assert paper_alpha(round(width)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_unit_preset_does_not_depend_on_the_width() -> None:
+    for width in (64, 4096):
+        config = DyTConfig.unit(width)
+        assert (config.alpha_attn, config.alpha_ffn, config.alpha_final) == (0.5, 0.25, 0.25)
+        assert config.linear_init_std(width) == pytest.approx(width**-0.5)
+    assert DyTConfig.paper(4096).linear_init_std(4096) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("sqrt", 16.0), ("unit", 50.0), ("none", None), ("2.5", 2.5), (3.0, 3.0)],
+)
+def test_embedding_scale_rules(rule: str | float, expected: float | None) -> None:
+    assert resolve_embedding_scale(rule, 256, 0.02) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rule", ["srqt", "0", "-1", "nan", "inf", ""])
+def test_bad_embedding_scale_is_refused_with_what_is_allowed(rule: str) -> None:
+    with pytest.raises(UserError, match="sqrt, unit, none or a finite number > 0"):
+        parse_embedding_scale(rule)
+
+
+def test_unit_scale_of_an_embedding_that_starts_at_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="positive initial std, got 0"):
+        resolve_embedding_scale("unit", 256, 0.0)
+
+
+@pytest.mark.parametrize("role", ["attn", "ffn", "final", "qk"])
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf])
+def test_alpha_must_start_finite_and_positive(role: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--dyt-alpha-init-{role} is .*finite and > 0"):
+        DyTConfig.paper(1024, **{f"alpha_{role}": value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [("function", "tan", "tanh, erf"), ("backend", "cuda", "auto, triton, torch")],
+)
+def test_unknown_names_are_refused(field: str, value: str, allowed: str) -> None:
+    with pytest.raises(UserError, match=allowed):
+        DyTConfig.paper(1024, **{field: value})
+
+
+def test_unknown_preset_and_unknown_field_are_refused() -> None:
+    with pytest.raises(UserError, match="--dyt-preset is 'best'; allowed: paper, unit"):
+        DyTConfig.preset("best", 64)
+    with pytest.raises(UserError, match=r"no field .*'alfa'"):
+        DyTConfig.paper(64, alfa=1.0)
+
+
+def test_overrides_win_over_the_preset() -> None:
+    config = DyTConfig.preset("unit", 64, alpha_attn=0.7, bias=True, embedding_scale=3.0)
+    assert (config.alpha_attn, config.alpha_ffn, config.bias, config.embedding_scale) == (
+        0.7,
+        0.25,
+        True,
+        3.0,
+    )

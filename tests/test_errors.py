@@ -1,0 +1,72 @@
+import errno
+
+import pytest
+
+from megatron_dyt.errors import UserError, describe, root_user_error, run_main
+
+
+def ended(main: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        run_main(main)  # type: ignore[arg-type]
+    return end.value.code, capsys.readouterr().err  # type: ignore[return-value]
+
+
+def test_a_user_error_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise UserError("alpha is 0; give > 0")
+
+    assert ended(main, capsys) == (2, "megatron_dyt: error: alpha is 0; give > 0\n")
+
+
+def test_a_user_error_that_megatron_wrapped_is_still_found(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise UserError("no such norm")
+        except UserError as error:
+            raise RuntimeError("when instantiating") from error
+
+    code, text = ended(main, capsys)
+    assert code == 2
+    assert text.splitlines()[-1] == "megatron_dyt: error: no such norm"
+    assert "Traceback" in text
+
+
+def test_a_full_disk_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    code, text = ended(main, capsys)
+    assert code == 1
+    assert "the disk is full" in text.splitlines()[-1]
+    assert "last complete checkpoint" in text.splitlines()[-1]
+
+
+def test_other_failures_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = ended(lambda: 1 / 0, capsys)
+    assert code == 1
+    assert text.startswith("Traceback")
+    assert text.splitlines()[-1] == "megatron_dyt: stopped: ZeroDivisionError: division by zero"
+
+
+def test_interrupted_and_successful_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "3")
+    code, text = ended(interrupted, capsys)
+    assert code == 130
+    assert text.startswith("megatron_dyt [rank 3]: interrupted")
+    assert ended(lambda: None, capsys) == (0, "")
+    assert ended(lambda: 7, capsys) == (7, "")
+
+
+def test_a_cycle_of_causes_ends() -> None:
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert root_user_error(first) is None
+
+
+def test_an_error_without_text_is_named() -> None:
+    assert describe(ValueError()) == "ValueError: no message"
