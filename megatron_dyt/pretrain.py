@@ -60,13 +60,13 @@ def _pretrain(entry: float) -> None:
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_and_validate_args, parse_args
 
+    preflight.check(parse_args())
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    preflight.check(args)
-    with launch.clean_end(args):
+    with launch.clean_end():
         run(
             pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
             build_datasets,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_dyt.errors import UserError
+from megatron_dyt.runtime.report import say
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,6 @@ def adjust(args: Namespace) -> list[str]:
         if hasattr(args, flag.name) and not flag.works(getattr(args, flag.name)):
             setattr(args, flag.name, flag.value)
             changed.append(flag.shown)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"megatron_dyt: CPU runtime set {' '.join(changed) or 'no flags'}", flush=True)
+    threads = torch.get_num_threads()
+    say(f"CPU runtime ({threads} threads a process) set {' '.join(changed) or 'no flags'}")
     return changed

@@ -8,6 +8,7 @@ import torch
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.runtime import cpu
+from megatron_dyt.runtime.report import say
 
 CHOICES = ("auto", "cpu", "cuda")
 VARIABLE = "MEGATRON_DYT_DEVICE"
@@ -30,7 +31,7 @@ def activate(argv: list[str]) -> list[str]:
             "CUDA_VISIBLE_DEVICES, or train on the CPU with --device cpu"
         )
     if choice == "auto" and not torch.cuda.is_available():
-        _say("no CUDA device found: using the CPU (choose with --device)")
+        say("no CUDA device found: using the CPU (choose with --device)")
         choice = "cpu"
     if choice == "cpu":
         cpu.enable()
@@ -49,8 +50,3 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
         else:
             rest.append(word)
     return choice, rest
-
-
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"megatron_dyt: {line}", flush=True)

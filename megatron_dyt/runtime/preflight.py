@@ -1,9 +1,172 @@
-"""Input checked before training starts, so that what is wrong is said at once and clearly."""
+"""Input checked before training starts, so that what is wrong is said at once and clearly.
+
+Only rank 0 looks at the files. Paths in object stores ("s3://...") are left to Megatron.
+"""
 
 from __future__ import annotations
 
+import os
+import struct
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 
-def check(args: Any) -> None:
-    """Raise `UserError` for data that cannot be read."""
+from megatron_dyt.errors import UserError
+from megatron_dyt.runtime import checkpoint_dir
+from megatron_dyt.runtime.report import say
+
+
+def check(args: Namespace) -> None:
+    """Raise `UserError` when the data, tokenizer or checkpoint that `args` names cannot work.
+
+    `args` are Megatron's parsed arguments, before its own validation. Leftovers of an interrupted
+    save in the --save directory are removed.
+    """
+    if int(os.environ.get("RANK", "0")) != 0 or getattr(args, "yaml_cfg", None):
+        return
+    check_tokenizer(args)
+    check_data(args)
+    check_save(args)
+    check_load(args)
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """The tokenizer's files exist, and a sentencepiece model can be read."""
+    from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
+
+    kind = args.tokenizer_type or "GPT2BPETokenizer"
+    needed: dict[str, tuple[str, ...]] = {"GPT2BPETokenizer": ("vocab_file", "merge_file")}
+    needed |= dict.fromkeys((*SP_TOKENIZERS, "TikTokenizer"), ("tokenizer_model",))
+    for name in needed.get(kind, ()):
+        flag, path = f"--{name.replace('_', '-')}", getattr(args, name)
+        if path is None:
+            raise UserError(f"--tokenizer-type {kind} needs {flag} FILE, which was not given")
+        if "://" not in path and not os.path.isfile(path):
+            raise UserError(f"{flag} {path}: no such file. Give the tokenizer's file")
+    if kind in SP_TOKENIZERS and "://" not in args.tokenizer_model:
+        _check_sentencepiece(args.tokenizer_model)
+
+
+def _check_sentencepiece(path: str) -> None:
+    import sentencepiece
+
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--tokenizer-model {path} is not a readable sentencepiece model ({error}). Train or "
+            "copy it again"
+        ) from error
+
+
+def check_data(args: Namespace) -> None:
+    """Data were named, and each indexed dataset's two files exist and agree."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return
+    files = (args.data_args_path, args.per_split_data_args_path, args.per_dataset_sequences_path)
+    for path in filter(None, files):
+        if "://" not in path and not os.path.isfile(path):
+            raise UserError(f"data file list {path}: no such file")
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [each for each in (blend, *(per_split or ())) if each is not None]
+    if not blends:
+        raise UserError(
+            "no training data were given: use --data-path PREFIX, or --train-data-path and "
+            "--valid-data-path (PREFIX of PREFIX.bin and PREFIX.idx), or --mock-data for a dry run"
+        )
+    for prefix in dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes):
+        if "://" not in prefix and not args.sft:
+            check_indexed_dataset(prefix)
+
+
+def check_indexed_dataset(prefix: str) -> None:
+    """PREFIX.idx is a whole index and PREFIX.bin holds as many bytes as it says."""
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, data):
+        if not path.is_file():
+            raise UserError(
+                f"dataset {prefix}: {path} does not exist. Give the prefix of a .bin and .idx pair "
+                "(python -m megatron_dyt.data.prepare writes one)"
+            )
+    expected = _bytes_by_index(index)
+    present = data.stat().st_size
+    if present != expected:
+        raise UserError(
+            f"dataset {prefix}: {data} has {present} bytes, but {index} describes {expected}. "
+            "One of them is truncated or belongs to another dataset: prepare the data again"
+        )
+
+
+# Token sizes in bytes by the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+# Magic, version, dtype code, number of sequences, number of document boundaries.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+
+
+def _bytes_by_index(index: Path) -> int:
+    """The size that the .bin of this index must have; `UserError` when the index is damaged."""
+    with index.open("rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+        if len(header) < _INDEX_HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
+            raise UserError(f"{index} is not the index of a Megatron dataset: prepare it again")
+        _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        # Lengths (int32) and offsets (int64) of the sequences, then the document boundaries (int64).
+        needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
+        if code not in _TOKEN_BYTES or index.stat().st_size < needed:
+            raise UserError(
+                f"{index} is damaged or truncated ({index.stat().st_size} of {needed} bytes): "
+                "prepare the data again"
+            )
+    if sequences == 0:
+        raise UserError(f"{index} describes a dataset without documents: prepare it again")
+    lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
+    return int(lengths.sum(dtype=np.int64)) * _TOKEN_BYTES[code]
+
+
+def check_save(args: Namespace) -> None:
+    """--save can be written; what an interrupted save left there is cleared away."""
+    if args.save is None or "://" in args.save:
+        return
+    try:
+        os.makedirs(args.save, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {args.save}: cannot make this directory ({error})") from error
+    if not os.access(args.save, os.W_OK | os.X_OK):
+        raise UserError(f"--save {args.save}: no permission to write there")
+    for line in checkpoint_dir.tidy(args.save):
+        say(line)
+
+
+def check_load(args: Namespace) -> None:
+    """The checkpoint to load is there and whole.
+
+    --load of a directory without any checkpoint starts from scratch when it is also the --save
+    directory (so that one command starts and resumes a run); otherwise it is an error.
+    """
+    for flag in ("load", "pretrained_checkpoint"):
+        directory = getattr(args, flag, None)
+        if directory is None or "://" in directory:
+            continue
+        iteration = checkpoint_dir.last_iteration(directory)
+        if flag == "load" and args.ckpt_step:
+            iteration = str(args.ckpt_step)
+        if iteration is not None:
+            checkpoint_dir.check_readable(directory, iteration)
+        elif args.exit_on_missing_checkpoint or not _is_fresh_start(args, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')} {directory}: there is no checkpoint "
+                "(no latest_checkpointed_iteration.txt). Give the --save directory of an earlier "
+                "run; to start from scratch leave the flag out, or give the same --save"
+            )
+
+
+def _is_fresh_start(args: Namespace, flag: str) -> bool:
+    """Nothing to load yet: the run will save where it loads from, or starts from another one."""
+    if flag != "load":
+        return False
+    same = args.save is not None and os.path.abspath(args.load) == os.path.abspath(args.save)
+    return same or getattr(args, "pretrained_checkpoint", None) is not None

@@ -1,0 +1,124 @@
+"""A directory of Megatron checkpoints on disk: which are complete, which one is the last.
+
+Megatron writes `iter_NNNNNNN/`, then its `metadata.json`, then the tracker file with the number. A
+process that dies on the way leaves a directory without `metadata.json`, or in the worst moment an
+empty tracker, with which Megatron later neither resumes nor fails but exits with code 0.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron_dyt.errors import UserError
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+# What Megatron's torch_dist format writes before metadata.json; anything else is not ours to remove.
+_PARTS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt")
+
+
+def last_iteration(directory: str | Path) -> str | None:
+    """What the tracker names: an iteration such as "300", or "release"; None without a tracker.
+
+    Raises `UserError` when the tracker holds something else.
+    """
+    tracker = Path(directory) / _TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    if not text.isdigit() and text != "release":
+        raise UserError(
+            f"{tracker} holds {text!r}; it must hold the number of an iteration (or 'release'). "
+            f"Write into it the number of a complete checkpoint; there: {_listed(directory)}"
+        )
+    return text
+
+
+def iteration_directory(directory: str | Path, iteration: str) -> Path:
+    """`iter_0000300` for "300"; the directory need not exist."""
+    name = iteration if iteration == "release" else f"iter_{int(iteration):07d}"
+    return Path(directory) / name
+
+
+def tidy(directory: str | Path) -> list[str]:
+    """Remove what an interrupted save left, mend an empty tracker; returns what was done.
+
+    The tracker then names the newest complete checkpoint.
+    """
+    root = Path(directory)
+    done = []
+    for path in sorted(root.glob("iter_*")):
+        if _is_interrupted_save(path):
+            shutil.rmtree(path)
+            done.append(f"removed the incomplete checkpoint {path}")
+    tracker = root / _TRACKER
+    complete = _complete_iterations(root)
+    if tracker.exists() and not tracker.read_text(encoding="utf-8").strip() and complete:
+        _write(tracker, str(max(complete)))
+        done.append(f"set the empty {tracker} to {max(complete)}, the last complete checkpoint")
+    return done
+
+
+def check_readable(directory: str | Path, iteration: str) -> None:
+    """Raise `UserError` unless the torch_dist files of a checkpoint are there at full length."""
+    path = iteration_directory(directory, iteration)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist; complete checkpoints there: {_listed(directory)}")
+    if not any(path.glob("*.distcp")):
+        return  # Another format (--ckpt-format), which Megatron checks itself.
+    if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
+        raise UserError(
+            f"checkpoint {path} is incomplete: it has no metadata. Load another one with "
+            f"--ckpt-step; complete there: {_listed(directory)}"
+        )
+    for name, length in _needed_lengths(path).items():
+        file = path / name
+        present = file.stat().st_size if file.is_file() else None
+        if present is None or present < length:
+            state = "missing" if present is None else f"truncated: {present} of {length} bytes"
+            raise UserError(
+                f"checkpoint file {file} is {state}. Restore it, or load another checkpoint with "
+                f"--ckpt-step; there: {_listed(directory)}"
+            )
+
+
+def _needed_lengths(path: Path) -> dict[str, int]:
+    """For each data file of a torch_dist checkpoint, the bytes that its metadata refers to."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        storage = FileSystemReader(path).read_metadata().storage_data
+    except Exception as error:
+        raise UserError(
+            f"the metadata of checkpoint {path} cannot be read ({error}). Restore it, or load "
+            "another checkpoint with --ckpt-step"
+        ) from error
+    lengths: dict[str, int] = {}
+    for item in storage.values():
+        end = item.offset + item.length
+        lengths[item.relative_path] = max(end, lengths.get(item.relative_path, 0))
+    return lengths
+
+
+def _is_interrupted_save(path: Path) -> bool:
+    if not _ITERATION.fullmatch(path.name) or (path / "metadata.json").exists():
+        return False
+    return path.is_dir() and all(_PARTS.fullmatch(part.name) for part in path.iterdir())
+
+
+def _complete_iterations(root: Path) -> list[int]:
+    found = (_ITERATION.fullmatch(path.parent.name) for path in root.glob("iter_*/metadata.json"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _listed(directory: str | Path) -> str:
+    return ", ".join(map(str, _complete_iterations(Path(directory)))) or "none"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
