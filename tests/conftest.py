@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests: Megatron's own training loop, run inside the test process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+# A LLaMA small enough to train for some steps in a second; tests append what they vary.
+TINY_LLAMA = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 "
+    "--lr-decay-style constant --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 63 "
+    "--log-interval 1 --eval-interval 100 --eval-iters 0 --num-workers 0"
+).split()
+
+
+@pytest.fixture
+def tiny_llama() -> list[str]:
+    """Arguments of a small model on mock data; a flag given again later wins."""
+    return list(TINY_LLAMA)
+
+
+@pytest.fixture
+def megatron_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
+    """`megatron_run(argv)` trains by `megatron_dyt.pretrain` on CPU in this process.
+
+    Returns `losses` (one exact float a step), `model` (Megatron's list of model chunks),
+    `optimizer` and `log` (stdout). The model can be used until the next call or the test's end.
+    """
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    yield _run
+    _forget_run()
+
+
+def _run(argv: list[str]) -> SimpleNamespace:
+    from megatron_dyt import pretrain
+    from megatron_dyt.patching import Patches
+
+    _forget_run()
+    seen = SimpleNamespace(losses=[], model=None, optimizer=None, log="")
+    output = io.StringIO()
+    observers = Patches()
+    try:
+        # The observers come after the CPU runtime, which must be on before Megatron is imported.
+        from megatron_dyt.runtime import cpu
+
+        cpu.enable()
+        observers.apply(_observers(seen))
+        with contextlib.redirect_stdout(output):
+            pretrain.main(["--device", "cpu", *argv])
+    finally:
+        observers.undo()
+        seen.log = output.getvalue()
+        sys.stdout.write(seen.log)
+    return seen
+
+
+def _observers(seen: SimpleNamespace) -> list[Any]:
+    from megatron_dyt.patching import Replacement
+
+    def keep_loss(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = train_step(*args, **kwargs)
+            seen.losses.append(float(result[0]["lm loss"]))
+            return result
+
+        return step
+
+    def keep_model(setup: Callable[..., Any]) -> Callable[..., Any]:
+        def build(*args: Any, **kwargs: Any) -> Any:
+            result = setup(*args, **kwargs)
+            seen.model, seen.optimizer = result[:2]
+            return result
+
+        return build
+
+    training = "megatron.training.training"
+    return [
+        Replacement(training, "train_step", keep_loss),
+        Replacement(training, "setup_model_and_optimizer", keep_model),
+    ]
+
+
+def _forget_run() -> None:
+    """Put Megatron's global state, the process groups and the CPU runtime away."""
+    import torch
+
+    from megatron_dyt.runtime import cpu
+
+    if "megatron.training.training" in sys.modules:
+        from megatron.training.training import destroy_global_state
+
+        destroy_global_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    cpu.disable()
