@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -12,8 +15,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.runtime import checkpoint_dir
+
+# With less free space than this (bytes) a failed write is taken for a full disk.
+_FULL = 16 * 2**20
 
 
 def prepare_process() -> None:
@@ -34,23 +41,54 @@ def clean_end() -> Iterator[None]:
     """Around training: whatever ends it, the last complete checkpoint stays the one to resume from.
 
     SIGTERM and Ctrl-C become exceptions, so that an interrupted save is cleared away. SIGTERM then
-    ends the process with one line and exit code 143, Ctrl-C is a `KeyboardInterrupt`.
+    ends the process with one line and exit code 143, Ctrl-C is a `KeyboardInterrupt`. A checkpoint
+    that cannot be written is an `OSError` that says why.
     """
     received: list[int] = []
-    with _signals_as_exceptions(received):
+    with _signals_as_exceptions(received), _writer_errors() as reasons:
         try:
             yield
         except BaseException as error:
-            _clear_interrupted_save()
+            save = _save_directory()
+            free = shutil.disk_usage(save).free if save else None
+            _clear_interrupted_save(save)
             if signal.SIGTERM in received:
                 line = "megatron_dyt: terminated by SIGTERM; the last complete checkpoint is intact"
                 print(line, file=sys.stderr, flush=True)
                 raise SystemExit(128 + signal.SIGTERM) from None
             if signal.SIGINT in received:
                 raise KeyboardInterrupt from error
+            if isinstance(error, CheckpointException):
+                raise _save_error(save, free, reasons) from error
             raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _save_error(save: str | None, free: int | None, reasons: list[str]) -> OSError:
+    """Why a checkpoint was not written: PyTorch's own error does not say that the disk is full."""
+    reason = reasons[0] if reasons else "no reason was given"
+    if free is not None and free < _FULL:
+        return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({reason})", save)
+    return OSError(errno.EIO, f"the checkpoint could not be written ({reason})", save)
+
+
+@contextlib.contextmanager
+def _writer_errors() -> Iterator[list[str]]:
+    """The messages of Megatron's checkpoint writer, which drops the exceptions themselves."""
+    messages: list[str] = []
+    logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async")
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            messages.append(record.getMessage())
+        return True
+
+    logger.addFilter(keep)
+    try:
+        yield messages
+    finally:
+        logger.removeFilter(keep)
 
 
 @contextlib.contextmanager
@@ -72,12 +110,15 @@ def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _clear_interrupted_save() -> None:
-    """On rank 0 remove a half-written checkpoint from the --save directory of Megatron's run."""
-    arguments = sys.modules.get("megatron.training.global_vars")
-    args = getattr(arguments, "_GLOBAL_ARGS", None)
-    save = getattr(args, "save", None)
-    if save is None or "://" in save or int(os.environ.get("RANK", "0")) != 0:
+def _save_directory() -> str | None:
+    """The local --save directory of Megatron's run, if it got as far as having one."""
+    state = sys.modules.get("megatron.training.global_vars")
+    save = getattr(getattr(state, "_GLOBAL_ARGS", None), "save", None)
+    return save if save is not None and os.path.isdir(save) else None
+
+
+def _clear_interrupted_save(save: str | None) -> None:
+    if save is None or int(os.environ.get("RANK", "0")) != 0:
         return
     for line in checkpoint_dir.tidy(save):
         print(f"megatron_dyt: {line}", file=sys.stderr, flush=True)
