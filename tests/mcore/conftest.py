@@ -1,0 +1,133 @@
+"""A world of one CPU process with the plugin registered, and GPT models built in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_dyt.runtime import cpu
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """CPU runtime on, plugin registered, model parallel groups of size 1."""
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    import megatron_dyt
+
+    megatron_dyt.register()
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    from megatron_dyt.mcore.register import unregister
+
+    unregister()
+    cpu.disable()
+
+
+@pytest.fixture
+def make_config(world: None) -> Callable[..., Any]:
+    """A small LLaMA-like TransformerConfig; keywords override."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    def make(normalization: str = "DyT", **overrides: Any) -> Any:
+        values: dict[str, Any] = {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 64,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "use_cpu_initialization": True,
+            "normalization": normalization,
+        }
+        return TransformerConfig(**(values | overrides))
+
+    return make
+
+
+@pytest.fixture
+def make_spec() -> Callable[[Any], Any]:
+    """Megatron's local layer spec for a config."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def make(config: Any, **overrides: Any) -> Any:
+        return get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+            **overrides,
+        )
+
+    return make
+
+
+@pytest.fixture
+def build_gpt(make_spec: Callable[..., Any]) -> Callable[..., Any]:
+    """A GPTModel from a config, its weights the same at every call."""
+    from megatron.core.models.gpt import GPTModel
+
+    def build(config: Any, *, spec: Any = None, **options: Any) -> Any:
+        torch.manual_seed(7)
+        return GPTModel(
+            config,
+            spec or make_spec(config),
+            vocab_size=64,
+            max_sequence_length=16,
+            position_embedding_type=options.pop("position_embedding_type", "rope"),
+            share_embeddings_and_output_weights=options.pop("tied", False),
+            **options,
+        )
+
+    return build
+
+
+@pytest.fixture
+def loss_of() -> Callable[[Any], torch.Tensor]:
+    """Mean loss of a GPTModel on fixed tokens."""
+
+    def loss(model: Any) -> torch.Tensor:
+        tokens = torch.arange(32).reshape(2, 16) * 7 % 64
+        positions = torch.arange(16).expand(2, 16)
+        mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), diagonal=1)[None, None]
+        output: torch.Tensor = model(tokens, positions, mask, labels=tokens.roll(-1, 1))
+        return output.mean()
+
+    return loss
+
+
+@pytest.fixture
+def save_model() -> Callable[[Any, Path], None]:
+    """Save a model's parameters as a torch_dist checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    def save(model: Any, directory: Path) -> None:
+        directory.mkdir()
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(directory))
+
+    return save
+
+
+@pytest.fixture
+def te_stubs(world: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Transformer Engine's classes played by the local ones (the module `te_stubs`)."""
+    # Not at the top: it imports Megatron, which the CPU runtime wants to do first.
+    from tests.mcore import te_stubs as module
+
+    module.install(monkeypatch)
+    return module

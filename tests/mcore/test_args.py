@@ -1,0 +1,198 @@
+import argparse
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_dyt.config import DyTConfig
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import args as args_module
+
+REQUIRED = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 32"
+
+
+@pytest.fixture
+def parse(world: None) -> Callable[..., argparse.Namespace]:
+    """Megatron's own parser with the plugin's flags, then the plugin's validation."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    def run(flags: str, validate: bool = True) -> argparse.Namespace:
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        args = parser.parse_args(f"{REQUIRED} {flags}".split())
+        if validate:
+            args_module.validate(args)
+        return args
+
+    return run
+
+
+def test_dyt_is_a_norm_and_others_stay(parse: Callable[..., Any]) -> None:
+    assert parse("--normalization DyT").normalization == "DyT"
+    assert parse("--normalization RMSNorm").normalization == "RMSNorm"
+
+
+def test_an_unknown_norm_is_refused_with_the_choices(
+    parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse("--normalization DTY")
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "invalid choice: 'DTY'" in message
+    assert "DyT" in message.split("choose from")[1]
+
+
+def test_the_paper_is_the_default_and_is_resolved_to_numbers(parse: Callable[..., Any]) -> None:
+    args = parse("--normalization DyT")
+    assert args.dyt_preset == "paper"
+    assert (args.dyt_alpha_init_attn, args.dyt_alpha_init_ffn) == (1.0, 1.0)
+    assert (args.dyt_alpha_init_final, args.dyt_alpha_init_qk) == (1.0, 1.0)
+    assert (args.dyt_bias, args.dyt_function, args.dyt_backend) == (False, "tanh", "auto")
+    assert args.dyt_embedding_scale == "sqrt"
+    assert args.init_method_std == 0.02
+    assert type(args.init_method_std) is float
+
+
+def test_unit_sets_the_linear_layers_std_and_keeps_the_embeddings(parse: Callable[..., Any]) -> None:
+    args = parse("--normalization DyT --dyt-preset unit")
+    assert args.init_method_std == pytest.approx(1 / 8)
+    assert args.embedding_init_method_std == 0.02
+    assert type(args.embedding_init_method_std) is float
+
+
+def test_unit_leaves_what_the_user_gave(parse: Callable[..., Any]) -> None:
+    args = parse("--normalization DyT --dyt-preset unit --init-method-std 0.02")
+    assert args.init_method_std == 0.02
+    assert args.embedding_init_method_std is None
+    args = parse("--normalization DyT --dyt-preset unit --embedding-init-method-std 0.5")
+    assert (args.init_method_std, args.embedding_init_method_std) == (pytest.approx(1 / 8), 0.5)
+
+
+def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
+    args = parse(
+        "--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.7 --dyt-alpha-init-qk 2 --dyt-bias "
+        "--dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch"
+    )
+    config = args_module.config_from_args(args)
+    assert config == DyTConfig.unit(
+        64, alpha_attn=0.7, alpha_qk=2.0, bias=True, embedding_scale=3.0, function="erf", backend="torch"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dyt-preset unit",
+        "--dyt-alpha-init-attn 0.5",
+        "--dyt-alpha-init-ffn 0.5",
+        "--dyt-alpha-init-final 0.5",
+        "--dyt-alpha-init-qk 0.5",
+        "--dyt-bias",
+        "--no-dyt-bias",
+        "--dyt-embedding-scale sqrt",
+        "--dyt-function tanh",
+        "--dyt-backend auto",
+        "--dyt-stats-interval 5 --save x",
+    ],
+)
+@pytest.mark.parametrize("norm", ["", "--normalization RMSNorm"])
+def test_dyt_flags_need_dyt(parse: Callable[..., Any], flags: str, norm: str) -> None:
+    flag = flags.split()[0].replace("--no-dyt", "--dyt")
+    with pytest.raises(UserError, match=f"{flag} given with --normalization .*need --normalization DyT"):
+        parse(f"{norm} {flags}")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_bad_alpha_is_refused(parse: Callable[..., Any], value: str) -> None:
+    with pytest.raises(UserError, match=r"--dyt-alpha-init-ffn is .*finite and > 0"):
+        parse(f"--normalization DyT --dyt-alpha-init-ffn={value}")
+
+
+def test_the_embedding_scale_of_other_norms(parse: Callable[..., Any]) -> None:
+    assert parse("--normalization RMSNorm --embedding-scale unit").embedding_scale == "unit"
+    assert parse("--normalization RMSNorm --embedding-scale 2").embedding_scale == 2.0
+    assert parse("--normalization RMSNorm").embedding_scale is None
+    with pytest.raises(UserError, match="sqrt, unit, none"):
+        parse("--normalization RMSNorm --embedding-scale big")
+
+
+def test_both_names_of_the_scale_must_agree(parse: Callable[..., Any]) -> None:
+    assert parse("--normalization DyT --embedding-scale 2").dyt_embedding_scale == 2.0
+    with pytest.raises(UserError, match="are the same setting; give one of them"):
+        parse("--normalization DyT --embedding-scale 2 --dyt-embedding-scale 3")
+
+
+def test_statistics_need_a_place_and_a_number(parse: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="give --save too"):
+        parse("--normalization DyT --dyt-stats-interval 5")
+    with pytest.raises(UserError, match="is -1; give a number of steps"):
+        parse("--normalization DyT --save x --dyt-stats-interval -1")
+
+
+def test_a_missing_width_is_named(parse: Callable[..., Any]) -> None:
+    args = parse("--normalization DyT", validate=False)
+    args.hidden_size = None
+    with pytest.raises(UserError, match="--hidden-size is missing"):
+        args_module.validate(args)
+
+
+def test_a_checkpoint_restores_every_model_setting(parse: Callable[..., Any]) -> None:
+    saved = parse("--normalization DyT --dyt-preset unit --dyt-alpha-init-ffn 0.3 --dyt-bias")
+    args = parse("--normalization DyT --dyt-backend torch", validate=False)
+    args_module.restore(args, saved)
+    args_module.validate(args)
+    for name in args_module.MODEL_ARGS:
+        assert getattr(args, name) == getattr(saved, name), name
+    assert args.dyt_backend == "torch"
+
+
+def test_a_checkpoint_of_another_norm_clears_dyt_flags(parse: Callable[..., Any]) -> None:
+    args = parse("--normalization DyT --dyt-preset unit", validate=False)
+    args.normalization = "RMSNorm"
+    args_module.restore(args, SimpleNamespace(normalization="RMSNorm"))
+    args_module.validate(args)
+    assert args.dyt_preset is None
+
+
+def test_a_dyt_checkpoint_without_its_settings_is_refused() -> None:
+    with pytest.raises(UserError, match="checkpoint's dyt_preset is None"):
+        args_module.restore(SimpleNamespace(normalization="DyT"), SimpleNamespace())
+
+
+def test_load_args_wrapper_passes_a_failed_load_through() -> None:
+    wrapped = args_module.wrap_load_args(lambda args: args)
+    marker = object()
+    assert wrapped(marker) is marker
+
+
+def test_a_parser_without_the_norm_flag_is_refused() -> None:
+    wrapped = args_module.wrap_add_arguments(lambda parser: parser)
+    with pytest.raises(UserError, match="has no --normalization"):
+        wrapped(argparse.ArgumentParser())
+
+
+def test_core_users_get_the_papers_settings_or_their_own(make_config: Callable[..., Any]) -> None:
+    config = make_config(hidden_size=4096, num_attention_heads=32)
+    assert config.dyt == DyTConfig.paper(4096)
+    assert config.embedding_scale == 64.0
+    config.dyt = DyTConfig.unit(4096)
+    config.__post_init__()
+    assert config.dyt == DyTConfig.unit(4096)
+    assert config.embedding_scale == pytest.approx(50.0)
+
+
+def test_flags_reach_the_model_config(
+    parse: Callable[..., Any], make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training import global_vars
+
+    args = parse("--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.9")
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    assert make_config().dyt == DyTConfig.unit(32, alpha_attn=0.9, alpha_qk=1.0)
+
+
+def test_stock_norms_get_nothing(make_config: Callable[..., Any]) -> None:
+    config = make_config("RMSNorm")
+    assert not hasattr(config, "dyt")
+    assert not hasattr(config, "embedding_scale")

@@ -1,0 +1,125 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.config import DyTConfig
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import checkpoint
+
+
+def load(model: Any, directory: Path, **options: Any) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory), **options)
+    model.load_state_dict(state["model"])
+
+
+def test_a_dyt_model_comes_back(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    save_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    saved = build_gpt(make_config(qk_layernorm=True))
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter += torch.rand_like(parameter)
+    save_model(saved, tmp_path / "c")
+    fresh = build_gpt(make_config(qk_layernorm=True))
+    load(fresh, tmp_path / "c")
+    for (name, new), old in zip(fresh.named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(new, old), name
+
+
+@pytest.mark.parametrize("impl", ["local", "te"])
+def test_an_rmsnorm_checkpoint_does_not_load_into_dyt(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    save_model: Callable[..., Any],
+    tmp_path: Path,
+    impl: str,
+) -> None:
+    save_model(build_gpt(make_config("RMSNorm")), tmp_path / "c")
+    options = {} if impl == "local" else {"strict": "log_all"}
+    model = build_gpt(make_config())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match="holds a LayerNorm or RMSNorm model and this one is DyT"):
+        load(model, tmp_path / "c", **options)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("strict", ["assume_ok_unexpected", "ignore_all"])
+def test_a_dyt_checkpoint_does_not_load_into_rmsnorm(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    save_model: Callable[..., Any],
+    tmp_path: Path,
+    strict: str,
+) -> None:
+    save_model(build_gpt(make_config()), tmp_path / "c")
+    with pytest.raises(UserError, match="holds a DyT model and this one is not") as error:
+        load(build_gpt(make_config("RMSNorm")), tmp_path / "c", strict=strict)
+    assert "layer_norm_alpha" in str(error.value)
+
+
+def test_other_dyt_settings_are_named(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    save_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    save_model(build_gpt(make_config()), tmp_path / "c")
+    config = make_config()
+    config.dyt = DyTConfig.paper(32, bias=True)
+    with pytest.raises(UserError, match=r"The DyT settings differ.*Missing in the checkpoint: .*bias"):
+        load(build_gpt(config), tmp_path / "c")
+
+
+def test_a_damaged_checkpoint_is_named(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    save_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    save_model(build_gpt(make_config()), tmp_path / "c")
+    metadata = tmp_path / "c" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[: metadata.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"c cannot be read .*load an earlier one with --ckpt-step"):
+        load(build_gpt(make_config()), tmp_path / "c")
+
+
+def test_architecture_differences_are_told_unless_strictness_was_chosen() -> None:
+    model, saved = {"head.weight", "norm.weight"}, {"norm.weight"}
+    with pytest.raises(UserError, match="Check the architecture flags"):
+        checkpoint.compare(model, saved, "c")
+    checkpoint.compare(model, saved, "c", norms_only=True)
+    with pytest.raises(UserError, match=r"Not in the model: norm\.weight"):
+        checkpoint.compare({"a"}, {"a", "norm.weight"}, "c", norms_only=True)
+    checkpoint.compare(saved, saved, "c")
+
+
+def test_long_lists_are_cut_and_dyt_comes_first() -> None:
+    missing = {f"a{i}" for i in range(6)} | {"z.alpha"}
+    with pytest.raises(UserError, match=r"z\.alpha, a0, a1, a2 and 3 more"):
+        checkpoint.compare(missing, set(), "c")
+
+
+def test_optimizer_entries_do_not_count() -> None:
+    assert checkpoint._is_optimizer("optimizer.state.exp_avg.decoder.x")
+    assert checkpoint._is_optimizer("chained_0.optimizer.state.x")
+    assert not checkpoint._is_optimizer("decoder.final_layernorm.alpha")
+
+
+def test_loading_something_without_a_model_is_not_checked() -> None:
+    assert list(checkpoint.model_tensor_keys({"optimizer": {}, "args": 1})) == []
+    assert list(checkpoint.model_tensor_keys([1])) == []
+
+
+def test_all_virtual_stages_count(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+    model = build_gpt(make_config())
+    keys = set(checkpoint.model_tensor_keys({"model0": model.sharded_state_dict(), "model1": []}))
+    assert "decoder.final_layernorm.alpha" in keys
+    assert "embedding.embedding_scale.scale" in keys

@@ -1,0 +1,54 @@
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.limits import refuse_unsupported
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("fused_residual_rmsnorm", True),
+        ("layernorm_zero_centered_gamma", True),
+        ("apply_layernorm_1p", True),
+        ("memory_efficient_layer_norm", True),
+        ("transformer_impl", "inference_optimized"),
+        ("inference_fuse_tp_communication", True),
+        ("use_transformer_engine_op_fuser", True),
+        ("mla_down_proj_fusion", True),
+        ("multi_latent_attention", True),
+        ("heterogeneous_block_specs", True),
+        ("heterogeneous_layers_config_path", "x.json"),
+        ("use_kitchen", True),
+        ("modelopt_enabled", True),
+        ("mtp_num_layers", 1),
+        ("hybrid_layer_pattern", "M*"),
+        ("experimental_attention_variant", "dsa"),
+    ],
+)
+def test_each_combination_that_cannot_work_is_named(setting: str, value: object) -> None:
+    with pytest.raises(UserError, match="--normalization DyT cannot be combined with") as error:
+        refuse_unsupported(SimpleNamespace(**{setting: value}))
+    # What was given, why not, and what to do instead.
+    assert str(error.value).count(". ") >= 1
+
+
+def test_all_clashes_are_told_at_once() -> None:
+    with pytest.raises(UserError, match=r"fused_residual_rmsnorm.*multi-token prediction"):
+        refuse_unsupported(SimpleNamespace(fused_residual_rmsnorm=True, mtp_num_layers=2))
+
+
+def test_what_can_work_passes() -> None:
+    refuse_unsupported(
+        SimpleNamespace(transformer_impl="transformer_engine", mtp_num_layers=None, use_kitchen=False)
+    )
+
+
+def test_a_config_built_without_flags_is_checked_too(make_config: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="memory_efficient_layer_norm"):
+        make_config(memory_efficient_layer_norm=True)
+    config: Any = make_config("LayerNorm", memory_efficient_layer_norm=True)
+    assert config.memory_efficient_layer_norm

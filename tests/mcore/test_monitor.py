@@ -1,0 +1,170 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.config import DyTConfig
+from megatron_dyt.mcore import args, monitor
+from megatron_dyt.mcore.monitor import Monitor
+
+
+@pytest.fixture
+def make_monitor(
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
+) -> Callable[..., tuple[Monitor, Any]]:
+    def make(dyt: DyTConfig | None = None, gain: float = 1.0, **options: Any) -> tuple[Monitor, Any]:
+        config = make_config()
+        config.dyt = dyt or DyTConfig.unit(32)
+        args.attach(config)
+        model = build_gpt(config)
+        return Monitor([model], linear_gain=gain, **options), model
+
+    return make
+
+
+def test_start_up_prints_one_line_a_role_with_what_was_measured(
+    make_monitor: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watch, model = make_monitor()
+    watch.look()
+    loss_of(model)
+    inputs = model.embedding(torch.arange(32).reshape(2, 16) * 7 % 64, torch.arange(16).expand(2, 16))
+    drive = 0.5 * inputs.std(correction=0).item()
+    watch.after_step(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("DyT attn    2 sites, alpha0 0.5, alpha*std(x) of the first batch ")
+    numbers = [float(word) for word in lines[0].split("batch ")[1].split(" to ")]
+    assert drive == pytest.approx(numbers[0], rel=0.01) or drive == pytest.approx(numbers[1], rel=0.01)
+    assert lines[1].startswith("DyT ffn     2 sites, alpha0 0.25")
+    assert lines[2].startswith("DyT final   1 sites, alpha0 0.25")
+    assert lines[3] == "DyT embedding scale 50"
+    assert not [line for line in lines if "WARNING" in line]
+    # Once.
+    watch.look()
+    loss_of(model)
+    watch.after_step(2)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("alpha", "warns"), [(0.001, True), (0.5, False), (30.0, True)])
+def test_a_site_far_from_the_range_that_trains_is_warned_about(
+    make_monitor: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    alpha: float,
+    warns: bool,
+) -> None:
+    watch, model = make_monitor(DyTConfig.unit(32, alpha_ffn=alpha))
+    watch.look()
+    loss_of(model)
+    warnings = [line for line in watch.start_up_lines() if line.startswith("WARNING: DyT ffn")]
+    assert bool(warnings) is warns
+    if warns:
+        assert "--dyt-alpha-init-ffn" in warnings[0]
+
+
+@pytest.mark.parametrize(("gain", "warns"), [(0.16, True), (1.28, False), (9.0, True)])
+def test_fading_linear_layers_are_warned_about(
+    make_monitor: Callable[..., Any], gain: float, warns: bool
+) -> None:
+    watch, _ = make_monitor(gain=gain)
+    assert any("std*sqrt(hidden)" in line for line in watch.start_up_lines()) is warns
+
+
+def test_statistics_are_those_of_the_step_before_its_update(
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "save" / "dyt_stats.jsonl"
+    watch, model = make_monitor(stats_file=str(file), interval=3)
+    watch.look()
+    for step in range(1, 8):
+        loss_of(model)
+        with torch.no_grad():
+            model.decoder.final_layernorm.alpha += 1.0
+        watch.after_step(step)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 3, 6]
+    final = [record["sites"][-1] for record in records]
+    assert [site["alpha"] for site in final] == pytest.approx([0.25, 2.25, 5.25])
+    assert {site["name"] for site in final} == {"decoder.final_layernorm"}
+    for site in final:
+        assert site["alpha_std"] == pytest.approx(site["alpha"] * site["input_std"], rel=1e-5)
+        assert site["layer"] is None
+        assert site["role"] == "final"
+    # Of a standard normal, |5.25 x| > 2 has probability 0.703; |0.25 x| > 2 has none to speak of.
+    assert final[0]["saturated"] < 0.001
+    assert final[2]["saturated"] == pytest.approx(0.703, abs=0.1)
+    assert records[0]["embedding_scale"] == pytest.approx(50)
+
+
+def test_nothing_is_recorded_between_two_looks(
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], tmp_path: Path
+) -> None:
+    watch, model = make_monitor(stats_file=str(tmp_path / "s"), interval=10)
+    watch.look()
+    loss_of(model)
+    watch.after_step(1)
+    assert all(site.module.probe is None for site in watch.sites)
+    loss_of(model)
+    assert watch.samples == {}
+    watch.after_step(9)
+    assert all(site.module.probe is not None for site in watch.sites)
+
+
+def test_silent_ranks_print_and_write_nothing(
+    make_monitor: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watch, model = make_monitor(stats_file=str(tmp_path / "s"), interval=1, speaks=False)
+    watch.look()
+    loss_of(model)
+    watch.after_step(1)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "s").exists()
+
+
+def test_layers_are_numbered_over_the_whole_model(make_monitor: Callable[..., Any]) -> None:
+    _, model = make_monitor()
+    # As on a second pipeline stage of two layers each.
+    for layer in model.decoder.layers:
+        layer.layer_number += 2
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    sites = monitor.find_sites([wrapped])
+    assert [(site.name, site.layer) for site in sites[:3]] == [
+        ("decoder.layers.2.input_layernorm", 3),
+        ("decoder.layers.2.pre_mlp_layernorm", 3),
+        ("decoder.layers.3.input_layernorm", 4),
+    ]
+
+
+def test_a_stage_without_embedding_has_no_scale(
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
+) -> None:
+    model = build_gpt(make_config(), pre_process=False)
+    assert monitor.find_embedding_scale([model]) is None
+
+
+def test_the_training_log_seam_finds_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    class Watch:
+        def after_step(self, iteration: int) -> None:
+            steps.append(iteration)
+
+    def training_log(loss_dict: Any, total: Any, learning_rate: Any, iteration: Any, rest: Any = 0) -> str:
+        return "flag"
+
+    monkeypatch.setattr(monitor, "_active", Watch())
+    wrapped = monitor.wrap_training_log(training_log)
+    assert wrapped({}, {}, 0.1, 7) == "flag"
+    assert wrapped({}, {}, learning_rate=0.1, iteration=8) == "flag"
+    monkeypatch.setattr(monitor, "_active", None)
+    wrapped({}, {}, 0.1, 9)
+    assert steps == [7, 8]

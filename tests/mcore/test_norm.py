@@ -1,0 +1,97 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.config import DyTConfig
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("function", ["tanh", "erf"])
+def test_every_parameter_says_whether_its_gradient_is_partial(
+    make_config: Callable[..., Any], sequence_parallel: bool, function: str
+) -> None:
+    config = make_config()
+    config.dyt = DyTConfig.unit(32, bias=True, function=function)
+    config.sequence_parallel = sequence_parallel
+    norm = DyTNorm(config, 32, role="ffn")
+    marks = {name: p.sequence_parallel for name, p in norm.named_parameters()}
+    names = {"alpha", "weight", "bias"} | ({"shift"} if function == "erf" else set())
+    assert marks == dict.fromkeys(names, sequence_parallel)
+
+
+@pytest.mark.parametrize("role", ["attn", "ffn", "final", "qk"])
+def test_alpha_starts_at_its_roles_value(make_config: Callable[..., Any], role: str) -> None:
+    config = make_config()
+    config.dyt = DyTConfig.paper(32, alpha_attn=0.11, alpha_ffn=0.12, alpha_final=0.13, alpha_qk=0.14)
+    expected = {"attn": 0.11, "ffn": 0.12, "final": 0.13, "qk": 0.14}[role]
+    norm = DyTNorm(config=config, hidden_size=8, eps=1e-5, role=role)
+    assert norm.alpha.item() == pytest.approx(expected)
+    assert norm.weight.shape == (8,)
+    assert norm.bias is None
+    assert f"role={role}" in repr(norm)
+
+
+def test_parameters_have_megatrons_dtype(make_config: Callable[..., Any]) -> None:
+    config = make_config(params_dtype=torch.bfloat16)
+    assert {p.dtype for p in DyTNorm(config, 8, role="attn").parameters()} == {torch.bfloat16}
+
+
+def test_forward_is_dyt_and_shows_its_input_to_a_probe(make_config: Callable[..., Any]) -> None:
+    norm = DyTNorm(make_config(), 32, role="attn")
+    x = torch.randn(3, 2, 32)
+    seen: list[Any] = []
+    norm.probe = lambda module, given: seen.append((module, given))
+    torch.testing.assert_close(norm(x), torch.tanh(norm.alpha * x) * norm.weight)
+    assert seen == [(norm, x)]
+
+
+def test_an_unknown_role_is_refused(make_config: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="role is 'mlp'; allowed: attn, ffn, final, qk"):
+        DyTNorm(make_config(), 8, role="mlp")  # type: ignore[arg-type]
+
+
+def test_sites_are_listed_in_order(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+    names = [name for name, _ in dyt_sites(build_gpt(make_config(num_layers=1)))]
+    assert names == [
+        "decoder.layers.0.input_layernorm",
+        "decoder.layers.0.pre_mlp_layernorm",
+        "decoder.final_layernorm",
+    ]
+
+
+def test_gradients_reach_every_dyt_parameter(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+) -> None:
+    config = make_config(qk_layernorm=True)
+    config.dyt = DyTConfig.unit(32, bias=True)
+    model = build_gpt(config)
+    loss_of(model).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_alphas_gradient_is_the_slope_of_the_loss(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+) -> None:
+    model = build_gpt(make_config()).double()
+    loss_of(model).backward()
+    for name, site in dyt_sites(model):
+        step = 2e-2
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                site.alpha += sign * step
+                values.append(loss_of(model).item())
+                site.alpha -= sign * step
+        slope = (values[0] - values[1]) / (2 * step)
+        # The loss is computed in fp32 whatever the model's dtype.
+        assert site.alpha.grad.item() == pytest.approx(slope, rel=5e-2, abs=1e-4), name

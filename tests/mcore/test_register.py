@@ -1,0 +1,67 @@
+import importlib
+
+import pytest
+
+import megatron_dyt
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import register as module
+
+
+def current(seam: module.Seam) -> object:
+    owner: object = importlib.import_module(seam.module)
+    for part in seam.attribute.split("."):
+        owner = vars(owner)[part] if isinstance(owner, type) else getattr(owner, part)
+    return owner
+
+
+def own_seams() -> list[module.Seam]:
+    """Those that the CPU runtime of these tests does not replace as well."""
+    return [seam for seam in module.seams() if seam.attribute != "WrappedTorchNorm.__new__"]
+
+
+@pytest.fixture
+def unregistered(world: None) -> None:
+    module.unregister()
+    yield
+    megatron_dyt.register()
+
+
+def test_every_seam_is_replaced_once_and_put_back(unregistered: None) -> None:
+    before = [current(seam) for seam in own_seams()]
+    megatron_dyt.register()
+    assert megatron_dyt.is_registered()
+    after = [current(seam) for seam in own_seams()]
+    assert all(new is not old for new, old in zip(after, before, strict=True))
+    megatron_dyt.register()
+    assert [current(seam) for seam in own_seams()] == after
+    module.unregister()
+    assert not megatron_dyt.is_registered()
+    assert [current(seam) for seam in own_seams()] == before
+
+
+def test_a_missing_seam_is_named_and_nothing_is_left_half_done(
+    unregistered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [current(seam) for seam in own_seams()]
+    missing = module.Seam("megatron.core.dist_checkpointing", "lod", lambda original: original)
+    monkeypatch.setattr(module, "seams", lambda: (*module.CORE, missing))
+    with pytest.raises(UserError, match=r"lacks a place .*megatron\.core\.dist_checkpointing\.lod"):
+        megatron_dyt.register()
+    monkeypatch.undo()
+    assert not megatron_dyt.is_registered()
+    assert [current(seam) for seam in own_seams()] == before
+
+
+def test_an_unsupported_version_is_refused(unregistered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.compat, "megatron_version", lambda: "0.12.0")
+    with pytest.raises(UserError, match=r"megatron-core 0\.12\.0 is not supported"):
+        megatron_dyt.register()
+    assert not megatron_dyt.is_registered()
+
+
+def test_without_the_training_loop_only_the_core_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.compat, "has_training", lambda: False)
+    monkeypatch.setattr(module.compat, "has_transformer_engine", lambda: False)
+    assert module.seams() == module.CORE
+    monkeypatch.setattr(module.compat, "has_transformer_engine", lambda: True)
+    assert {seam.attribute for seam in module.seams()} >= {"TENorm.__new__"}
