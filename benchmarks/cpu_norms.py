@@ -96,13 +96,17 @@ def measure(tokens: int, hidden: int, dtype: torch.dtype, rounds: int) -> dict[s
 
 def print_table(result: dict[str, Any]) -> None:
     print(f"\n{result['tokens']} x {result['hidden']} {result['dtype']}, microseconds")
-    print(f"{'':12}{'forward':>10}{'backward':>10}{'both':>10}   quartiles of both   / rmsnorm")
-    rms = result["layers"]["rmsnorm"]["both"]["median_us"]
+    print(
+        f"{'':12}{'forward':>10}{'backward':>10}{'both':>10}   {'quartiles':18}{'/ rmsnorm':>10}"
+        f"{'minima':>10}"
+    )
+    rms = result["layers"]["rmsnorm"]["both"]
     for name, phases in result["layers"].items():
         medians = "".join(f"{phases[phase]['median_us']:10.0f}" for phase in PHASES)
         both = phases["both"]
         spread = f"{both['quartile1_us']:.0f} - {both['quartile3_us']:.0f}"
-        print(f"{name:12}{medians}   {spread:18}{both['median_us'] / rms:10.2f}")
+        ratios = "".join(f"{both[key] / rms[key]:10.2f}" for key in ("median_us", "min_us"))
+        print(f"{name:12}{medians}   {spread:18}{ratios}")
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ nothing but x and the parameters is saved for backward: recomputing f(z) is chea
 more activation-sized buffer.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from megatron_dyt.ops import reference
 
-# 1 MiB of fp32 per temporary. Smaller chunks lose to the cost of starting threads for each operation
-# (2 cores, 2048 x 1024: 65536 is 1.3x slower), larger ones no longer fit in cache (1 << 20: 1.2x).
-CHUNK_ELEMENTS = 1 << 18
+# 2 MiB of fp32 per temporary. Smaller chunks start threads more often (1 core, 2048 x 1024: 1 << 16 is
+# 1.4x slower, on a busy machine much more), larger ones do not fit in cache (1 << 20: 1.3x slower).
+CHUNK_ELEMENTS = 1 << 19
 
 # oneDNN's tanh is as accurate as torch.tanh (relative error 8e-8) and 4x faster, but the conversion to
 # and from its tensors costs some 50 us a call.
@@ -61,7 +62,7 @@ def _tanh_slope(dy: Tensor, state: Tensor, g: Tensor) -> None:
 
 
 def _tanh_value(state: Tensor, x: Tensor, a: float) -> Tensor:
-    one = torch.ones((), dtype=state.dtype)
+    one = state.new_ones(())
     torch.sub(one, state, alpha=2, out=state)
     torch.copysign(state, x, out=state)
     return state.neg_() if a < 0 else state
@@ -94,6 +95,24 @@ def _chunk_rows(rows: int, hidden: int) -> int:
     return max(1, min(rows, CHUNK_ELEMENTS // hidden))
 
 
+class _Workspace(threading.local):
+    """Temporaries that a thread keeps between calls: at most 3 chunks, or 3 rows of a wider hidden."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.dtype, Tensor] = {}
+
+    def take(self, count: int, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """(count, rows, hidden) of uninitialised memory, valid until the next call."""
+        size = count * rows * hidden
+        if dtype not in self._memory or self._memory[dtype].numel() < size:
+            with torch.inference_mode(False):  # its tensors could not be written to in training
+                self._memory[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+        return self._memory[dtype][:size].view(count, rows, hidden)
+
+
+_workspace = _Workspace()
+
+
 def _scalar(t: Tensor | None) -> float:
     return 0.0 if t is None else t.item()
 
@@ -112,10 +131,10 @@ def forward(
     a, s = _scalar(alpha), _scalar(shift)
     w = weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     x_rows, y_rows = x.reshape(-1, hidden), y.view(-1, hidden)
     n = _chunk_rows(x_rows.shape[0], hidden)
-    buffer = None if y.dtype == dtype else torch.empty(n, hidden, dtype=dtype)
+    buffer = None if y.dtype == dtype else _workspace.take(1, n, hidden, dtype)[0]
     for x_chunk, y_chunk in zip(x_rows.split(n), y_rows.split(n), strict=True):
         z = y_chunk if buffer is None else buffer[: len(x_chunk)]
         _pre_activation(x_chunk, a, s, z)
@@ -146,13 +165,13 @@ def backward(
     steps = _backward_steps(function)
     w = weight.to(dtype) * steps.scale
     needs_x, needs_alpha, needs_weight, needs_bias, needs_shift = needs
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs_x else None
+    dx = x.new_empty(x.shape) if needs_x else None
     # Sums over rows of g * x, dy * f(z), dy and g: separate tensors, as an op's outputs may not alias.
-    sums = [torch.zeros(hidden, dtype=dtype) for _ in range(4)]
+    sums = [x.new_zeros(hidden, dtype=dtype) for _ in range(4)]
 
     x_rows, dy_rows = x.reshape(-1, hidden), dy.reshape(-1, hidden)
     n = _chunk_rows(x_rows.shape[0], hidden)
-    buffers = torch.empty(3, n, hidden, dtype=dtype)
+    buffers = _workspace.take(3, n, hidden, dtype)
     for start in range(0, x_rows.shape[0], n):
         xc = x_rows[start : start + n].to(dtype)
         dyc = dy_rows[start : start + n].to(dtype)
@@ -169,7 +188,7 @@ def backward(
             sums[3] += g.sum(0)
         if dx is not None:
             torch.mul(g, w * a, out=dx.view(-1, hidden)[start : start + n])
-    dalpha = (sums[0] @ w).reshape(1)
+    dalpha = (sums[0] * w).sum().reshape(1)
     if needs_alpha and not dalpha.isfinite():
         # 0 * inf, from an infinite x where f is flat: the reference knows that its limit is 0.
         _, dalpha, *_ = reference.dyt_backward(
@@ -180,6 +199,6 @@ def backward(
         dalpha.to(alpha.dtype),
         sums[1].to(weight.dtype),
         sums[2].to(weight.dtype),
-        None if shift is None else (sums[3] @ w).reshape(1).to(shift.dtype),
+        None if shift is None else (sums[3] * w).sum().reshape(1).to(shift.dtype),
     )
     return [t for t, needed in zip(candidates, needs, strict=True) if needed and t is not None]
