@@ -15,15 +15,15 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from megatron_dyt.data.files import write_atomically
 from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel, find_checkpoint, load_model
 from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS
-from megatron_dyt.runtime import device, launch
-
-if TYPE_CHECKING:
-    from megatron_dyt.evaluation.checkpoint_model import LoadedModel
+from megatron_dyt.runtime import device
 
 _SEED = 1234
 
@@ -32,23 +32,21 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate as `argv` (default: the command line) says; `UserError` for what cannot work."""
     start = time.time()
     given = sys.argv[1:] if argv is None else argv
-    options = _parse(device.activate(given))
-    _need_lm_eval()
-
-    from megatron_dyt.evaluation.checkpoint_model import find_checkpoint, load_model
-
+    options = _parse(given)
     find_checkpoint(options.load, options.ckpt_step)  # Before anything slow.
+    _need_lm_eval()
+    device.activate(["--device", options.device] if options.device else [])
     tasks = _load_tasks(options.tasks, options.include_path)
     loaded = load_model(options.load, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model)
-    with launch.clean_end(loaded.args):
-        lm = loaded.language_model(options.batch_tokens)
-        if lm.scorer.rank == 0:
-            print(f"megatron_dyt: evaluating {loaded}", flush=True)
-        results = _evaluate(lm, tasks, options.limit, lm.scorer.rank == 0)
-        if lm.scorer.rank == 0:
-            print(format_table(results))
-            report = _report(results, loaded, given, time.time() - start)
-            _write(options.output, report)
+    lm = loaded.language_model(options.batch_tokens)
+    reports = lm.scorer.rank == 0
+    if reports:
+        print(f"megatron_dyt: evaluating {loaded}", flush=True)
+    results = _evaluate(lm, tasks, options.limit, reports)
+    if reports:
+        print(format_table(results))
+        _write(options.output, _report(results, loaded, given, time.time() - start))
+    torch.distributed.destroy_process_group()
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -58,7 +56,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_dyt.evaluation",
         description=__doc__,
-        epilog="--device {auto,cpu,cuda} chooses where to run (default: CUDA if there is any).",
     )
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="checkpoint: what training had as --save")
@@ -81,7 +78,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="where to write the results, JSON",
     )
+    add("--device", metavar="{auto,cpu,cuda}", help="where to run (default: CUDA if there is any)")
     options = parser.parse_args(argv)
+    if not options.tasks:
+        raise UserError("--tasks names no task; give lm-eval tasks, separated by commas")
     if options.output.is_dir():
         raise UserError(f"--output {options.output} is a directory; give a file name in it")
     if options.include_path and not Path(options.include_path).is_dir():
@@ -199,7 +199,6 @@ def _report(results: dict[str, Any], loaded: LoadedModel, argv: list[str], secon
 
 def _versions() -> dict[str, str]:
     import lm_eval
-    import torch
 
     import megatron_dyt
     from megatron_dyt.mcore.compat import megatron_version
@@ -207,7 +206,8 @@ def _versions() -> dict[str, str]:
     return {
         "lm_eval": lm_eval.__version__,
         "torch": torch.__version__,
-        "megatron_core": megatron_version(),
+        # Megatron adds the commit of whatever repository the process runs in.
+        "megatron_core": megatron_version().partition("+")[0],
         "megatron_dyt": megatron_dyt.__version__,
     }
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.runtime import launch, wheel
@@ -48,6 +49,8 @@ _RUN_FLAGS = re.compile(
     "|distribute_saved|^fp[48]|^cp_comm|^attention_backend$|^init_model_with_meta_device$"
     "|^config_logger_dir$|^flash_decode$|^symmetric_ar_type$|^batch_invariant_mode$"
 )
+# What reading a damaged file may raise is anything; torch's own is no Exception.
+_READ_ERRORS = (Exception, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def load_model(load: str, *, ckpt_step: int | None = None, tokenizer_model: str 
         check_tokenizer(flags)
         args, tokenizer = _start_megatron(flags)
         _check_vocabulary(tokenizer, args, checkpoint)
-        model = _build(args)
+        model = build(args)
         _load_weights(model, checkpoint)
     return LoadedModel(model.eval(), tokenizer, args, checkpoint)
 
@@ -133,7 +136,9 @@ def _quiet_megatron() -> Iterator[None]:
         with contextlib.redirect_stdout(report), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
             yield
-    except Exception:
+    except UserError:
+        raise
+    except BaseException:
         print(report.getvalue())
         raise
 
@@ -203,7 +208,7 @@ def saved_args(checkpoint: Checkpoint) -> Namespace:
         )
     try:
         common = dist_checkpointing.load_common_state_dict(str(where))
-    except Exception as error:  # Whatever unpickling a damaged file raises.
+    except _READ_ERRORS as error:
         raise _damaged(checkpoint, error) from error
     if common.get("args") is None:
         raise UserError(
@@ -213,7 +218,10 @@ def saved_args(checkpoint: Checkpoint) -> Namespace:
     return common["args"]
 
 
-def _damaged(checkpoint: Checkpoint, error: Exception) -> UserError:
+def _damaged(checkpoint: Checkpoint, error: BaseException) -> UserError:
+    if isinstance(error, CheckpointException):
+        # Its own message is a traceback; each rank's failure is an (exception, stack) pair.
+        error = next((failure[0] for failure in error.failures.values()), error)
     return UserError(
         f"{checkpoint.directory} cannot be read ({describe(error)}). It is incomplete or damaged: "
         f"choose another iteration with --ckpt-step, or copy it again"
@@ -290,7 +298,7 @@ def _start_megatron(flags: dict[str, Any]) -> tuple[Namespace, TextTokenizer]:
     return args, get_tokenizer()
 
 
-def _build(args: Namespace) -> torch.nn.Module:
+def build(args: Namespace) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
 
@@ -315,5 +323,5 @@ def _load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         checkpointing.load_checkpoint([model], None, None)
     except UserError:
         raise
-    except Exception as error:  # Whatever reading a damaged file raises.
+    except _READ_ERRORS as error:
         raise _damaged(checkpoint, error) from error

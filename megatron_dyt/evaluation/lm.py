@@ -165,11 +165,13 @@ class MegatronDyTLM(TemplateLM):
                 f"supported; allowed: {', '.join(sorted(_GENERATION_OPTIONS))}. Leave the task out "
                 f"or change its generation_kwargs"
             )
-        max_new = min(settings["max_gen_toks"], self.max_length - 1)
-        stops = settings["until"]
+        max_new, stops = settings["max_gen_toks"], settings["until"]
+        # A long prompt leaves room for the answer, or half the sequence where that is less.
+        longest = self.max_length - min(max_new, self.max_length // 2)
         generated = self.scorer.generate(
-            [self.tok_encode(text)[-(self.max_length - max_new) :] for text in contexts],
+            [self.tok_encode(text)[-longest:] for text in contexts],
             max_new=max_new,
+            max_length=self.max_length,
             done=lambda new: new[-1] == self.eot_token_id or self._has_stop(new, stops),
             temperature=settings.get("temperature", 0.0),
             what="generate_until",

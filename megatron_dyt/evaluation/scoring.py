@@ -88,21 +88,23 @@ class Scorer:
         prompts: Sequence[list[int]],
         *,
         max_new: int,
+        max_length: int,
         done: Callable[[list[int]], bool],
         temperature: float = 0.0,
         seed: int = 1234,
         what: str = "generating",
     ) -> list[list[int]]:
-        """New tokens for every prompt, until `done(new tokens)` or `max_new` of them.
+        """New tokens for every prompt, until `done(new tokens)`, or `max_new` of them, or a whole
+        sequence of `max_length` (prompts are shorter).
 
         Greedy at temperature 0, else sampled; a prompt's random numbers depend on `seed` and its
         place in `prompts` alone. There is no key-value cache: each token costs a full forward pass.
         """
         mine: dict[int, list[int]] = {}
-        for batch in self._my_batches([len(prompt) + max_new for prompt in prompts], what):
+        for batch in self._my_batches([min(len(p) + max_new, max_length) for p in prompts], what):
             samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
             rows = [list(prompts[i]) for i in batch]
-            new = self._generate_batch(rows, samplers, max_new, done, temperature)
+            new = self._generate_batch(rows, samplers, max_new, max_length, done, temperature)
             mine.update(zip(batch, new, strict=True))
         everyone = self._gather(mine)
         return [everyone[i] for i in range(len(prompts))]
@@ -137,6 +139,7 @@ class Scorer:
         rows: list[list[int]],
         samplers: list[torch.Generator],
         max_new: int,
+        max_length: int,
         done: Callable[[list[int]], bool],
         temperature: float,
     ) -> list[list[int]]:
@@ -148,7 +151,7 @@ class Scorer:
             (logits,) = self._forward(inputs, torch.arange(len(live)), last, _itself)
             for row, row_logits in zip(live, logits, strict=True):
                 rows[row].append(_pick(row_logits, temperature, samplers[row]))
-            live = [i for i in live if not done(rows[i][starts[i] :])]
+            live = [i for i in live if len(rows[i]) < max_length and not done(rows[i][starts[i] :])]
             if not live:
                 break
         return [row[start:] for row, start in zip(rows, starts, strict=True)]

@@ -1,0 +1,94 @@
+"""Tiny trained checkpoints with a real tokenizer, made once a session inside the test process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_dyt.data import train_tokenizer
+from megatron_dyt.runtime import cpu
+
+VOCABULARY = 400  # Megatron pads it to 512.
+SEQUENCE = 48
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+# Flags that a loader which restores too few of the stored ones would get wrong.
+UNUSUAL = "--norm-epsilon 1e-2 --rotary-base 500 --rotary-percent 0.5 --qk-layernorm"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint directory, and the model that was saved there."""
+
+    directory: Path
+    tokenizer: Path
+    model: torch.nn.Module
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(home: Path) -> Path:
+    text, model = home / "text.jsonl", home / "tokenizer.model"
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in TEXT.split("\n\n")))
+    model.write_bytes(train_tokenizer.train([text], VOCABULARY, max_bytes=10**6))
+    return model
+
+
+_trained: dict[str, Trained] = {}
+
+
+@pytest.fixture
+def trained(
+    megatron_run: Callable[[list[str]], SimpleNamespace],
+    tiny_llama: list[str],
+    tokenizer_model: Path,
+    home: Path,
+) -> Callable[[str], Trained]:
+    """`trained("DyT")`: a checkpoint at iterations 2 and 4, trained on its first use."""
+
+    def train(norm: str) -> Trained:
+        if norm not in _trained:
+            directory = home / norm
+            flags = f"--normalization {norm} --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE}"
+            flags += f" --tokenizer-type SentencePieceTokenizer --tokenizer-model {tokenizer_model}"
+            flags += f" --save {directory} --save-interval 2 --ckpt-format torch_dist"
+            run = megatron_run([*tiny_llama, *UNUSUAL.split(), *flags.split()])
+            _trained[norm] = Trained(directory, tokenizer_model, run.model[0].module)
+            forget_megatron()
+            cpu.enable()
+        return _trained[norm]
+
+    return train
+
+
+@pytest.fixture
+def fresh_megatron(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Megatron as in a new process, on the CPU, and again afterwards."""
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sys, "argv", ["evaluation"])
+    monkeypatch.setenv("MEGATRON_DYT_DEVICE", "cpu")
+    forget_megatron()
+    cpu.enable()
+    yield
+    forget_megatron()
+
+
+def forget_megatron() -> None:
+    if "megatron.training.training" in sys.modules:
+        from megatron.training.training import destroy_global_state
+
+        destroy_global_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    cpu.disable()

@@ -1,0 +1,285 @@
+"""`python -m megatron_dyt.evaluation`: from a checkpoint to a file of results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.evaluation import __main__ as entry
+from megatron_dyt.evaluation.checkpoint_model import load_model
+from megatron_dyt.runtime import cpu
+
+from .conftest import SEQUENCE, TEXT, Trained, forget_megatron
+
+Train = Callable[[str], Trained]
+LINES = [line[:30] for line in TEXT.split("\n") if len(line) > 30][:24]
+PARAGRAPHS = [part for part in TEXT.split("\n\n") if len(part) > 200][:5]
+
+YAML = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+num_fewshot: 2
+metadata: {{version: 1.5}}
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+BITS = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+"""
+ANSWER = """
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 4}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="session")
+def tasks(home: Path) -> Path:
+    """A directory with the tasks dyt_choice, dyt_bits, dyt_answer and the group dyt_all."""
+    folder = home / "tasks"
+    folder.mkdir()
+    pairs = list(zip(LINES[::2], LINES[1::2], strict=True))
+    choices = [
+        {"text": first, "choices": [second, pairs[i - 1][1]], "gold": 0}
+        for i, (first, second) in enumerate(pairs)
+    ]
+    rows = {"choice": choices, "bits": [{"text": part} for part in PARAGRAPHS], "answer": choices[:3]}
+    for name, body in {"choice": CHOICE, "bits": BITS, "answer": ANSWER}.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        (folder / f"{name}.yaml").write_text(YAML.format(name=f"dyt_{name}", data=data) + body)
+    (folder / "all.yaml").write_text(
+        "group: dyt_all\ntask: [dyt_choice]\naggregate_metric_list: [{metric: acc}]\n"
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Datasets are cached by their file's place and time: never in the user's home."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(home / "cache"))
+
+
+def arguments(trained: Trained, tasks: Path, output: Path, *more: str) -> list[str]:
+    given = {"--load": trained.directory, "--include-path": tasks, "--output": output}
+    return [str(word) for pair in given.items() for word in pair] + list(more)
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "DyT"])
+def test_evaluates_a_checkpoint(
+    trained: Train,
+    norm: str,
+    tasks: Path,
+    tmp_path: Path,
+    fresh_megatron: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "new" / "results.json"
+    argv = arguments(trained(norm), tasks, output, "--tasks", "dyt_choice,dyt_bits,dyt_answer")
+    capsys.readouterr()
+    entry.main(argv)
+    report = json.loads(output.read_text())
+    assert list(output.parent.iterdir()) == [output]
+    assert report["checkpoint"]["iteration"] == 4
+    assert report["checkpoint"]["normalization"] == norm
+    assert set(report["versions"]) == {"lm_eval", "torch", "megatron_core", "megatron_dyt"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+\w*", report["versions"]["megatron_core"])
+    assert report["command"].startswith("python -m megatron_dyt.evaluation --load ")
+    assert report["task_versions"]["dyt_bits"] == 1.5
+    assert set(report["n-shot"].values()) == {0}  # Whatever the task's file says.
+    assert report["n-samples"]["dyt_choice"] == {"original": 12, "effective": 12}
+    assert report["processes"] == 1
+    assert report["seconds"] > 0
+    shown = capsys.readouterr().out
+    assert f"{norm} model" in shown
+    assert "end of arguments" not in shown  # Megatron's report stays hidden.
+    bits = report["results"]["dyt_bits"]["bits_per_byte,none"]
+    assert re.search(rf"\| dyt_bits +\| 0 +\| bits_per_byte +\| {bits:.4f}", shown)
+    assert "dyt_answer" in report["results"]
+    assert not torch.distributed.is_initialized()
+
+
+def test_figures_are_those_of_the_model(
+    trained: Train, tasks: Path, tmp_path: Path, fresh_megatron: None
+) -> None:
+    """bits per byte and accuracy from Megatron's own logits, one sequence at a time."""
+    output = tmp_path / "results.json"
+    tasks_flag = ("--tasks", "dyt_choice,dyt_bits", "--limit", "3")
+    entry.main(arguments(trained("DyT"), tasks, output, *tasks_flag))
+    report = json.loads(output.read_text())["results"]
+
+    forget_megatron()
+    cpu.enable()
+    loaded = load_model(str(trained("DyT").directory))
+    encode = loaded.tokenizer.tokenize
+
+    def logprob(context: list[int], continuation: list[int]) -> float:
+        inputs = torch.tensor([(context + continuation)[:-1]])
+        with torch.no_grad():
+            logits = loaded.model(inputs, torch.arange(inputs.shape[1])[None], None)[0]
+        logits = logits[-len(continuation) :, : loaded.tokenizer.vocab_size].double()
+        return float(logits.log_softmax(1).gather(1, torch.tensor([continuation]).T).sum())
+
+    total = 0.0
+    for text in PARAGRAPHS[:3]:
+        tokens = [1, *encode(text)]
+        total += logprob(tokens[:1], tokens[1 : SEQUENCE + 1])
+        done = SEQUENCE + 1
+        while done < len(tokens):
+            end = min(done + SEQUENCE, len(tokens))
+            total += logprob(tokens[end - SEQUENCE - 1 : done], tokens[done:end])
+            done = end
+    size = sum(len(text.encode()) for text in PARAGRAPHS[:3])
+    expected = -total / size / math.log(2)
+    assert report["dyt_bits"]["bits_per_byte,none"] == pytest.approx(expected, abs=1e-5)
+
+    right = 0
+    for row in map(json.loads, (tasks / "choice.jsonl").read_text().splitlines()[:3]):
+        context = [1, *encode(row["text"])]
+        values = []
+        for choice in row["choices"]:
+            both = [1, *encode(row["text"] + choice)]
+            continuation = both[len(context) :]
+            kept = (context + continuation)[-SEQUENCE - 1 : -len(continuation)]
+            values.append(logprob(kept, continuation))
+        right += values.index(max(values)) == row["gold"]
+    assert report["dyt_choice"]["acc,none"] == pytest.approx(right / 3)
+
+
+def test_groups_are_shown(
+    trained: Train,
+    tasks: Path,
+    tmp_path: Path,
+    fresh_megatron: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_own_tasks(monkeypatch)
+    output = tmp_path / "results.json"
+    more = ("--tasks", "dyt_all", "--limit", "2", "--batch-tokens", "64", "--ckpt-step", "2")
+    entry.main(arguments(trained("RMSNorm"), tasks, output, *more))
+    report = json.loads(output.read_text())
+    assert report["groups"]["dyt_all"]["acc,none"] == report["results"]["dyt_choice"]["acc,none"]
+    assert report["checkpoint"]["iteration"] == 2
+    assert "| dyt_all" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_same_results(
+    trained: Train, tasks: Path, tmp_path: Path, fresh_megatron: None
+) -> None:
+    alone, together = tmp_path / "one.json", tmp_path / "two.json"
+    names = ("--tasks", "dyt_choice,dyt_bits,dyt_answer", "--batch-tokens", "200")
+    entry.main(arguments(trained("DyT"), tasks, alone, *names))
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    flags = arguments(trained("DyT"), tasks, together, *names)
+    subprocess.run(
+        [sys.executable, "-m", *torchrun, "megatron_dyt.evaluation", *flags],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one, two = json.loads(alone.read_text()), json.loads(together.read_text())
+    assert two["processes"] == 2
+    for task, metrics in one["results"].items():
+        for name, value in metrics.items():
+            other = two["results"][task][name]
+            assert other == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "dyt_nothing"], r"unknown dyt_nothing.*dyt_bits"),
+        (["--tasks", "dyt_bits", "--include-path", "nowhere"], r"--include-path nowhere: no such"),
+        (["--tasks", "dyt_bits", "--output", "."], r"--output \. is a directory"),
+        (["--tasks", "dyt_bits", "--ckpt-step", "9"], r"iteration 9 is not there"),
+        (["--tasks", "dyt_bits", "--device", "tpu"], r"'tpu'.*auto, cpu, cuda"),
+        (["--tasks", ","], r"--tasks"),
+    ],
+)
+def test_bad_input(
+    trained: Train,
+    tasks: Path,
+    tmp_path: Path,
+    fresh_megatron: None,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    message: str,
+) -> None:
+    without_own_tasks(monkeypatch)
+    output = tmp_path / "results.json"
+    with pytest.raises(UserError, match=message):
+        entry.main(arguments(trained("DyT"), tasks, output, *more))
+    assert not output.exists()
+
+
+def without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexing lm-eval's own tasks takes seconds."""
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_path=None, include_defaults=True: manager(
+            include_path=include_path, include_defaults=False
+        ),
+    )
+
+
+def test_unknown_task_without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_own_tasks(monkeypatch)
+    with pytest.raises(UserError, match=r"unknown a, b;.*none there"):
+        entry._load_tasks(["a", "b"], None)
+
+
+@pytest.mark.parametrize("flag", [["--limit", "0"], ["--batch-tokens", "-1"], ["--ckpt-step", "x"]])
+def test_numbers_that_are_none(flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        entry.main(["--load", "d", "--tasks", "t", "--output", str(tmp_path / "o"), *flag])
+    assert f"argument {flag[0]}" in capsys.readouterr().err
+
+
+def test_without_lm_eval(
+    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_megatron: None
+) -> None:
+    load = str(trained("DyT").directory)
+    find: Any = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name)
+    )
+    with pytest.raises(UserError, match=re.escape("pip install 'megatron-dyt[eval]'")):
+        entry.main(["--load", load, "--tasks", "t", "--output", str(tmp_path / "o")])
