@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -58,6 +59,7 @@ def enable() -> None:
         _quiet_rng_warning()
         _satisfy_connection_check()
         _use_all_cores()
+        _keep_freed_memory()
         undo_on_error.pop_all()
     _enabled = True
 
@@ -152,3 +154,22 @@ def _use_all_cores() -> None:
     if device_count() == 1 and "OMP_NUM_THREADS" not in os.environ:
         _closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+# Options of glibc's mallopt(3) and their defaults.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the memory of large tensors, which it would return to the system each time.
+
+    Every step allocates the same activations again, and fresh pages must be zeroed by the kernel:
+    that took a fifth of the step time of a small LLaMA. Without glibc nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    for option, value in {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}.items():
+        mallopt(option, value)
+        _closing.callback(mallopt, option, _DEFAULTS[option])
