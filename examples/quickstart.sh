@@ -53,6 +53,8 @@ for split in train valid; do
   "$PY" -m megatron_dyt.data.prepare --input "$OUT/corpus/$split.jsonl" \
     --tokenizer-model "$OUT/tokenizer.model" --output-prefix "$OUT/data/$split"
 done
+# Megatron's cache of sample indices goes by path, not by content.
+[ "$OUT/data/train.manifest.json" -ot "$OUT/data/cache" ] || rm -rf "$OUT/data/cache"
 "$PY" examples/quickstart/tasks.py --corpus "$OUT/corpus" --output "$OUT/tasks"
 
 # run NAME LEARNING_RATE NORM_FLAGS...: train (or continue), then evaluate.

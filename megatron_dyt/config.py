@@ -15,8 +15,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Self, get_args
 
+import torch
+
 from megatron_dyt.errors import UserError
-from megatron_dyt.names import Backend, Function, Preset, Role
+from megatron_dyt.names import Backend, Function, Preset, Role, WeightInit
+from megatron_dyt.ops.reference import dyt_forward
 
 # arXiv 2503.10622, Tables 10 and 11: width -> (alpha0 in front of attention, alpha0 elsewhere).
 # 5120 is the 13B row of Table 10; Table 11 shows that depth does not matter.
@@ -61,6 +64,8 @@ class DyTConfig:
         bias: whether DyT has a bias (beta). RMSNorm has none, and neither has the paper's LLaMA code.
         embedding_scale: "sqrt" (sqrt(hidden), the paper's), "unit" (1 / the embedding's initial std),
             "none", or a positive number: initial value of the learnable scalar on the embedding.
+        weight_init: "one" (the paper's), or "unit": the weight with which DyT hands on a unit-variance
+            input at unit variance, as RMSNorm does (`unit_response`).
         function: what bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938).
         backend: "auto", "triton" or "torch".
         name: the preset these values come from, for reports.
@@ -76,6 +81,7 @@ class DyTConfig:
     bias: bool = False
     embedding_scale: str | float = "sqrt"
     function: Function = "tanh"
+    weight_init: WeightInit = "one"
     backend: Backend = "auto"
     name: Preset = "paper"
 
@@ -83,6 +89,7 @@ class DyTConfig:
         for role in get_args(Role):
             check_alpha(f"--dyt-alpha-init-{role}", self.alpha(role))
         check_choice("--dyt-function", self.function, get_args(Function))
+        check_choice("--dyt-weight-init", self.weight_init, get_args(WeightInit))
         check_choice("--dyt-backend", self.backend, get_args(Backend))
         parse_embedding_scale(self.embedding_scale)
 
@@ -127,9 +134,27 @@ class DyTConfig:
         value: float = getattr(self, f"alpha_{role}")
         return value
 
+    def initial_weight(self, role: str) -> float:
+        """Initial weight (gamma) of a norm with this role."""
+        return 1.0 / unit_response(self.function, self.alpha(role)) if self.weight_init == "unit" else 1.0
+
     def linear_init_std(self, hidden_size: int) -> float | None:
         """Std that the preset wants for linear layers, or None where Megatron's own is right."""
         return hidden_size**-0.5 if self.name == "unit" else None
+
+
+def unit_response(function: str, alpha: float) -> float:
+    """Root mean square of f(alpha * z) for a standard normal z, by quadrature.
+
+    Its inverse is the weight with which DyT hands on a unit-variance input at unit variance.
+    """
+    z = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z * z)
+    one, shift = torch.ones(1, dtype=torch.float64), None
+    if function == "erf":
+        shift = torch.zeros(1, dtype=torch.float64)
+    response = dyt_forward(z[:, None], alpha * one, one, function=function, shift=shift)[:, 0]
+    return float(((response.square() * density).sum() / density.sum()).sqrt())
 
 
 def resolve_embedding_scale(rule: str | float, hidden_size: int, embedding_std: float) -> float | None:

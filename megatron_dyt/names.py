@@ -9,4 +9,5 @@ from typing import Literal
 Role = Literal["attn", "ffn", "final", "qk"]
 Preset = Literal["paper", "unit"]
 Function = Literal["tanh", "erf", "hardtanh", "sigmoid", "isru", "identity"]
+WeightInit = Literal["one", "unit"]
 Backend = Literal["auto", "triton", "torch"]

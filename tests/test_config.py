@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from megatron_dyt.config import (
     PAPER_ALPHA,
@@ -8,8 +9,10 @@ from megatron_dyt.config import (
     paper_alpha,
     parse_embedding_scale,
     resolve_embedding_scale,
+    unit_response,
 )
 from megatron_dyt.errors import UserError
+from megatron_dyt.nn import DynamicTanh
 
 
 @pytest.mark.parametrize(
@@ -96,3 +99,26 @@ def test_overrides_win_over_the_preset() -> None:
         True,
         3.0,
     )
+
+
+@pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "isru", "identity"])
+@pytest.mark.parametrize("role", ["attn", "ffn"])
+def test_unit_weight_hands_a_unit_input_on_at_unit_variance(function: str, role: str) -> None:
+    config = DyTConfig.unit(64, function=function, weight_init="unit")
+    layer = DynamicTanh(
+        256,
+        alpha_init=config.alpha(role),
+        weight_init=config.initial_weight(role),
+        bias=False,
+        function=function,
+    )
+    x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
+    assert layer(x).square().mean().sqrt().item() == pytest.approx(1.0, rel=5e-3)
+
+
+def test_unit_response_of_the_identity_is_alpha() -> None:
+    assert unit_response("identity", 0.3) == pytest.approx(0.3, rel=1e-6)
+
+
+def test_the_papers_weight_starts_at_one() -> None:
+    assert DyTConfig.paper(4096).initial_weight("attn") == 1.0

@@ -20,7 +20,7 @@ from megatron_dyt.config import (
 )
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.limits import refuse_unsupported
-from megatron_dyt.names import Backend, Function, Preset, Role
+from megatron_dyt.names import Backend, Function, Preset, Role, WeightInit
 
 NORMALIZATION = "DyT"
 
@@ -31,6 +31,7 @@ MODEL_ARGS = (
     "dyt_bias",
     "dyt_embedding_scale",
     "dyt_function",
+    "dyt_weight_init",
     "embedding_scale",
 )
 DYT_ARGS = (*MODEL_ARGS[:-1], "dyt_backend")
@@ -105,6 +106,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--dyt-function",
         choices=get_args(Function),
         help="What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
+    )
+    group.add_argument(
+        "--dyt-weight-init",
+        choices=get_args(WeightInit),
+        help="Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
     )
     group.add_argument("--dyt-backend", choices=get_args(Backend), help="Kernel to use. Default: auto.")
     group.add_argument(
@@ -191,6 +197,7 @@ def _resolve(args: Any) -> None:
     args.dyt_bias = config.bias
     args.dyt_embedding_scale = args.embedding_scale = parse_embedding_scale(config.embedding_scale)
     args.dyt_function = config.function
+    args.dyt_weight_init = config.weight_init
     args.dyt_backend = config.backend
 
 
@@ -204,7 +211,7 @@ def config_from_args(args: Any) -> DyTConfig:
         if value is not None:
             check_alpha(f"--dyt-alpha-init-{role}", value)
             overrides[f"alpha_{role}"] = value
-    for name in ("bias", "embedding_scale", "function", "backend"):
+    for name in ("bias", "embedding_scale", "function", "weight_init", "backend"):
         if getattr(args, f"dyt_{name}") is not None:
             overrides[name] = getattr(args, f"dyt_{name}")
     return DyTConfig.preset(args.dyt_preset or "paper", args.hidden_size, **overrides)

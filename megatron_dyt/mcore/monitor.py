@@ -68,6 +68,7 @@ class Monitor:
     ) -> None:
         self.sites = find_sites(chunks)
         self.scale = find_embedding_scale(chunks)
+        self.scale_value: float | None = None
         self.linear_gain = linear_gain
         self.stats_file = stats_file
         self.interval = interval
@@ -78,6 +79,7 @@ class Monitor:
     def look(self) -> None:
         """Record the next forward pass of every site."""
         self.samples = {}
+        self.scale_value = None if self.scale is None else float(self.scale.detach())
         for site in self.sites:
             site.module.probe = self._record
 
@@ -128,8 +130,8 @@ class Monitor:
                 f"alpha*std(x) of the first batch {min(drive):.3g} to {max(drive):.3g}"
             )
             lines += [self._warning(role, value) for value in {min(drive), max(drive)} if _off(value)]
-        if self.scale is not None:
-            lines.append(f"DyT embedding scale {float(self.scale.detach()):.4g}")
+        if self.scale_value is not None:
+            lines.append(f"DyT embedding scale {self.scale_value:.4g}")
         if not GOOD_GAIN[0] <= self.linear_gain <= GOOD_GAIN[1]:
             lines.append(
                 f"WARNING: DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
@@ -168,8 +170,8 @@ class Monitor:
                     "saturated": float(sample.saturated),
                 }
             )
-        if self.scale is not None:
-            record["embedding_scale"] = float(self.scale.detach())
+        if self.scale_value is not None:
+            record["embedding_scale"] = self.scale_value
         assert self.stats_file is not None
         os.makedirs(os.path.dirname(self.stats_file), exist_ok=True)
         with open(self.stats_file, "a", encoding="utf-8") as file:

@@ -51,6 +51,7 @@ class DyTNorm(DynamicTanh):
         super().__init__(
             hidden_size,
             alpha_init=dyt.alpha(role),
+            weight_init=dyt.initial_weight(role),
             bias=dyt.bias,
             function=dyt.function,
             backend=dyt.backend,

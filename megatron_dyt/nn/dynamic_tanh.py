@@ -19,6 +19,7 @@ class DynamicTanh(nn.Module):
         hidden_size: size of x's last dimension.
         alpha_init: initial alpha, finite and > 0. The paper's default is 0.5; for its language models
             see its tables 10 and 11.
+        weight_init: initial weight (gamma) of every channel, finite; 1 in the paper.
         bias: whether to have a bias. The paper's formula does, its LLaMA code does not.
         function: tanh, erf (Derf, arXiv 2512.10938: adds a learnable shift), hardtanh, sigmoid, isru
             or identity.
@@ -40,6 +41,7 @@ class DynamicTanh(nn.Module):
         hidden_size: int,
         *,
         alpha_init: float = 0.5,
+        weight_init: float = 1.0,
         bias: bool = True,
         function: str = "tanh",
         backend: str = "auto",
@@ -51,12 +53,15 @@ class DynamicTanh(nn.Module):
             raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
         if not (math.isfinite(alpha_init) and alpha_init > 0):
             raise ValueError(f"alpha_init is {alpha_init}; it must be finite and > 0 (the default is 0.5)")
+        if not math.isfinite(weight_init):
+            raise ValueError(f"weight_init is {weight_init}; it must be finite (the paper's is 1)")
         if function not in FUNCTIONS:
             raise ValueError(f"function is {function!r}; allowed are {', '.join(FUNCTIONS)}")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}")
         self.hidden_size = hidden_size
         self.alpha_init = alpha_init
+        self.weight_init = weight_init
         self.function = function
         self.backend = backend
 
@@ -73,7 +78,7 @@ class DynamicTanh(nn.Module):
     def reset_parameters(self) -> None:
         """Set the initial values, in place; also after meta-device construction and `to_empty`."""
         nn.init.constant_(self.alpha, self.alpha_init)
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, self.weight_init)
         for parameter in (self.bias, self.shift):
             if parameter is not None:
                 nn.init.zeros_(parameter)
@@ -92,6 +97,6 @@ class DynamicTanh(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.hidden_size}, alpha_init={self.alpha_init}, bias={self.bias is not None}, "
-            f"function={self.function!r}"
+            f"{self.hidden_size}, alpha_init={self.alpha_init:g}, weight_init={self.weight_init:g}, "
+            f"bias={self.bias is not None}, function={self.function!r}"
         )

@@ -92,6 +92,7 @@ def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
         "--no-dyt-bias",
         "--dyt-embedding-scale sqrt",
         "--dyt-function tanh",
+        "--dyt-weight-init unit",
         "--dyt-backend auto",
         "--dyt-stats-interval 5 --save x",
     ],

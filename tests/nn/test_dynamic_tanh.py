@@ -97,7 +97,9 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_repr_shows_the_configuration() -> None:
-    assert repr(DynamicTanh(8, bias=False)) == ("DynamicTanh(8, alpha_init=0.5, bias=False, function='tanh')")
+    assert repr(DynamicTanh(8, bias=False)) == (
+        "DynamicTanh(8, alpha_init=0.5, weight_init=1, bias=False, function='tanh')"
+    )
 
 
 @pytest.mark.parametrize("alpha_init", [0.0, -0.5, math.nan, math.inf])
@@ -113,3 +115,9 @@ def test_bad_sizes_and_names() -> None:
         DynamicTanh(8, function="relu")
     with pytest.raises(ValueError, match="backend is 'cuda'; allowed are auto, triton, torch"):
         DynamicTanh(8, backend="cuda")
+
+
+def test_weight_init_fills_the_weight_and_must_be_finite() -> None:
+    assert DynamicTanh(3, weight_init=2.5).weight.tolist() == [2.5] * 3
+    with pytest.raises(ValueError, match="weight_init is nan; it must be finite"):
+        DynamicTanh(3, weight_init=float("nan"))

@@ -1,0 +1,107 @@
+"""DyT in Megatron's own training loop: start-up report, statistics, checkpoints, weights at the start."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.norm import DyTNorm
+
+Run = Callable[..., SimpleNamespace]
+DYT = ["--normalization", "DyT", "--dyt-preset", "unit"]
+
+
+def test_dyt_learns_and_reports_itself(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
+    argv = [*tiny_llama, *DYT, "--train-iters", "8", "--dyt-stats-interval", "4"]
+    argv += ["--save", str(tmp_path), "--save-interval", "8"]
+    run = megatron_run(argv)
+    assert run.losses[-1] < run.losses[0] - 0.05
+    for line in (
+        "DyT attn    2 sites",
+        "DyT ffn     2 sites",
+        "DyT final   1 sites",
+        "DyT embedding scale 50",
+    ):
+        assert line in run.log
+    records = [json.loads(line) for line in (tmp_path / "dyt_stats.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 4, 8]
+    assert all(len(record["sites"]) == 5 for record in records)
+    assert records[0]["sites"][0]["alpha"] == 0.5
+    assert records[2]["sites"][0]["alpha"] != 0.5
+
+
+def test_paper_preset_at_a_small_width_is_warned_about(megatron_run: Run, tiny_llama: list[str]) -> None:
+    run = megatron_run([*tiny_llama, "--normalization", "DyT", "--train-iters", "1"])
+    assert "WARNING: DyT: linear layers start with gain std*sqrt(hidden) = 0.11" in run.log
+
+
+def test_resuming_equals_never_stopping(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_llama, *DYT, "--dyt-bias", "--train-iters", "8"]
+    whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
+    resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
+    assert resumed.losses == whole.losses[4:]
+
+
+def test_the_other_norms_checkpoint_is_refused(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
+    megatron_run([*tiny_llama, *saving])
+    with pytest.raises(UserError, match="holds a LayerNorm or RMSNorm model and this one is DyT"):
+        megatron_run([*tiny_llama, *DYT, "--load", str(tmp_path)])
+
+
+def test_a_checkpoint_brings_its_dyt_settings(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
+    settings = ["--dyt-alpha-init-attn", "0.7", "--dyt-bias", "--dyt-function", "erf"]
+    saved = megatron_run([*tiny_llama, *DYT, *settings, *saving])
+    shapes = {name: p.shape for name, p in saved.model[0].named_parameters()}
+    loaded = megatron_run(
+        [*tiny_llama, "--use-checkpoint-args", "--load", str(tmp_path), "--finetune", "--train-iters", "1"]
+    )
+    assert {name: p.shape for name, p in loaded.model[0].named_parameters()} == shapes
+    sites = [module for module in loaded.model[0].modules() if isinstance(module, DyTNorm)]
+    assert len(sites) == 5
+    assert {site.function for site in sites} == {"erf"}
+    assert sites[0].alpha_init == 0.7
+
+
+def test_both_norms_start_from_the_same_weights(megatron_run: Run, tiny_llama: list[str]) -> None:
+    std = ["--init-method-std", "0.1768", "--embedding-init-method-std", "0.02"]
+    start = ["--train-iters", "1", "--lr", "0", "--min-lr", "0"]
+    rms = megatron_run([*tiny_llama, *start, *std, "--embedding-scale", "unit"])
+    weights = {name: p.detach().clone() for name, p in rms.model[0].named_parameters()}
+    dyt = megatron_run([*tiny_llama, *start, *std, *DYT])
+    shared = [name for name, _ in dyt.model[0].named_parameters() if "norm" not in name]
+    assert len(shared) == 2 * 4 + 3
+    for name, parameter in dyt.model[0].named_parameters():
+        if name in shared:
+            assert torch.equal(parameter, weights[name]), name
+
+
+def test_bf16_trains(megatron_run: Run, tiny_llama: list[str]) -> None:
+    run = megatron_run([*tiny_llama, *DYT, "--bf16", "--train-iters", "6"])
+    assert run.losses[-1] < run.losses[0]
+    dtypes = {p.dtype for p in run.model[0].parameters()}
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dyt-alpha-init-attn", "-1"], "--dyt-alpha-init-attn is -1.0"),
+        (["--apply-layernorm-1p"], "apply-layernorm-1p"),
+        (["--mtp-num-layers", "1"], "multi-token prediction"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    megatron_run: Run, tiny_llama: list[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        megatron_run([*tiny_llama, *DYT, *flags])
