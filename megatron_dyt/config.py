@@ -5,8 +5,9 @@ that scale:
 
 - `paper`: alpha by width as tuned in arXiv 2503.10622 (Tables 10 and 11) for linear layers of std 0.02,
   with the embedding scale sqrt(hidden). Meant for widths of 1024 and above.
-- `unit`: a stream of unit variance at any width: embedding scale 1/std of the embedding, linear layers
-  of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere.
+- `unit`: unit variance everywhere, at any width: embedding scale 1/std of the embedding, linear layers
+  of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere, and the weight (gamma) with
+  which DyT hands a unit-variance input on at unit variance.
 """
 
 from __future__ import annotations
@@ -97,15 +98,17 @@ class DyTConfig:
     def paper(cls, hidden_size: int, **overrides: Any) -> Self:
         """The paper's LLaMA settings for a width (`paper_alpha`), embedding scale sqrt(hidden)."""
         attn, other = paper_alpha(hidden_size)
-        return cls._build("paper", attn, other, "sqrt", overrides)
+        return cls._build("paper", attn, other, overrides)
 
     @classmethod
     def unit(cls, hidden_size: int, **overrides: Any) -> Self:
-        """Unit-variance stream: embedding scale 1/std, alpha 0.5 / 0.25 whatever the width.
+        """Unit variance everywhere at the start: embedding scale 1/std, alpha 0.5 / 0.25 whatever
+        the width, and the weight that gives DyT's output unit variance.
 
         Goes with linear layers of std 1/sqrt(hidden_size): see `linear_init_std`.
         """
-        return cls._build("unit", *UNIT_ALPHA, "unit", overrides)
+        scale = {"embedding_scale": "unit", "weight_init": "unit"}
+        return cls._build("unit", *UNIT_ALPHA, scale | overrides)
 
     @classmethod
     def preset(cls, name: str, hidden_size: int, **overrides: Any) -> Self:
@@ -114,20 +117,14 @@ class DyTConfig:
         return cls.unit(hidden_size, **overrides) if name == "unit" else cls.paper(hidden_size, **overrides)
 
     @classmethod
-    def _build(cls, name: Preset, attn: float, other: float, scale: str, overrides: dict[str, Any]) -> Self:
-        unknown = set(overrides) - {field.name for field in fields(cls)}
+    def _build(cls, name: Preset, attn: float, other: float, settings: dict[str, Any]) -> Self:
+        unknown = set(settings) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(
                 f"DyTConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}."
             )
-        values: dict[str, Any] = {
-            "alpha_attn": attn,
-            "alpha_ffn": other,
-            "alpha_final": other,
-            "embedding_scale": scale,
-            "name": name,
-        }
-        return cls(**(values | overrides))
+        alpha = {"alpha_attn": attn, "alpha_ffn": other, "alpha_final": other}
+        return cls(**({"name": name} | alpha | settings))
 
     def alpha(self, role: str) -> float:
         """Initial alpha of a norm with this role."""
@@ -148,13 +145,14 @@ def unit_response(function: str, alpha: float) -> float:
 
     Its inverse is the weight with which DyT hands on a unit-variance input at unit variance.
     """
-    z = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)
-    density = torch.exp(-0.5 * z * z)
-    one, shift = torch.ones(1, dtype=torch.float64), None
-    if function == "erf":
-        shift = torch.zeros(1, dtype=torch.float64)
-    response = dyt_forward(z[:, None], alpha * one, one, function=function, shift=shift)[:, 0]
-    return float(((response.square() * density).sum() / density.sum()).sqrt())
+    # On the CPU also where a model is being built on another default device, such as meta.
+    with torch.device("cpu"), torch.no_grad():
+        z = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)
+        density = torch.exp(-0.5 * z * z)
+        one = torch.ones(1, dtype=torch.float64)
+        shift = torch.zeros_like(one) if function == "erf" else None
+        response = dyt_forward(z[:, None], alpha * one, one, function=function, shift=shift)[:, 0]
+        return float(((response.square() * density).sum() / density.sum()).sqrt())
 
 
 def resolve_embedding_scale(rule: str | float, hidden_size: int, embedding_std: float) -> float | None:

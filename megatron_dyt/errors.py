@@ -41,7 +41,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         _last_words("interrupted; the last complete checkpoint is intact")
         code = 128 + signal.SIGINT
-    except Exception as error:
+    except SystemExit:
+        raise
+    # BaseException: PyTorch's CheckpointException is one.
+    except BaseException as error:
         traceback.print_exc()
         cause = root_user_error(error)
         _last_words(f"error: {cause}" if cause else f"stopped: {describe(error)}")

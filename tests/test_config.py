@@ -46,6 +46,7 @@ def test_unit_preset_does_not_depend_on_the_width() -> None:
         config = DyTConfig.unit(width)
         assert (config.alpha_attn, config.alpha_ffn, config.alpha_final) == (0.5, 0.25, 0.25)
         assert config.linear_init_std(width) == pytest.approx(width**-0.5)
+        assert config.weight_init == "unit"
     assert DyTConfig.paper(4096).linear_init_std(4096) is None
 
 
@@ -104,7 +105,7 @@ def test_overrides_win_over_the_preset() -> None:
 @pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "isru", "identity"])
 @pytest.mark.parametrize("role", ["attn", "ffn"])
 def test_unit_weight_hands_a_unit_input_on_at_unit_variance(function: str, role: str) -> None:
-    config = DyTConfig.unit(64, function=function, weight_init="unit")
+    config = DyTConfig.unit(64, function=function)
     layer = DynamicTanh(
         256,
         alpha_init=config.alpha(role),
@@ -118,6 +119,12 @@ def test_unit_weight_hands_a_unit_input_on_at_unit_variance(function: str, role:
 
 def test_unit_response_of_the_identity_is_alpha() -> None:
     assert unit_response("identity", 0.3) == pytest.approx(0.3, rel=1e-6)
+
+
+def test_unit_response_works_while_a_model_is_built_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        # For a standard normal z, E[erf(a z)^2] = 2/pi asin(2 a^2 / (1 + 2 a^2)); here a = 1/2.
+        assert unit_response("erf", 0.5) == pytest.approx(math.sqrt(2 / math.pi * math.asin(1 / 3)), rel=1e-9)
 
 
 def test_the_papers_weight_starts_at_one() -> None:

@@ -1,6 +1,7 @@
 import errno
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError, describe, root_user_error, run_main
 
@@ -46,6 +47,24 @@ def test_other_failures_keep_their_traceback(capsys: pytest.CaptureFixture[str])
     assert code == 1
     assert text.startswith("Traceback")
     assert text.splitlines()[-1] == "megatron_dyt: stopped: ZeroDivisionError: division by zero"
+
+
+def test_a_failed_checkpoint_which_is_no_exception_to_python_has_its_line_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> None:
+        raise CheckpointException("read", {})
+
+    code, text = ended(main, capsys)
+    assert code == 1
+    assert text.splitlines()[-1].startswith("megatron_dyt: stopped: CheckpointException")
+
+
+def test_an_exit_code_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise SystemExit(5)
+
+    assert ended(main, capsys) == (5, "")
 
 
 def test_interrupted_and_successful_ends(

@@ -71,7 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--dyt-preset",
         choices=get_args(Preset),
         help="Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
-        "'unit' for a unit-variance stream at any width (also sets --init-method-std to "
+        "'unit' for unit variance at any width (also sets --init-method-std to "
         "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
     )
     sites = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError
 
@@ -29,7 +30,10 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
             strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
             default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
             compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        try:
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        except CheckpointException as error:
+            raise _unreadable(checkpoint_dir, error) from error
 
     return load
 
@@ -70,11 +74,19 @@ def checkpoint_tensor_keys(checkpoint_dir: Any) -> set[str]:
     try:
         keys = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir))
     except Exception as error:
-        raise UserError(
-            f"the checkpoint {checkpoint_dir} cannot be read ({type(error).__name__}: {error}). "
-            "It may be incomplete or damaged; load an earlier one with --ckpt-step."
-        ) from error
+        raise _unreadable(checkpoint_dir, error) from error
     return {key for key in keys if not _is_optimizer(key)}
+
+
+def _unreadable(checkpoint_dir: Any, error: BaseException) -> UserError:
+    # CheckpointException holds one failure for each rank that had one.
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    cause = next((failure[0] for failure in failures.values()), error)
+    text = " ".join(str(cause).split()) or "no message"
+    return UserError(
+        f"the checkpoint {checkpoint_dir} cannot be read ({type(cause).__name__}: {text}). "
+        "It may be incomplete or damaged; load an earlier one with --ckpt-step."
+    )
 
 
 def _is_optimizer(key: str) -> bool:

@@ -23,7 +23,8 @@ def megatron_version() -> str:
             "megatron-core is not installed (or does not import: "
             f"{error}). Install it with: pip install 'megatron-dyt[train]'."
         ) from error
-    return str(__version__)
+    # Inside a git repository Megatron appends that repository's commit: "0.19.2+0123abc".
+    return str(__version__).partition("+")[0]
 
 
 def check_version() -> str:

@@ -91,6 +91,19 @@ def test_a_damaged_checkpoint_is_named(
         load(build_gpt(make_config()), tmp_path / "c")
 
 
+def test_a_cut_off_shard_is_named(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    save_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    save_model(build_gpt(make_config()), tmp_path / "c")
+    for shard in (tmp_path / "c").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"c cannot be read .*load an earlier one with --ckpt-step"):
+        load(build_gpt(make_config()), tmp_path / "c")
+
+
 def test_architecture_differences_are_told_unless_strictness_was_chosen() -> None:
     model, saved = {"head.weight", "norm.weight"}, {"norm.weight"}
     with pytest.raises(UserError, match="Check the architecture flags"):

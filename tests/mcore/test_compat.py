@@ -39,3 +39,12 @@ def test_a_missing_megatron_says_how_to_install_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'megatron-dyt\[train\]'"):
         compat.megatron_version()
+
+
+def test_the_commit_of_the_working_directory_is_no_part_of_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core import package_info
+
+    monkeypatch.setattr(package_info, "__version__", "0.19.2+0123abc")
+    assert compat.megatron_version() == "0.19.2"
