@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Our options, and the script or `-m MODULE` with its arguments (which may look like ours)."""
     count = 0
-    while count < len(argv) and argv[count].startswith("--device"):
+    while count < len(argv) and argv[count].split("=")[0] == "--device":
         count += 1 if "=" in argv[count] else 2
     options, target = argv[:count], argv[count:]
     if not target or target == ["-m"]:

@@ -2,13 +2,273 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dyt import errors, pretrain
+from megatron_dyt.errors import UserError
+from megatron_dyt.patching import Patches, Replacement
 
 Run = Callable[[list[str]], SimpleNamespace]
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def test_trains(megatron_run: Run, tiny_llama: list[str]) -> None:
-    run = megatron_run(tiny_llama)
+def weights(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in run.model[0].named_parameters()}
+
+
+def assert_same_weights(first: SimpleNamespace, second: SimpleNamespace) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def test_trains_evaluates_and_names_the_changed_flags(megatron_run: Run, tiny_llama: list[str]) -> None:
+    run = megatron_run([*tiny_llama, "--eval-iters", "1", "--eval-interval", "2"])
     assert len(run.losses) == 4
     assert run.losses[-1] < run.losses[0]
+    (line,) = re.findall(r"megatron_dyt: CPU runtime .*", run.log)
+    assert "--distributed-backend gloo --transformer-impl local" in line
+    assert len(re.findall(r"validation loss at iteration [24] \| lm loss value", run.log)) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--bf16", "--use-distributed-optimizer"], ["--use-distributed-optimizer"]],
+    ids=["fp32", "bf16-distributed", "fp32-distributed"],
+)
+def test_resuming_equals_never_stopping(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, flags: list[str]
+) -> None:
+    argv = [*tiny_llama, *flags, "--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
+    whole = megatron_run([*argv, "--save", str(tmp_path), "--save-interval", "2"])
+    resumed = megatron_run([*argv, "--load", str(tmp_path), "--ckpt-step", "2"])
+    assert resumed.losses == whole.losses[2:]
+    assert_same_weights(resumed, whole)
+
+
+def test_initial_weights_do_not_depend_on_other_flags(megatron_run: Run, tiny_llama: list[str]) -> None:
+    still = ["--lr", "0", "--min-lr", "0", "--train-iters", "1"]
+    first = megatron_run([*tiny_llama, *still])
+    drawn = weights(first)
+    other = ["--seq-length", "16", "--micro-batch-size", "1", "--use-cpu-initialization"]
+    second = megatron_run([*tiny_llama, *still, *other, "--max-position-embeddings", "64"])
+    assert drawn.keys() == weights(second).keys()
+    assert all(torch.equal(drawn[name], weight) for name, weight in weights(second).items())
+
+
+def test_fp16_trains_once_the_loss_scale_fits(megatron_run: Run, tiny_llama: list[str]) -> None:
+    argv = [*tiny_llama, "--fp16", "--initial-loss-scale", "1024", "--train-iters", "8"]
+    run = megatron_run(argv)
+    assert run.losses[-1] < run.losses[0]
+    assert "number of skipped iterations:   0" in run.log
+
+
+def test_multi_token_prediction(megatron_run: Run, tiny_llama: list[str]) -> None:
+    run = megatron_run([*tiny_llama, "--mtp-num-layers", "1"])
+    assert "mtp_1 loss" in run.log
+    assert run.losses[-1] < run.losses[0]
+
+
+def write_dataset(prefix: Path, documents: int = 40) -> str:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for first in range(documents):
+        tokens = (np.arange(40) + first) % 60
+        builder.add_document(tokens.astype(np.uint16), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_an_indexed_dataset(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "counting")
+    argv = [word for word in tiny_llama if word != "--mock-data"]
+    argv += ["--train-data-path", prefix, "--valid-data-path", prefix, "--eval-iters", "1"]
+    run = megatron_run([*argv, "--train-iters", "12", "--data-cache-path", str(tmp_path / "cache")])
+    # The next token is always the last one plus one: far better than chance, ln 60 = 4.1.
+    assert run.losses[-1] < 3
+    truncated = Path(f"{prefix}.bin")
+    truncated.write_bytes(truncated.read_bytes()[:-2])
+    with pytest.raises(UserError, match="truncated or belongs to another dataset"):
+        megatron_run(argv)
+
+
+def test_fill_in_the_middle_options_reach_the_dataset(tiny_llama: list[str]) -> None:
+    from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
+
+    parts = {f"fim_{part}_token": part for part in ("prefix", "middle", "suffix", "pad", "eod")}
+    values = {"fim_rate": 0.3, "fim_spm_rate": 0.4, "fim_split_sample": None}
+    args = SimpleNamespace(**parts, **values, fim_fragment_rate=None, fim_no_prefix=None)
+    options = {"random_seed": 1, "sequence_length": 8, "tokenizer": SimpleNamespace(vocab_size=9)}
+    flags = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False)
+    config = pretrain._fim_config(args, {**options, **flags})
+    assert isinstance(config, GPTFIMDatasetConfig)
+    assert config.fim_rate == 0.3
+    assert config.fim_extra_tokens["middle"] == "middle"
+
+
+def test_embedding_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.training as training
+    from megatron.core.transformer import multi_token_prediction
+    from megatron.training import arguments
+
+    args = SimpleNamespace(untie_embeddings_and_output_weights=False)
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    monkeypatch.setattr(arguments, "core_transformer_config_from_args", lambda _args: None)
+    monkeypatch.setattr(multi_token_prediction, "get_mtp_ranks", lambda ranks, _config: [ranks[1]])
+    assert pretrain.get_embedding_ranks([5]) == [5]
+    assert pretrain.get_embedding_ranks([1, 3, 7]) == [1, 3, 7]
+    args.untie_embeddings_and_output_weights = True
+    assert pretrain.get_embedding_ranks([1, 3, 7]) == [1, 3]
+
+
+def at_save(iteration: int, action: Callable[[], object]) -> Patches:
+    """While applied, `action` happens when the checkpoint's data of `iteration` are being written."""
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+    def acting(write: Any) -> Any:
+        def write_and_act(*args: Any, **kwargs: Any) -> Any:
+            bucket = kwargs["write_bucket"]
+            if f"iter_{iteration:07d}" in str(bucket[0]):
+                Path(bucket[0]).write_bytes(b"half of it")
+                action()
+            return write(*args, **kwargs)
+
+        return staticmethod(write_and_act)
+
+    patches = Patches()
+    patches.apply([Replacement(writer, "FileSystemWriterAsync.write_preloaded_data", acting)])
+    return patches
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("event", "ending", "code"),
+    [
+        (disk_full, "the checkpoint could not be written", 1),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), "terminated by SIGTERM", 143),
+        (lambda: os.kill(os.getpid(), signal.SIGINT), "interrupted", 130),
+    ],
+    ids=["disk full", "SIGTERM", "Ctrl-C"],
+)
+def test_a_save_that_fails_leaves_the_last_checkpoint_good(
+    megatron_run: Run,
+    tiny_llama: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    event: Callable[[], None],
+    ending: str,
+    code: int,
+) -> None:
+    argv = [*tiny_llama, "--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
+    patches = at_save(4, event)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            errors.run_main(lambda: megatron_run(argv) and None)
+    finally:
+        patches.undo()
+    assert ended.value.code == code
+    assert ending in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / TRACKER).read_text() == "2"
+    assert not (tmp_path / "iter_0000004").exists()
+    resumed = megatron_run(argv)
+    assert len(resumed.losses) == 2
+    assert (tmp_path / TRACKER).read_text() == "4"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_killed_at_any_moment(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """A process that saves after every step is stopped; the run goes on from what it left."""
+    saving = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "1"]
+    saving += ["--override-opt_param-scheduler"]
+    argv = [*tiny_llama, *saving, "--train-iters", "5000"]
+    command = [sys.executable, "-m", "megatron_dyt.pretrain", "--device", "cpu", *argv]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(tmp_path / TRACKER, process)
+        time.sleep(np.random.default_rng().uniform(0, 0.5))
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert error.splitlines()[-1].endswith("the last complete checkpoint is intact")
+    else:
+        assert process.returncode == -signal.SIGKILL
+    done = int((tmp_path / TRACKER).read_text() or max_iteration(tmp_path))
+    resumed = megatron_run([*tiny_llama, *saving, "--train-iters", str(done + 1)])
+    assert len(resumed.losses) == 1
+
+
+def max_iteration(save: Path) -> int:
+    return max(int(path.parent.name[5:]) for path in save.glob("iter_*/metadata.json"))
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.distributed
+def test_two_processes_compute_what_one_computes(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    """Tensor and sequence parallel over two processes; their checkpoint goes on in one."""
+    argv = [*tiny_llama, "--make-vocab-size-divisible-by", "16"]
+    saving = ["--save", str(tmp_path), "--save-interval", "2"]
+    split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "megatron_dyt.pretrain", "--device", "cpu"]
+    two = subprocess.run(
+        [*command, *argv, *split, *saving],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("CPU runtime (1 threads") == 1
+    logged = [float(loss) for loss in re.findall(r"lm loss: (\S+)", two.stdout)]
+    one = megatron_run(argv)
+    # The second line that Megatron logs is the mean of the first two steps.
+    expected = [one.losses[0], sum(one.losses[:2]) / 2, *one.losses[2:]]
+    assert logged == pytest.approx(expected, rel=1e-5)
+    resumed = megatron_run([*argv, "--load", str(tmp_path), "--ckpt-step", "2"])
+    assert resumed.losses == pytest.approx(one.losses[2:], rel=1e-5)
+
+
+def test_wrong_input_is_one_line_and_code_2(
+    megatron_run: Run, tiny_llama: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [word for word in tiny_llama if word != "--mock-data"]
+    with pytest.raises(SystemExit) as ended:
+        errors.run_main(lambda: megatron_run([*argv, "--data-path", "nowhere"]) and None)
+    assert ended.value.code == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "megatron_dyt" in each]
+    assert line.startswith("megatron_dyt: error: dataset nowhere: nowhere.idx does not exist")

@@ -30,6 +30,8 @@ def _always(value: Any) -> Callable[[Any], Any]:
 # --- torch.cuda -----------------------------------------------------------------------------------
 
 _TORCH_CUDA: dict[str, Any] = {
+    # Already False, unless the machine has a GPU that this process must leave alone.
+    "is_available": stand_in.no,
     "current_device": stand_in.current_device,
     "device_count": stand_in.device_count,
     "set_device": stand_in.nothing,
@@ -88,6 +90,7 @@ def _tensor_rows() -> list[Replacement]:
         Replacement("torch", "Tensor.type", _type_named_as_on_cuda),
         Replacement("torch.nn", "Module.cuda", _always(_itself)),
         Replacement("torch.distributed", "barrier", _without_device_ids),
+        Replacement("torch.utils.data.dataloader", "_BaseDataLoaderIter.__init__", _keeping_rng),
     ]
 
 
@@ -122,6 +125,21 @@ def _first_argument_to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
         return convert(tensor, *args, **kwargs)
 
     return move
+
+
+def _keeping_rng(start: Callable[..., None]) -> Callable[..., None]:
+    """A data loader that starts reading draws a seed from the CPU generator.
+
+    On a GPU that does not touch the generator of dropout. Here it is the same one, and a resumed
+    run, which starts to read at another step, would get other dropout masks.
+    """
+
+    @functools.wraps(start)
+    def start_reading(*args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            start(*args, **kwargs)
+
+    return start_reading
 
 
 def _itself(thing: Any, *_args: Any, **_kwargs: Any) -> Any:

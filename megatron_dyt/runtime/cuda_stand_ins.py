@@ -2,8 +2,7 @@
 
 Megatron asks for the current device, makes streams and events, draws from the CUDA random
 generator and reports memory. On CPU there is one device, work is finished when a call returns, and
-there is one generator: the answers below say so. `torch.cuda.is_available()` is not among them; it
-stays False.
+there is one generator: the answers below say so.
 """
 
 from __future__ import annotations

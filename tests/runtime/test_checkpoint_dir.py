@@ -1,0 +1,97 @@
+"""Complete, interrupted and damaged checkpoints in a --save directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.runtime import checkpoint_dir
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def complete(root: Path, iteration: int) -> Path:
+    """A checkpoint with the files of Megatron's torch_dist format, and the tracker on it."""
+    path = root / f"iter_{iteration:07d}"
+    dcp.save({"weight": torch.arange(1000)}, checkpoint_id=path, no_dist=True)
+    (path / "metadata.json").write_text("{}")
+    (root / TRACKER).write_text(str(iteration))
+    return path
+
+
+def interrupted(root: Path, iteration: int) -> Path:
+    path = root / f"iter_{iteration:07d}"
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"half")
+    return path
+
+
+def test_only_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
+    good, half = complete(tmp_path, 2), interrupted(tmp_path, 4)
+    legacy = tmp_path / "iter_0000003" / "mp_rank_00"
+    legacy.mkdir(parents=True)
+    empty = tmp_path / "iter_0000005"
+    empty.mkdir()
+    assert checkpoint_dir.tidy(tmp_path) == [
+        f"removed the incomplete checkpoint {half}",
+        f"removed the incomplete checkpoint {empty}",
+    ]
+    assert good.exists()
+    assert legacy.exists()
+    assert checkpoint_dir.last_iteration(tmp_path) == "2"
+    assert checkpoint_dir.tidy(tmp_path) == []
+
+
+def test_an_empty_tracker_names_the_last_complete_checkpoint_again(tmp_path: Path) -> None:
+    complete(tmp_path, 2)
+    complete(tmp_path, 4)
+    (tmp_path / TRACKER).write_text("")
+    with pytest.raises(UserError, match="complete checkpoint; there: 2, 4"):
+        checkpoint_dir.last_iteration(tmp_path)
+    (line,) = checkpoint_dir.tidy(tmp_path)
+    assert line.endswith("to 4, the last complete checkpoint")
+    assert checkpoint_dir.last_iteration(tmp_path) == "4"
+
+
+def test_names(tmp_path: Path) -> None:
+    assert checkpoint_dir.last_iteration(tmp_path) is None
+    assert checkpoint_dir.iteration_directory(tmp_path, "30").name == "iter_0000030"
+    assert checkpoint_dir.iteration_directory(tmp_path, "release").name == "release"
+
+
+def test_a_whole_checkpoint_is_readable(tmp_path: Path) -> None:
+    complete(tmp_path, 2)
+    checkpoint_dir.check_readable(tmp_path, "2")
+
+
+def test_a_missing_iteration_lists_the_others(tmp_path: Path) -> None:
+    complete(tmp_path, 2)
+    with pytest.raises(UserError, match="iter_0000009 does not exist; complete.*: 2"):
+        checkpoint_dir.check_readable(tmp_path, "9")
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = complete(tmp_path, 2)
+    (data,) = path.glob("*.distcp")
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{data.name} is truncated: {len(whole) // 2} of"):
+        checkpoint_dir.check_readable(tmp_path, "2")
+    data.rename(path / "__9_0.distcp")
+    with pytest.raises(UserError, match=rf"{data.name} is missing"):
+        checkpoint_dir.check_readable(tmp_path, "2")
+    (path / ".metadata").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="metadata of checkpoint .* cannot be read"):
+        checkpoint_dir.check_readable(tmp_path, "2")
+    (path / ".metadata").unlink()
+    with pytest.raises(UserError, match="is incomplete: it has no metadata"):
+        checkpoint_dir.check_readable(tmp_path, "2")
+
+
+def test_other_formats_are_left_to_megatron(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000003" / "mp_rank_00").mkdir(parents=True)
+    checkpoint_dir.check_readable(tmp_path, "3")

@@ -1,0 +1,59 @@
+"""Flags that a CPU cannot honour are changed and named, or refused when they change the numbers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.runtime import cpu_flags
+
+
+def test_only_what_cannot_work_is_changed_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    args = Namespace(
+        distributed_backend="nccl",
+        transformer_impl="local",
+        gradient_accumulation_fusion=True,
+        no_persist_layer_norm=False,
+        cuda_graph_impl=None,
+        bias_swiglu_fusion=True,
+        seed=3,
+    )
+    changed = cpu_flags.adjust(args)
+    assert changed == [
+        "--distributed-backend gloo",
+        "--no-gradient-accumulation-fusion",
+        "--no-persist-layer-norm",
+    ]
+    assert vars(args) == {
+        "distributed_backend": "gloo",
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "no_persist_layer_norm": True,
+        "cuda_graph_impl": None,
+        "bias_swiglu_fusion": True,
+        "seed": 3,
+    }
+    assert f"set {' '.join(changed)}\n" in capsys.readouterr().out
+    assert cpu_flags.adjust(args) == []
+    assert "set no flags" in capsys.readouterr().out
+
+
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cpu_flags.adjust(Namespace(async_save=True)) == ["no --async-save"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"fp8": "hybrid"}, "--fp8-format was given"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 was given"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2 needs"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused(given: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        cpu_flags.adjust(Namespace(**given))
