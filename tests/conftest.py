@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 
 # A LLaMA small enough to train for some steps in a second; tests append what they vary.
-TINY_LLAMA = (
-    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 2 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 "
-    "--lr-decay-style constant --swiglu --normalization RMSNorm --position-embedding-type rope "
-    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 "
-    "--hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 63 "
-    "--log-interval 1 --eval-interval 100 --eval-iters 0 --num-workers 0"
-).split()
+TINY_LLAMA = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2
+    --lr-decay-style constant --swiglu --normalization RMSNorm --position-embedding-type rope
+    --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0
+    --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 63
+    --log-interval 1 --eval-interval 100 --eval-iters 0 --num-workers 0
+"""
 
 
 @pytest.fixture
 def tiny_llama() -> list[str]:
     """Arguments of a small model on mock data; a flag given again later wins."""
-    return list(TINY_LLAMA)
+    return TINY_LLAMA.split()
 
 
 @pytest.fixture

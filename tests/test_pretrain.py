@@ -38,7 +38,8 @@ def assert_same_weights(first: SimpleNamespace, second: SimpleNamespace) -> None
 
 
 def test_trains_evaluates_and_names_the_changed_flags(megatron_run: Run, tiny_llama: list[str]) -> None:
-    run = megatron_run([*tiny_llama, "--eval-iters", "1", "--eval-interval", "2"])
+    flags = ["--eval-iters", "1", "--eval-interval", "2", "--check-for-spiky-loss"]
+    run = megatron_run([*tiny_llama, *flags])
     assert len(run.losses) == 4
     assert run.losses[-1] < run.losses[0]
     (line,) = re.findall(r"megatron_dyt: CPU runtime .*", run.log)
@@ -108,18 +109,80 @@ def test_an_indexed_dataset(megatron_run: Run, tiny_llama: list[str], tmp_path: 
         megatron_run(argv)
 
 
-def test_fill_in_the_middle_options_reach_the_dataset(tiny_llama: list[str]) -> None:
-    from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
+def test_a_middle_stage_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.training as training
+    from megatron.training import utils
 
-    parts = {f"fim_{part}_token": part for part in ("prefix", "middle", "suffix", "pad", "eod")}
-    values = {"fim_rate": 0.3, "fim_spm_rate": 0.4, "fim_split_sample": None}
-    args = SimpleNamespace(**parts, **values, fim_fragment_rate=None, fim_no_prefix=None)
-    options = {"random_seed": 1, "sequence_length": 8, "tokenizer": SimpleNamespace(vocab_size=9)}
-    flags = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False)
-    config = pretrain._fim_config(args, {**options, **flags})
-    assert isinstance(config, GPTFIMDatasetConfig)
-    assert config.fim_rate == 0.3
-    assert config.fim_extra_tokens["middle"] == "middle"
+    args = SimpleNamespace(sft=False, dataloader_inter_document_masking=False)
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    monkeypatch.setattr(utils, "is_first_or_last_pipeline_stage", lambda _stage: False)
+    monkeypatch.setattr(pretrain, "mtp_on_this_rank", lambda _config, _stage: False)
+    batch = pretrain.get_batch(None, SimpleNamespace(), None)
+    assert set(batch) >= {"tokens", "labels", "cu_seqlens"}
+    assert set(batch.values()) == {None}
+
+
+@pytest.mark.parametrize("padded", [None, [[0, 4, 8]]])
+def test_bounds_of_packed_sequences(monkeypatch: pytest.MonkeyPatch, padded: list[list[int]] | None) -> None:
+    import megatron.training as training
+    from megatron.training import training as loop
+
+    counted: list[torch.Tensor] = []
+    monkeypatch.setattr(training, "get_args", lambda: SimpleNamespace(seq_length=8))
+    monkeypatch.setattr(loop, "update_seqlen_stats_from_cu_seqlens", counted.append)
+    batch = {
+        "cu_seqlens": torch.tensor([[0, 3, 7]]),
+        "cu_seqlens_padded": None if padded is None else torch.tensor(padded),
+        "max_seqlen": torch.tensor(4),
+        "local_cp_size": None,
+        "hybrid_cp_group": None,
+    }
+    packed = pretrain._packed_sequences(batch)
+    assert packed is not None
+    assert packed.qkv_format == "thd"
+    assert packed.cu_seqlens_q.tolist() == ([0, 3, 7] if padded is None else [0, 4, 8])
+    assert packed.max_seqlen_kv == 4
+    assert [real.tolist() for real in counted] == [[0, 3, 7]]
+
+
+def test_a_distillation_loss_takes_the_place_of_the_label_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import megatron.training as training
+    from megatron.training import distillation
+
+    names = ("dir", "decode_threads", "prefetch_factor", "msc_prefetch_depth", "kd_loss_alpha")
+    flags = {f"logits_load_{name}": 1 for name in (*names, "ignore_errors")}
+    args = SimpleNamespace(**flags, check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
+    made: list[dict[str, Any]] = []
+
+    def reader(**options: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+        made.append(options)
+        return lambda mask, output, model: (output.sum() * mask.sum(), mask.sum(), {"kd": model})
+
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    monkeypatch.setattr(distillation, "LossFuncCallable", reader)
+    monkeypatch.setattr("megatron.core.rerun_state_machine.get_rerun_state_machine", lambda: None)
+    pretrain._cached_distillation_loss.cache_clear()
+    for _ in range(2):
+        loss, tokens, report = pretrain.loss_func(torch.ones(3), torch.tensor([1.0, 2.0]))
+        assert (loss.item(), tokens.item(), report) == (9.0, 3.0, {"kd": None})
+    assert made == [{"logprobs_dir": 1, **dict.fromkeys((*names[1:], "ignore_errors"), 1)}]
+
+
+def test_the_loss_counts_what_the_mask_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.training as training
+
+    args = SimpleNamespace(
+        logits_load_dir=None, check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False
+    )
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    monkeypatch.setattr("megatron.core.rerun_state_machine.get_rerun_state_machine", lambda: None)
+    output = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.bfloat16)
+    loss, tokens, report = pretrain.loss_func(torch.tensor([[1.0, 0.0, 1.0]]), output)
+    assert (loss.item(), loss.dtype) == (5.0, torch.float32)
+    assert (tokens.item(), tokens.dtype) == (2, torch.int32)
+    assert report["lm loss"].tolist() == [5.0, 2.0]
 
 
 def test_embedding_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

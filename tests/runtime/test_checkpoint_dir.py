@@ -70,7 +70,7 @@ def test_a_whole_checkpoint_is_readable(tmp_path: Path) -> None:
 
 def test_a_missing_iteration_lists_the_others(tmp_path: Path) -> None:
     complete(tmp_path, 2)
-    with pytest.raises(UserError, match="iter_0000009 does not exist; complete.*: 2"):
+    with pytest.raises(UserError, match=r"iter_0000009 does not exist; complete.*: 2"):
         checkpoint_dir.check_readable(tmp_path, "9")
 
 
@@ -85,7 +85,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{data.name} is missing"):
         checkpoint_dir.check_readable(tmp_path, "2")
     (path / ".metadata").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="metadata of checkpoint .* cannot be read"):
+    with pytest.raises(UserError, match=r"metadata of checkpoint .* cannot be read"):
         checkpoint_dir.check_readable(tmp_path, "2")
     (path / ".metadata").unlink()
     with pytest.raises(UserError, match="is incomplete: it has no metadata"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import register
 from megatron_dyt.patching import Replacement
 from megatron_dyt.runtime import cpu, cpu_table
 
@@ -30,6 +31,7 @@ def held(row: Replacement) -> object:
 
 def test_disable_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    register.unregister()  # Its wrappers are made anew each time one below them goes.
     cpu.enable()  # Imports Megatron, which itself changes PyTorch.
     cpu.disable()
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
@@ -131,6 +133,30 @@ def test_named_random_states_are_independent(runtime: None, caplog: pytest.LogCa
     torch.manual_seed(1)
     assert torch.equal(torch.cat([drawn[0], drawn[2]]), torch.rand(4))
     assert "CPU RNG state changed" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_pytorchs_norms_are_marked_for_sequence_parallelism(runtime: None, kind: str) -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    def build(sequence_parallel: bool) -> torch.nn.Module:
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=2,
+            normalization=kind,
+            tensor_model_parallel_size=2,
+            sequence_parallel=sequence_parallel,
+        )
+        norm = WrappedTorchNorm(config, 8)
+        assert config.sequence_parallel == sequence_parallel
+        return norm
+
+    split, whole = build(True), build(False)
+    assert type(split) is type(whole) is getattr(torch.nn, kind)
+    assert all(parameter.sequence_parallel for parameter in split.parameters())
+    assert not any(hasattr(parameter, "sequence_parallel") for parameter in whole.parameters())
 
 
 def test_a_process_that_uses_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

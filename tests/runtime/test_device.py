@@ -46,7 +46,7 @@ def test_the_flag_wins_over_the_environment(enabled: list[str], monkeypatch: pyt
     monkeypatch.setenv("MEGATRON_DYT_DEVICE", "tpu")
     device.activate(["--device", "cpu"])
     assert enabled == ["cpu"]
-    with pytest.raises(UserError, match="'tpu'.*allowed are auto, cpu, cuda"):
+    with pytest.raises(UserError, match=r"'tpu'.*allowed are auto, cpu, cuda"):
         device.activate([])
 
 

@@ -69,11 +69,14 @@ def test_sigterm_says_so_and_clears_the_interrupted_save(
 
 
 def test_ctrl_c_stays_one_when_pytorch_wraps_it(save: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), launch.clean_end():
+    def interrupted_save() -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt as interrupt:
             raise CheckpointException("write", {}) from interrupt
+
+    with pytest.raises(KeyboardInterrupt), launch.clean_end():
+        interrupted_save()
     assert list(save.iterdir()) == []
 
 
@@ -82,9 +85,13 @@ def test_ctrl_c_stays_one_when_pytorch_wraps_it(save: Path) -> None:
 )
 def test_a_failed_save_says_why(save: Path, monkeypatch: pytest.MonkeyPatch, free: int, code: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
-    with pytest.raises(OSError, match="unexpected pos 704") as failure, launch.clean_end():
+
+    def failed_save() -> None:
         logging.getLogger(WRITER).error("unexpected pos 704")
         raise CheckpointException("write", {})
+
+    with pytest.raises(OSError, match="unexpected pos 704") as failure, launch.clean_end():
+        failed_save()
     assert failure.value.errno == code
     assert failure.value.filename == str(save)
 

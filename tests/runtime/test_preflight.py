@@ -110,7 +110,7 @@ def test_damaged_indexes(dataset: str) -> None:
 
 
 def test_no_data_at_all() -> None:
-    with pytest.raises(UserError, match="no training data were given.*--mock-data"):
+    with pytest.raises(UserError, match=r"no training data were given.*--mock-data"):
         preflight.check_data(arguments())
     preflight.check_data(arguments(mock_data=True))
 
