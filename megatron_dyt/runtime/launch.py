@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -44,19 +45,19 @@ def clean_end() -> Iterator[None]:
     ends the process with one line and exit code 143, Ctrl-C is a `KeyboardInterrupt`. A checkpoint
     that cannot be written is an `OSError` that says why.
     """
-    received: list[int] = []
-    with _signals_as_exceptions(received), _writer_errors() as reasons:
+    with _signals_as_exceptions() as signals, _writer_errors() as reasons:
         try:
             yield
         except BaseException as error:
+            signals.ending = True
             save = _save_directory()
             free = shutil.disk_usage(save).free if save else None
             _clear_interrupted_save(save)
-            if signal.SIGTERM in received:
+            if signal.SIGTERM in signals.received:
                 line = "megatron_dyt: terminated by SIGTERM; the last complete checkpoint is intact"
                 print(line, file=sys.stderr, flush=True)
                 raise SystemExit(128 + signal.SIGTERM) from None
-            if signal.SIGINT in received:
+            if signal.SIGINT in signals.received:
                 raise KeyboardInterrupt from error
             if isinstance(error, CheckpointException):
                 raise _save_error(save, free, reasons) from error
@@ -91,20 +92,29 @@ def _writer_errors() -> Iterator[list[str]]:
         logger.removeFilter(keep)
 
 
+@dataclass
+class _Signals:
+    """SIGTERM and SIGINT so far; once the run is ending, further ones are noted only."""
+
+    received: list[int] = field(default_factory=list)
+    ending: bool = False
+
+
 @contextlib.contextmanager
-def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT in `received` and raise `KeyboardInterrupt` where the process is."""
-    owner = os.getpid()
+def _signals_as_exceptions() -> Iterator[_Signals]:
+    """Note SIGTERM and SIGINT, and raise `KeyboardInterrupt` where the process is."""
+    signals, owner = _Signals(), os.getpid()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         if os.getpid() == owner:  # Data loader workers inherit the handler.
-            received.append(number)
-        raise KeyboardInterrupt
+            signals.received.append(number)
+        if not signals.ending:
+            raise KeyboardInterrupt
 
     handled = (signal.SIGTERM, signal.SIGINT)
     previous: dict[int, Any] = {number: signal.signal(number, interrupt) for number in handled}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -80,6 +80,20 @@ def test_ctrl_c_stays_one_when_pytorch_wraps_it(save: Path) -> None:
     assert list(save.iterdir()) == []
 
 
+def test_a_second_signal_does_not_stop_the_clearing(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tidy = launch.checkpoint_dir.tidy
+
+    def tidy_interrupted(directory: str) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return tidy(directory)
+
+    monkeypatch.setattr(launch.checkpoint_dir, "tidy", tidy_interrupted)
+    with pytest.raises(SystemExit) as stopped, launch.clean_end():
+        raise RuntimeError("a data loader worker was terminated")
+    assert stopped.value.code == 143
+    assert list(save.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("free", "code"), [(1000, errno.ENOSPC), (10**12, errno.EIO)], ids=["full", "not full"]
 )
