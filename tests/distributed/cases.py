@@ -1,0 +1,147 @@
+"""What the worker runs: models, layouts, and the table of cases made of them.
+
+A case is a plain dictionary, because it travels to the worker as JSON:
+
+    name        of the case, and of its result files
+    argv        Megatron's and the plugin's flags
+    like        reference case whose initial weights it starts from; None draws them
+    against     reference case that it is compared with
+    load        whether the flags load a checkpoint, so that no weights are set
+    unmarked    {"norm" or "embedding": [parameter names]} that lose their sequence-parallel mark
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+STEPS = 8
+LONG = 20  # Steps of the cases that are compared over a longer time, with a reference of its own.
+SAVED_AT = 10
+
+# Everything a GPU run needs said too: local layers, no fused kernels, fp32.
+COMMON = (
+    "--hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
+    "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 8 "
+    "--lr 1e-3 --lr-decay-style constant --lr-decay-iters 20 --adam-eps 1e-4 --swiglu "
+    "--normalization DyT --dyt-preset unit --dyt-bias --position-embedding-type rope "
+    "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 63 --make-vocab-size-divisible-by 32 "
+    "--log-interval 1000 --eval-interval 1000 --eval-iters 0 --num-workers 0 "
+    "--distributed-timeout-minutes 2 --transformer-impl local --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
+)
+
+UNTIED = "--untie-embeddings-and-output-weights"
+MODELS = {
+    "dense": f"--num-layers 4 --num-query-groups 2 {UNTIED}",
+    "tied": "--num-layers 2 --num-query-groups 2",
+    "one_kv_head": f"--num-layers 2 --num-query-groups 1 {UNTIED}",
+    "qk": f"--num-layers 2 --num-query-groups 2 {UNTIED} --qk-layernorm",
+    "moe": f"--num-layers 2 --num-query-groups 2 {UNTIED} --num-experts 4 --moe-router-topk 2 "
+    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
+    "--moe-token-dispatcher-type alltoall --moe-shared-expert-intermediate-size 32",
+}
+
+SP = "--sequence-parallel"
+TP2, TP2_SP = "--tensor-model-parallel-size 2", f"--tensor-model-parallel-size 2 {SP}"
+PP2 = "--pipeline-model-parallel-size 2"
+VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+EP2 = "--expert-model-parallel-size 2"
+DIST_OPT = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm mlp"
+SELECTIVE_MOE = "--recompute-granularity selective --recompute-modules core_attn layernorm moe"
+
+
+def case(model: str, name: str = "", flags: str = "", steps: int = STEPS, **options: Any) -> dict[str, Any]:
+    """The case `model-name`: a model of MODELS under more flags; without a name it is the reference."""
+    argv = f"{COMMON} {MODELS[model]} --train-iters {steps} {flags}".split()
+    return {
+        "name": f"{model}-{name}" if name else model,
+        "argv": argv,
+        "like": model if name else None,
+        "against": f"{model}-{LONG}_steps" if steps == LONG else model,
+        "load": False,
+        "unmarked": {},
+    } | options
+
+
+def named(cases: list[dict[str, Any]]) -> list[str]:
+    return [each["name"] for each in cases]
+
+
+REFERENCES = [*(case(model) for model in MODELS), case("dense", f"{LONG}_steps", steps=LONG)]
+
+ONE_PROCESS = [
+    case("dense", "one_microbatch", "--micro-batch-size 8"),
+    case("dense", "eight_microbatches", "--micro-batch-size 1"),
+    case("dense", "full_recompute", FULL),
+    case("dense", "selective_recompute", SELECTIVE),
+    case("moe", "full_recompute", FULL),
+    case("moe", "selective_recompute", SELECTIVE_MOE),
+]
+
+TWO_PROCESSES = [
+    case("dense", "tp2", TP2),
+    case("dense", "tp2_sp", TP2_SP, steps=LONG),
+    case("dense", "tp2_sp_full_recompute", f"{TP2_SP} {FULL}"),
+    case("dense", "tp2_sp_selective_recompute", f"{TP2_SP} {SELECTIVE}"),
+    case("dense", "pp2", PP2, steps=LONG),
+    case("dense", "pp2_virtual", VPP2),
+    case("dense", "dp2", steps=LONG),
+    case("dense", "dp2_distributed_optimizer", DIST_OPT),
+    case("tied", "tp2_sp", TP2_SP),
+    case("tied", "pp2", PP2),
+    case("one_kv_head", "tp2", TP2),
+    case("one_kv_head", "tp2_sp", TP2_SP),
+    case("qk", "tp2", TP2),
+    case("qk", "tp2_sp", TP2_SP),
+    case("moe", "ep2", EP2),
+    case("moe", "ep2_distributed_optimizer", f"{EP2} {DIST_OPT}"),
+    case("moe", "tp2_sp", TP2_SP),
+    case("moe", "tp2_sp_ep2", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1"),
+]
+
+FOUR_PROCESSES = [
+    case("dense", "tp4_sp", f"--tensor-model-parallel-size 4 {SP}"),
+    case("dense", "tp2_sp_pp2_virtual", f"{TP2_SP} {VPP2}"),
+    case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}"),
+    case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
+    case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2}"),
+]
+
+
+# --- checkpoints: saved after SAVED_AT steps in one layout, continued in one process -------------------
+
+LAYOUTS = {"tp2_sp": TP2_SP, "pp2": PP2}
+
+
+def saving(layout: str, directory: str) -> dict[str, Any]:
+    flags = f"{LAYOUTS[layout]} --save {directory} --save-interval 1000"
+    return case("dense", f"{layout}_saving", flags, steps=SAVED_AT)
+
+
+def loading(layout: str, directory: str) -> dict[str, Any]:
+    return case(
+        "dense",
+        f"{layout}_loading",
+        f"--load {directory} --override-opt_param-scheduler",
+        steps=LONG,
+        load=True,
+    )
+
+
+# --- mutations: one mark taken away each, which the comparison must notice ----------------------------
+
+MUTATIONS = {
+    "norms": ("dense", {"norm": ["alpha", "weight", "bias"]}),
+    "alpha": ("dense", {"norm": ["alpha"]}),
+    "weight": ("dense", {"norm": ["weight"]}),
+    "bias": ("dense", {"norm": ["bias"]}),
+    "embedding_scale": ("dense", {"embedding": ["scale"]}),
+    "moe_norms": ("moe", {"norm": ["alpha", "weight", "bias"]}),
+}
+MUTANTS = [
+    case(model, f"without_mark_on_{name}", TP2_SP, steps=1, unmarked=unmarked)
+    for name, (model, unmarked) in MUTATIONS.items()
+]

@@ -1,0 +1,107 @@
+"""Launches of the worker, each once for all tests that look at its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import cases, record
+
+WORKER = Path(__file__).with_name("worker.py")
+# A launch that hangs must fail; give more on a machine that has other work.
+TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "120"))
+
+Launch = Callable[[str, int, list[dict[str, Any]]], None]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the workers write."""
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="session")
+def launch(results: Path) -> Launch:
+    """`launch(name, processes, cases)` runs cases, once for a name; failing to is a test failure."""
+    problems: dict[str, str | None] = {}
+
+    def start(name: str, processes: int, todo: list[dict[str, Any]]) -> None:
+        if name not in problems:
+            problems[name] = _run(results, name, processes, todo)
+        if problems[name]:
+            pytest.fail(f"launch {name} of {processes} processes: {problems[name]}", pytrace=False)
+
+    return start
+
+
+def _run(results: Path, name: str, processes: int, todo: list[dict[str, Any]]) -> str | None:
+    """Run the worker; returns what went wrong, or None."""
+    job, log = results / f"{name}.json", results / f"{name}.log"
+    job.write_text(json.dumps({"output": str(results), "cases": todo}), encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(job)]
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    settings["MEGATRON_DYT_DEVICE"] = os.environ.get("MEGATRON_DYT_DEVICE", "cpu")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            code = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its workers.
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            code = None
+    if code == 0:
+        return None
+    end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-60:])
+    what = f"not finished after {TIMEOUT:g} s" if code is None else f"exit code {code}"
+    return f"{what}\n{end}"
+
+
+@pytest.fixture(scope="session")
+def one(launch: Launch) -> None:
+    """The runs of one process."""
+    launch("one", 1, [*cases.REFERENCES, *cases.ONE_PROCESS])
+
+
+@pytest.fixture(scope="session")
+def two(launch: Launch, one: None, checkpoints: Path) -> None:
+    """The runs of two processes."""
+    saves = [cases.saving(layout, str(checkpoints / layout)) for layout in cases.LAYOUTS]
+    launch("two", 2, [*cases.TWO_PROCESSES, *saves, *cases.MUTANTS])
+
+
+@pytest.fixture(scope="session")
+def four(launch: Launch, one: None) -> None:
+    """The runs of four processes."""
+    launch("four", 4, cases.FOUR_PROCESSES)
+
+
+@pytest.fixture(scope="session")
+def reloads(launch: Launch, two: None, checkpoints: Path) -> None:
+    """What two processes have saved, continued by one."""
+    todo = [cases.loading(layout, str(checkpoints / layout)) for layout in cases.LAYOUTS]
+    launch("reload", 1, todo)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(results: Path) -> Path:
+    return results / "checkpoints"
+
+
+@pytest.fixture
+def run_of(results: Path) -> Callable[[str], record.Run]:
+    """The result of a case by its name."""
+    return lambda name: record.load(results, name)

@@ -1,0 +1,203 @@
+"""Trains a list of cases with Megatron's own loop and records what every rank has.
+
+The tests start it on CPU processes over gloo. On GPUs, with NCCL, run the same by hand:
+
+    MEGATRON_DYT_DEVICE=cuda torchrun --nproc-per-node 2 tests/distributed/worker.py JOB.json
+
+or let the tests do it: `MEGATRON_DYT_DEVICE=cuda pytest tests/distributed` (with `auto`, the default
+outside the tests, CUDA devices are used where there are any). A launch of N processes needs N GPUs.
+TF32 is switched off, and the flags of the cases ask for Megatron's local layers: no Transformer
+Engine is needed.
+
+JOB.json is {"output": DIRECTORY, "cases": [...]}, a case as in `cases.py`. One process imports Megatron
+once and runs all cases; between two, process groups and Megatron's global state are thrown away. Each
+rank writes DIRECTORY/NAME.RANK.pt for a case (see `record.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_dyt import pretrain
+from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.runtime import cpu, device, launch
+from tests.distributed import record
+
+TRAINING = "megatron.training.training"
+MOCK_DATA = "megatron.core.datasets.gpt_dataset"
+
+
+def main(job_file: str) -> None:
+    """Run every case of a job."""
+    warnings.filterwarnings("ignore")
+    device.activate([])
+    torch.backends.cuda.matmul.allow_tf32 = False
+    launch.prepare_process()
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    store, rank, world_size = next(iter(dist.rendezvous("env://")))
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    output = Path(job["output"])
+    for case in job["cases"]:
+        print(f"case {case['name']}", flush=True)
+        # A prefix of its own for each case: the groups of the next one have the same names.
+        groups = dist.PrefixStore(case["name"], store)
+        result = run(case, output, groups, rank, world_size)
+        record.save(result, output, case["name"], rank)
+
+
+def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: int) -> dict[str, Any]:
+    """Train one case; returns what this rank has seen."""
+    weights = None
+    if case["like"] is not None and not case["load"]:
+        weights = record.load(output, case["like"]).full("initial")
+    start_groups(store, rank, world_size)
+    result: dict[str, Any] = {"losses": [], "grad_norms": []}
+    patches = Patches()
+    patches.apply(
+        [
+            *observers(result, case, weights),
+            *local_layer_repairs(),
+            *unmarking(case["unmarked"]),
+        ]
+    )
+    try:
+        pretrain.main(case["argv"])
+    finally:
+        patches.undo()
+        forget()
+    return result
+
+
+def start_groups(store: Any, rank: int, world_size: int) -> None:
+    """The default process group; Megatron uses one that is there already."""
+    if not cpu.is_enabled():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(
+        "gloo" if cpu.is_enabled() else "nccl",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=100),
+    )
+
+
+def forget() -> None:
+    """Put Megatron's global state and the process groups away."""
+    from megatron.training.training import destroy_global_state
+
+    destroy_global_state()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- what is put between Megatron and the run --------------------------------------------------------
+
+
+def observers(result: dict[str, Any], case: dict[str, Any], weights: Any) -> list[Replacement]:
+    """Replacements that set the weights and the data, and fill `result`."""
+
+    def around_train(train: Callable[..., Any]) -> Callable[..., Any]:
+        def start(forward_step: Any, model: Any, optimizer: Any, *rest: Any, **options: Any) -> Any:
+            if not case["load"]:
+                record.set_weights(model, weights)
+                optimizer.reload_model_params()
+            result["initial"] = record.shards(model)
+            result["logits_before"] = record.logits(model)
+            answer = train(forward_step, model, optimizer, *rest, **options)
+            result["final"] = record.shards(model)
+            result["logits_after"] = record.logits(model)
+            return answer
+
+        return start
+
+    def around_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            answer = train_step(*args, **options)
+            # Other stages than the last have no loss.
+            result["losses"] += [float(loss) for name, loss in answer[0].items() if name == "lm loss"]
+            result["grad_norms"].append(float(answer[5]))
+            return answer
+
+        return step
+
+    def around_finalize(finalize: Callable[..., Any]) -> Callable[..., Any]:
+        def finish(model: Any, *args: Any, **options: Any) -> Any:
+            answer = finalize(model, *args, **options)
+            if "gradient" not in result:
+                result["gradient"] = record.gradient_shards(model)
+            return answer
+
+        return finish
+
+    return [
+        Replacement(TRAINING, "train", around_train),
+        Replacement(TRAINING, "train_step", around_step),
+        Replacement(TRAINING, "finalize_model_grads", around_finalize),
+        Replacement(MOCK_DATA, "MockGPTLowLevelDataset.__getitem__", lambda _original: random_tokens),
+        Replacement(MOCK_DATA, "MockGPTLowLevelDataset.size", lambda _original: 1000),
+    ]
+
+
+def local_layer_repairs() -> list[Replacement]:
+    """What Megatron 0.19 gets wrong without Transformer Engine, or with tensors on the CPU."""
+
+    def without_fp8(init: Callable[..., None]) -> Callable[..., None]:
+        # The default, False, counts as fp8, which needs Transformer Engine: no layernorm recompute.
+        return lambda self, fp8=None: init(self, fp8 or None)
+
+    def as_numpy_on_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
+        # What is on the CPU already stays a tensor, which all_to_all does not take for a list.
+        def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+            if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+                return tensor.numpy()
+            return move(tensor, as_numpy, record_stream)
+
+        return moved
+
+    random, moe = "megatron.core.tensor_parallel.random", "megatron.core.transformer.moe"
+    return [
+        Replacement(random, "CheckpointWithoutOutput.__init__", without_fp8),
+        Replacement(f"{moe}.token_dispatcher", "maybe_move_tensor_to_cpu", as_numpy_on_cpu),
+    ]
+
+
+def unmarking(unmarked: dict[str, list[str]]) -> list[Replacement]:
+    """Replacements of `mark_sequence_parallel`, as the norm and the embedding call it, that leave out
+    the named parameters."""
+    return [
+        Replacement(f"megatron_dyt.mcore.{module}", "mark_sequence_parallel", _mark_all_but(names))
+        for module, names in unmarked.items()
+    ]
+
+
+def _mark_all_but(names: list[str]) -> Callable[[Any], Any]:
+    def mark(module: torch.nn.Module, sequence_parallel: bool) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in names:
+                parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    return lambda _original: mark
+
+
+def random_tokens(dataset: Any, index: int) -> np.ndarray:
+    """In place of the counting sequences of Megatron's mock data, which make all batches alike."""
+    length = dataset.sequence_lengths[index]
+    return np.random.default_rng(1000 + int(index)).integers(dataset.vocab_size, size=length)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
