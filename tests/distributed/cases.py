@@ -25,7 +25,7 @@ COMMON = (
     "--lr 1e-3 --lr-decay-style constant --lr-decay-iters 20 --adam-eps 1e-4 --swiglu "
     "--normalization DyT --dyt-preset unit --dyt-bias --position-embedding-type rope "
     "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 63 --make-vocab-size-divisible-by 32 "
+    "--tokenizer-type NullTokenizer --vocab-size 63 --make-vocab-size-divisible-by 16 "
     "--log-interval 1000 --eval-interval 1000 --eval-iters 0 --num-workers 0 "
     "--distributed-timeout-minutes 2 --transformer-impl local --no-gradient-accumulation-fusion "
     "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
@@ -107,7 +107,7 @@ FOUR_PROCESSES = [
     case("dense", "tp2_sp_pp2_virtual", f"{TP2_SP} {VPP2}"),
     case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}"),
     case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
-    case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2}"),
+    case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2} --expert-tensor-parallel-size 1"),
 ]
 
 
