@@ -77,10 +77,16 @@ def one(launch: Launch) -> None:
 
 
 @pytest.fixture(scope="session")
-def two(launch: Launch, one: None, checkpoints: Path) -> None:
+def two(launch: Launch, one: None) -> None:
     """The runs of two processes."""
+    launch("two", 2, cases.TWO_PROCESSES)
+
+
+@pytest.fixture(scope="session")
+def saves_and_mutants(launch: Launch, one: None, checkpoints: Path) -> None:
+    """The runs of two processes that save a checkpoint, and those with a mark taken away."""
     saves = [cases.saving(layout, str(checkpoints / layout)) for layout in cases.LAYOUTS]
-    launch("two", 2, [*cases.TWO_PROCESSES, *saves, *cases.MUTANTS])
+    launch("saves_and_mutants", 2, [*saves, *cases.MUTANTS])
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +96,7 @@ def four(launch: Launch, one: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def reloads(launch: Launch, two: None, checkpoints: Path) -> None:
+def reloads(launch: Launch, saves_and_mutants: None, checkpoints: Path) -> None:
     """What two processes have saved, continued by one."""
     todo = [cases.loading(layout, str(checkpoints / layout)) for layout in cases.LAYOUTS]
     launch("reload", 1, todo)

@@ -14,7 +14,7 @@ from tests.distributed import cases
 from tests.distributed.compare import differing_gradients
 from tests.distributed.record import Run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("two")]
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("saves_and_mutants")]
 
 # How a mutant's parameters are called in a checkpoint.
 KEYS = {"norm": "layer_norm_{}|layernorm.{}", "embedding": "embedding_scale.{}"}
