@@ -7,7 +7,7 @@ The tests start it on CPU processes over gloo. On GPUs, with NCCL, run the same 
 or let the tests do it: `MEGATRON_DYT_DEVICE=cuda pytest tests/distributed` (with `auto`, the default
 outside the tests, CUDA devices are used where there are any). A launch of N processes needs N GPUs.
 TF32 is switched off, and the flags of the cases ask for Megatron's local layers: no Transformer
-Engine is needed.
+Engine is needed. Not yet run on GPUs: the tolerances are those of fp32 on CPU.
 
 JOB.json is {"output": DIRECTORY, "cases": [...]}, a case as in `cases.py`. One process imports Megatron
 once and runs all cases; between two, process groups and Megatron's global state are thrown away. Each
