@@ -64,6 +64,7 @@ done
 "$PY" examples/quickstart/tasks.py --corpus "$OUT/corpus" --output "$OUT/tasks"
 
 # run NAME LEARNING_RATE NORM_FLAGS...: train (or continue), then evaluate.
+worked=no
 run() {
   local name=$1 lr=$2 dir=$OUT/$1 began=$SECONDS
   shift 2
@@ -72,17 +73,16 @@ run() {
     "${MODEL[@]}" "${RECIPE[@]}" "${DATA[@]}" "${PORTABLE[@]}" "${LOGGING[@]}"
     --lr "$lr" "$@" --save "$dir/checkpoint" --load "$dir/checkpoint"
   )
-  mkdir -p "$dir"
-  if [ -e "$dir/run.json" ] && "$PY" examples/quickstart/record.py --check "$dir/run.json" -- "${command[@]}"; then
-    say "$name: trained already"
-  else
+  # What was begun with another command or other data is no part of this run.
+  "$PY" examples/quickstart/record.py --begin "$dir" --data "$OUT/data/train.manifest.json" -- "${command[@]}"
+  if [ ! -e "$dir/run.json" ]; then
+    worked=yes
     say "$name: training $STEPS steps at learning rate $lr"
     "${command[@]}" 2>&1 | "$PY" -m megatron_dyt.diagnostics.follow "$dir/train.log" --name "$name"
-    "$PY" examples/quickstart/record.py --write "$dir/run.json" --learning-rate "$lr" \
-      --seconds $((SECONDS - began)) -- "${command[@]}"
-    rm -f "$dir/eval.json"
+    "$PY" examples/quickstart/record.py --finish "$dir" --learning-rate "$lr" --seconds $((SECONDS - began))
   fi
   if [ ! -e "$dir/eval.json" ]; then
+    worked=yes
     say "$name: zero-shot evaluation"
     "$PY" -m megatron_dyt.evaluation --load "$dir/checkpoint" --tasks dyt_bits_per_byte,dyt_next_line \
       --include-path "$OUT/tasks" --output "$dir/eval.json"
@@ -94,6 +94,11 @@ run() {
 run rmsnorm 8e-3 --normalization RMSNorm --embedding-scale unit
 run dyt 4e-3 --normalization DyT --dyt-preset unit --dyt-stats-interval 10
 
+if [ $worked = no ] && [ -e "$OUT/results.json" ]; then
+  trap - EXIT # A look at finished work is no work.
+  say "everything is done already: $OUT/report.html"
+  exit 0
+fi
 say "report"
 "$PY" -m megatron_dyt.diagnostics.report --run "rmsnorm=$OUT/rmsnorm" --run "dyt=$OUT/dyt" --output "$OUT" \
   --title "DyT against RMSNorm: quickstart" --elapsed-seconds "$(elapsed)"

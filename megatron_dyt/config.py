@@ -183,8 +183,8 @@ def parse_embedding_scale(given: str | float) -> str | float:
     if given in EMBEDDING_SCALE_RULES:
         return given
     try:
-        value = float(given)
-    except ValueError:
+        value = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise UserError(
@@ -195,7 +195,8 @@ def parse_embedding_scale(given: str | float) -> str | float:
 
 def check_alpha(flag: str, value: float) -> None:
     """Raises UserError unless `value` can start training: finite and > 0."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
         raise UserError(
             f"{flag} is {value}; alpha must start finite and > 0 (the paper uses 0.05 to 1.0). "
             "Leave the flag away to take the preset's value."

@@ -21,13 +21,13 @@ class UserError(ValueError):
 
 
 _OS_HINTS = {
-    errno.ENOSPC: "the disk is full; free space or save elsewhere (--save), then start again: "
-    "training resumes from the last complete checkpoint",
-    errno.EDQUOT: "the disk quota is used up; free space or save elsewhere (--save), then start "
-    "again: training resumes from the last complete checkpoint",
+    errno.ENOSPC: "the disk is full; free space or write elsewhere, then start again: it goes on from "
+    "what is complete, in training from the last complete checkpoint",
+    errno.EDQUOT: "the disk quota is used up; free space or write elsewhere, then start again: it goes on "
+    "from what is complete, in training from the last complete checkpoint",
     errno.EFBIG: "a file grew past the allowed size (ulimit -f); raise it, then start again",
     errno.EACCES: "permission denied; check the directory's owner and mode",
-    errno.EROFS: "the file system is read-only; save elsewhere (--save)",
+    errno.EROFS: "the file system is read-only; write elsewhere",
 }
 
 
@@ -38,8 +38,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         _last_words(f"error: {error}")
         code = 2
-    except KeyboardInterrupt:
-        _last_words("interrupted; the last complete checkpoint is intact")
+    except KeyboardInterrupt as stop:
+        _last_words("; ".join(filter(None, ["interrupted", str(stop)])))
         code = 128 + signal.SIGINT
     except SystemExit:
         raise

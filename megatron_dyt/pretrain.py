@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_dyt.errors import run_main
+from megatron_dyt.mcore import compat
 from megatron_dyt.runtime import datasets, device, launch, preflight, wheel
 from megatron_dyt.runtime.datasets import mtp_on_this_rank
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     import megatron_dyt
 
     megatron_dyt.register()
+    compat.check_training_version()
     wheel.skip_helper_build()
     _pretrain(entry)
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -58,8 +59,8 @@ def test_embedding_scale_rules(rule: str | float, expected: float | None) -> Non
     assert resolve_embedding_scale(rule, 256, 0.02) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("rule", ["srqt", "0", "-1", "nan", "inf", ""])
-def test_bad_embedding_scale_is_refused_with_what_is_allowed(rule: str) -> None:
+@pytest.mark.parametrize("rule", ["srqt", "0", "-1", "nan", "inf", "", True, None])
+def test_bad_embedding_scale_is_refused_with_what_is_allowed(rule: Any) -> None:
     with pytest.raises(UserError, match="sqrt, unit, none or a finite number > 0"):
         parse_embedding_scale(rule)
 
@@ -70,7 +71,7 @@ def test_unit_scale_of_an_embedding_that_starts_at_zero_is_refused() -> None:
 
 
 @pytest.mark.parametrize("role", ["attn", "ffn", "final", "qk"])
-@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf, True])
 def test_alpha_must_start_finite_and_positive(role: str, value: float) -> None:
     with pytest.raises(UserError, match=f"--dyt-alpha-init-{role} is .*finite and > 0"):
         DyTConfig.paper(1024, **{f"alpha_{role}": value})

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_dyt.data.progress import duration
 from megatron_dyt.errors import UserError, run_main
 
 _STEP = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|.*?per iteration \(ms\): ([\d.]+)")
@@ -46,16 +47,6 @@ def progress(lines: Iterable[str], name: str) -> Iterator[str]:
             yield f"{name}: validation loss {float(validation[3]):.4f} ({where}, step {validation[1]})"
         elif in_traceback or _SHOWN.search(line):
             yield line.strip() if not in_traceback else line
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "45 s", "3 min 05 s" or "2 h 10 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def keep(lines: Iterable[str], log: Path) -> Iterator[str]:

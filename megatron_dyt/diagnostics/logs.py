@@ -195,7 +195,7 @@ def read_stats(path: Path) -> tuple[StatsRecord, ...]:
         UserError: there is no such file, or it holds no complete record.
     """
     records: dict[int, StatsRecord] = {}
-    hint = "a DyT run writes it beside its checkpoint (--save, --dyt-stats-file)"
+    hint = "a DyT run writes it beside its checkpoint (--save, --dyt-stats-interval)"
     for line in read_text(path, hint).splitlines():
         record = _stats_record(line)
         if record is None:

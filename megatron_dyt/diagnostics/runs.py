@@ -177,9 +177,9 @@ def _load_stats(directory: Path, log: RunLog, allow_missing: bool) -> tuple[Stat
         return read_stats(path)
     if log.arguments.get("normalization") == "DyT" and not allow_missing:
         raise UserError(
-            f"{path} is missing; `python -m megatron_dyt.pretrain --normalization DyT --save "
-            f"{directory / 'checkpoint'} ...` writes it; with --dyt-stats-file elsewhere, copy it "
-            "there, or pass --allow-missing-stats to report without it"
+            f"{path} is missing; `python -m megatron_dyt.pretrain --normalization DyT "
+            f"--dyt-stats-interval N --save {directory / 'checkpoint'} ...` writes it, or pass "
+            "--allow-missing-stats to report without it"
         )
     return ()
 

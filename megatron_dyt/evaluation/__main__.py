@@ -206,8 +206,7 @@ def _versions() -> dict[str, str]:
     return {
         "lm_eval": lm_eval.__version__,
         "torch": torch.__version__,
-        # Megatron adds the commit of whatever repository the process runs in.
-        "megatron_core": megatron_version().partition("+")[0],
+        "megatron_core": megatron_version(),
         "megatron_dyt": megatron_dyt.__version__,
     }
 

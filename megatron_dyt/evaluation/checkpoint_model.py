@@ -23,6 +23,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError, describe
+from megatron_dyt.mcore import compat
 from megatron_dyt.runtime import launch, wheel
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def load_model(load: str, *, ckpt_step: int | None = None, tokenizer_model: str 
     checkpoint = find_checkpoint(load, ckpt_step)
     launch.prepare_process()
     megatron_dyt.register()
+    compat.check_training_version()
     wheel.skip_helper_build()
     with _quiet_megatron():
         saved = saved_args(checkpoint)

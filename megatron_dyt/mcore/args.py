@@ -11,7 +11,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
+import torch
+
 from megatron_dyt.config import (
+    QK_ALPHA,
     DyTConfig,
     check_alpha,
     check_choice,
@@ -21,6 +24,7 @@ from megatron_dyt.config import (
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.names import Backend, Function, Preset, Role, WeightInit
+from megatron_dyt.ops.dyt import choose_implementation
 
 NORMALIZATION = "DyT"
 
@@ -147,8 +151,7 @@ def validate(args: Any) -> None:
         refuse_unsupported(args)
     else:
         _refuse_stray_flags(args)
-        if args.embedding_scale is not None:
-            args.embedding_scale = parse_embedding_scale(args.embedding_scale)
+        _validate_scale_of_other_norm(args)
     if isinstance(args.init_method_std, _Unset):
         args.init_method_std = float(args.init_method_std)
 
@@ -160,6 +163,17 @@ def _validate_stats(args: Any) -> None:
         )
     if args.dyt_stats_interval > 0 and not args.save:
         raise UserError("--dyt-stats-interval writes into the --save directory; give --save too.")
+
+
+def _validate_scale_of_other_norm(args: Any) -> None:
+    if args.embedding_scale is None:
+        return
+    args.embedding_scale = parse_embedding_scale(args.embedding_scale)
+    if args.embedding_scale != "none" and getattr(args, "mtp_num_layers", None):
+        raise UserError(
+            "--embedding-scale cannot be combined with --mtp-num-layers: multi-token prediction has a second "
+            "copy of the embedding, whose scale would go its own way. Remove one of them."
+        )
 
 
 def _refuse_stray_flags(args: Any) -> None:
@@ -187,6 +201,14 @@ def _resolve(args: Any) -> None:
             )
         args.dyt_embedding_scale = args.embedding_scale
     config = config_from_args(args)
+    _check_backend(config.backend)
+    qk = args.dyt_alpha_init_qk
+    # Restored from a checkpoint it is there, at its default, without --qk-layernorm too.
+    if qk not in (None, QK_ALPHA) and not getattr(args, "qk_layernorm", False):
+        raise UserError(
+            f"--dyt-alpha-init-qk {qk} was given without --qk-layernorm, so there is no DyT on queries "
+            "and keys. Add --qk-layernorm, or take the flag away."
+        )
     if config.name == "unit" and isinstance(args.init_method_std, _Unset):
         if args.embedding_init_method_std is None:
             args.embedding_init_method_std = float(args.init_method_std)
@@ -199,6 +221,14 @@ def _resolve(args: Any) -> None:
     args.dyt_function = config.function
     args.dyt_weight_init = config.weight_init
     args.dyt_backend = config.backend
+
+
+def _check_backend(backend: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose_implementation(backend, device)
+    except ValueError as error:
+        raise UserError(f"--dyt-backend {backend}: {error}") from error
 
 
 def config_from_args(args: Any) -> DyTConfig:
@@ -222,8 +252,16 @@ def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        asked = args.normalization
         result = original(args, *rest, **kwargs)
         if isinstance(result, tuple):
+            # DyT is nobody's default, so it was asked for.
+            if asked == NORMALIZATION != result[0].normalization:
+                raise UserError(
+                    f"--normalization DyT was given, but the checkpoint holds a {result[0].normalization} "
+                    "model, which --use-checkpoint-args takes over. Load a DyT checkpoint, or leave one of "
+                    "the two flags out."
+                )
             restore(result[0], result[1])
         return result
 
@@ -231,15 +269,30 @@ def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def restore(args: Any, saved: Any) -> None:
-    """Copy the model's DyT flags of a checkpoint's args over; a checkpoint without them has none."""
+    """Copy the model's DyT flags of a checkpoint's args over; a checkpoint without them has none.
+
+    Raises:
+        UserError: a flag was given that says something else.
+    """
     for name in MODEL_ARGS:
-        setattr(args, name, getattr(saved, name, None))
+        given, kept = getattr(args, name, None), getattr(saved, name, None)
+        if given is not None and _comparable(name, given) != _comparable(name, kept):
+            raise UserError(
+                f"--{name.replace('_', '-')} {given} was given, but the checkpoint was trained with {kept}, "
+                "which --use-checkpoint-args takes over. Leave the flag out."
+            )
+        setattr(args, name, kept)
     if args.normalization == NORMALIZATION:
         check_choice("the checkpoint's dyt_preset", args.dyt_preset, get_args(Preset))
 
 
+def _comparable(name: str, value: Any) -> Any:
+    is_rule = name.endswith("embedding_scale") and value is not None
+    return parse_embedding_scale(value) if is_rule else value
+
+
 def wrap_post_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`TransformerConfig.__post_init__` that attaches `config.dyt` and `config.embedding_scale`.
+    """`TransformerConfig.__post_init__` that attaches `config.dyt`.
 
     Idempotent: Megatron Bridge calls it repeatedly.
     """
@@ -255,25 +308,40 @@ def wrap_post_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def attach(config: Any) -> None:
-    """Give a TransformerConfig its DyT settings and the embedding scale's initial value.
+    """Give a DyT model's TransformerConfig its settings, unless it has them.
 
-    Without Megatron's command line (users of `megatron.core`) set `config.dyt` to a DyTConfig before
-    building the model; without it the paper's settings for the width are taken.
+    They come from Megatron's command line. Users of `megatron.core`, who have none, set `config.dyt` to
+    a DyTConfig before they build the model; otherwise the paper's settings for the width are taken. It is
+    a plain attribute: `copy.deepcopy` keeps it, `dataclasses.replace` does not.
     """
-    args = _parsed_args()
+    if config.normalization != NORMALIZATION or getattr(config, "dyt", None) is not None:
+        return
+    args = parsed_args()
+    by_flags = getattr(args, "normalization", None) == NORMALIZATION and hasattr(args, "dyt_preset")
+    config.dyt = config_from_args(args) if by_flags else DyTConfig.paper(config.hidden_size)
+
+
+def initial_embedding_scale(config: Any) -> float | None:
+    """Initial value of the embedding scale for a model, or None for no scale.
+
+    The rule is DyT's own, or for another norm `--embedding-scale` (without a command line: the plain
+    attribute `config.embedding_scale`).
+    """
     if config.normalization == NORMALIZATION:
-        if getattr(config, "dyt", None) is None:
-            use_args = args is not None and args.normalization == NORMALIZATION
-            config.dyt = config_from_args(args) if use_args else DyTConfig.paper(config.hidden_size)
         rule = config.dyt.embedding_scale
     else:
-        rule = getattr(args, "embedding_scale", None)
-    if rule is not None:
-        std = config.embedding_init_method_std or config.init_method_std
-        config.embedding_scale = resolve_embedding_scale(rule, config.hidden_size, std)
+        rule = getattr(config, "embedding_scale", getattr(parsed_args(), "embedding_scale", None))
+    if rule is None:
+        return None
+    std = (
+        config.init_method_std
+        if config.embedding_init_method_std is None
+        else config.embedding_init_method_std
+    )
+    return resolve_embedding_scale(rule, config.hidden_size, std)
 
 
-def _parsed_args() -> Any:
+def parsed_args() -> Any:
     """Megatron's parsed command line, or None when there is none."""
     try:
         from megatron.training import global_vars

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.args import parsed_args
 
 DEFAULT_STRICTNESS = "assume_ok_unexpected"
 SHOWN = 4
@@ -31,11 +32,29 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
             default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
             compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
         try:
-            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+            state = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         except CheckpointException as error:
             raise _unreadable(checkpoint_dir, error) from error
+        if model_keys and isinstance(state, dict):
+            compare_function(parsed_args(), state.get("args"), checkpoint_dir)
+        return state
 
     return load
+
+
+def compare_function(given: Any, saved: Any, checkpoint_dir: Any) -> None:
+    """Raise UserError when DyT's function changed: it is the one setting that leaves no key behind.
+
+    Args:
+        given, saved: Megatron's args of this run and of the checkpoint; None where there are none.
+        checkpoint_dir: for the message.
+    """
+    now, then = getattr(given, "dyt_function", None), getattr(saved, "dyt_function", None)
+    if now != then and None not in (now, then):
+        raise UserError(
+            f"the checkpoint {checkpoint_dir} was trained with --dyt-function {then}, and this run has "
+            f"{now}. Give --dyt-function {then}, or --use-checkpoint-args."
+        )
 
 
 def model_tensor_keys(sharded_state_dict: Any) -> Iterator[str]:

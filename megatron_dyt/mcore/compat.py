@@ -8,6 +8,8 @@ from megatron_dyt.errors import UserError
 
 # First supported release and first unsupported minor.
 SUPPORTED = ((0, 16, 1), (0, 20, 0))
+# First release whose `megatron.training` has the configuration containers that the entry points use.
+TRAINING_FROM = (0, 19, 0)
 
 
 def megatron_version() -> str:
@@ -43,6 +45,17 @@ def check_version() -> str:
 def has_training() -> bool:
     """Whether `megatron.training` (the training loop) is there: the wheel has it from 0.17."""
     return importlib.util.find_spec("megatron.training") is not None
+
+
+def check_training_version() -> None:
+    """Raise UserError unless the installed training loop is one that our entry points are written for."""
+    version = megatron_version()
+    if _parse(version) < TRAINING_FROM:
+        raise UserError(
+            f"megatron-core {version} is installed; python -m megatron_dyt.pretrain and .evaluation need "
+            f">= {_text(TRAINING_FROM)} with its training loop. Install 'megatron-core[training]==0.19.2', "
+            "or run your own script with python -m megatron_dyt.run."
+        )
 
 
 def has_transformer_engine() -> bool:

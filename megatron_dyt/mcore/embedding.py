@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_dyt.mcore.args import initial_embedding_scale
 from megatron_dyt.mcore.norm import mark_sequence_parallel
 
 
@@ -41,7 +42,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, config, *args, **kwargs)
-        initial = getattr(config, "embedding_scale", None)
+        initial = initial_embedding_scale(config)
         if initial is None:
             return
         self.embedding_scale = EmbeddingScale(initial, dtype=config.params_dtype)

@@ -28,11 +28,6 @@ def _on(*names: str) -> Callable[[Any], bool]:
     return lambda config: any(bool(getattr(config, name, None)) for name in names)
 
 
-def _mla_fused_qk(config: Any) -> bool:
-    mla = getattr(config, "multi_latent_attention", False) and getattr(config, "qk_layernorm", False)
-    return bool(mla) and getattr(config, "q_lora_rank", None) is None
-
-
 LIMITS = (
     Limit(
         "fused_residual_rmsnorm",
@@ -42,7 +37,7 @@ LIMITS = (
     ),
     Limit(
         "layernorm_zero_centered_gamma (--apply-layernorm-1p)",
-        "DyT's weight starts at 1 and is not stored as weight - 1",
+        "DyT's weight is not stored as weight - 1",
         "Remove the flag.",
         _on("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
     ),
@@ -71,16 +66,10 @@ LIMITS = (
         _on("use_transformer_engine_op_fuser", "use_te_op_fuser"),
     ),
     Limit(
-        "mla_down_proj_fusion",
-        "it fuses the input norm into the down projection",
-        "Remove the flag.",
-        _on("mla_down_proj_fusion"),
-    ),
-    Limit(
-        "multi-latent attention with qk_layernorm and no q_lora_rank",
-        "Megatron then forces its fused norm-linear whatever the spec says",
-        "Set --q-lora-rank, or remove --qk-layernorm.",
-        _mla_fused_qk,
+        "qk_l2_norm",
+        "it is a normalization of queries and keys",
+        "Use --qk-layernorm, which becomes DyT, or remove the flag.",
+        _on("qk_l2_norm"),
     ),
     Limit(
         "a heterogeneous layer configuration",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 
 # alpha * std(x) at the start. The paper's models start at 0.09 (70B, FFN) to 1.02 (7B, attention);
 # from 1.5 on our small runs train worse (docs/initial-scale.md).
@@ -89,7 +89,8 @@ class Monitor:
             site.module.probe = None
 
     def _record(self, module: DyTNorm, x: torch.Tensor) -> None:
-        if module in self.samples or x.numel() == 0:
+        # Not of an evaluation between two steps.
+        if not module.training or module in self.samples or x.numel() == 0:
             return
         with torch.no_grad():
             values = x.detach().float()
@@ -125,11 +126,19 @@ class Monitor:
             if not sites:
                 continue
             drive = [self.drive(site) for site in sites]
+            alphas = [float(self.samples[site.module].alpha) for site in sites]
+            fresh = min(alphas) == max(alphas)
+            what = (
+                f"alpha0 {alphas[0]:.4g}"
+                if fresh
+                else f"alpha {min(alphas):.3g} to {max(alphas):.3g} (trained)"
+            )
             lines.append(
-                f"DyT {role:<5} {len(sites):3d} sites, alpha0 {sites[0].module.alpha_init:.4g}, "
+                f"DyT {role:<5} {len(sites):3d} sites, {what}, "
                 f"alpha*std(x) of the first batch {min(drive):.3g} to {max(drive):.3g}"
             )
-            lines += [self._warning(role, value) for value in {min(drive), max(drive)} if _off(value)]
+            if fresh:
+                lines += [self._warning(role, value) for value in {min(drive), max(drive)} if _off(value)]
         if self.scale_value is not None:
             lines.append(f"DyT embedding scale {self.scale_value:.4g}")
         if not GOOD_GAIN[0] <= self.linear_gain <= GOOD_GAIN[1]:
@@ -185,11 +194,10 @@ def _off(value: float) -> bool:
 def find_sites(chunks: list[nn.Module]) -> list[Site]:
     """Every DyTNorm, named as in the whole model: layers count over pipeline stages."""
     sites = []
-    for chunk in chunks:
-        for name, module in chunk.named_modules():
-            if isinstance(module, DyTNorm):
-                layer, full = _global_name(chunk, name.removeprefix("module.").removeprefix("module."))
-                sites.append(Site(full, layer, module))
+    for chunk in map(_unwrap, chunks):
+        for name, module in dyt_sites(chunk):
+            layer, full = _global_name(chunk, name)
+            sites.append(Site(full, layer, module))
     return sites
 
 
@@ -198,7 +206,7 @@ def _global_name(chunk: nn.Module, name: str) -> tuple[int | None, str]:
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdigit() and parts[index - 1] == "layers":
-            layer = _unwrap(chunk).get_submodule(".".join(parts[: index + 1]))
+            layer = chunk.get_submodule(".".join(parts[: index + 1]))
             number = int(getattr(layer, "layer_number", int(part) + 1))
             return number, ".".join([*parts[:index], str(number - 1), *parts[index + 1 :]])
     return None, name
@@ -256,15 +264,16 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     from megatron.training import get_args
 
     args = get_args()
-    if args.normalization != "DyT":
+    config: Any = _unwrap(chunks[0]).config
+    if config.normalization != "DyT":
         return None
     stage = mpu.get_pipeline_model_parallel_rank()
     name = "dyt_stats.jsonl" if args.pipeline_model_parallel_size == 1 else f"dyt_stats.stage{stage}.jsonl"
     first = mpu.get_tensor_model_parallel_rank() == 0
     return Monitor(
         chunks,
-        linear_gain=args.init_method_std * args.hidden_size**0.5,
+        linear_gain=config.init_method_std * config.hidden_size**0.5,
         stats_file=os.path.join(args.save, name) if args.save else None,
-        interval=args.dyt_stats_interval,
+        interval=getattr(args, "dyt_stats_interval", 0),  # Absent with --yaml-cfg.
         speaks=first and mpu.get_data_parallel_rank(with_context_parallel=True) == 0,
     )

@@ -88,7 +88,7 @@ def register() -> None:
     except RuntimeError as error:
         raise UserError(
             f"megatron-core {version} lacks a place that megatron_dyt needs: {error}. "
-            "Install a release that docs/compatibility.md lists."
+            "Install one that the README lists as tested."
         ) from error
     _patches = patches
 

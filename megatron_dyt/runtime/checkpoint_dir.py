@@ -50,13 +50,15 @@ def tidy(directory: str | Path) -> list[str]:
     """
     root = Path(directory)
     done = []
+    tracker = root / _TRACKER
+    named = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else ""
     for path in sorted(root.glob("iter_*")):
-        if _is_interrupted_save(path):
+        # What the tracker names was complete once: if it is damaged now, that is not ours to remove.
+        if _is_interrupted_save(path) and not (named.isdigit() and path == iteration_directory(root, named)):
             shutil.rmtree(path)
             done.append(f"removed the incomplete checkpoint {path}")
-    tracker = root / _TRACKER
     complete = _complete_iterations(root)
-    if tracker.exists() and not tracker.read_text(encoding="utf-8").strip() and complete:
+    if tracker.exists() and not named and complete:
         _write(tracker, str(max(complete)))
         done.append(f"set the empty {tracker} to {max(complete)}, the last complete checkpoint")
     return done
@@ -67,7 +69,7 @@ def check_readable(directory: str | Path, iteration: str) -> None:
     path = iteration_directory(directory, iteration)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; complete checkpoints there: {_listed(directory)}")
-    if not any(path.glob("*.distcp")):
+    if not any(path.glob("*.distcp")) or _is_complete_dcp(path):
         return  # Another format (--ckpt-format), which Megatron checks itself.
     if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
         raise UserError(
@@ -103,8 +105,15 @@ def _needed_lengths(path: Path) -> dict[str, int]:
     return lengths
 
 
+def _is_complete_dcp(path: Path) -> bool:
+    """A checkpoint of --ckpt-format torch_dcp or fsdp_dtensor: `.metadata`, written last, is all it has."""
+    return (path / ".metadata").is_file() and not any(
+        (path / name).exists() for name in ("common.pt", "metadata.json")
+    )
+
+
 def _is_interrupted_save(path: Path) -> bool:
-    if not _ITERATION.fullmatch(path.name) or (path / "metadata.json").exists():
+    if not _ITERATION.fullmatch(path.name) or (path / "metadata.json").exists() or _is_complete_dcp(path):
         return False
     return path.is_dir() and all(_PARTS.fullmatch(part.name) for part in path.iterdir())
 

@@ -58,7 +58,7 @@ def clean_end() -> Iterator[None]:
                 print(line, file=sys.stderr, flush=True)
                 raise SystemExit(128 + signal.SIGTERM) from None
             if signal.SIGINT in signals.received:
-                raise KeyboardInterrupt from error
+                raise KeyboardInterrupt("the last complete checkpoint is intact") from error
             if isinstance(error, CheckpointException):
                 raise _save_error(save, free, reasons) from error
             raise

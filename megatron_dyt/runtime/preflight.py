@@ -36,6 +36,8 @@ def check_tokenizer(args: Namespace) -> None:
     """The tokenizer's files exist, and a sentencepiece model can be read."""
     from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
 
+    if getattr(args, "use_checkpoint_args", False) and args.use_tokenizer_model_from_checkpoint_args:
+        return  # Megatron takes it from the checkpoint.
     kind = args.tokenizer_type or "GPT2BPETokenizer"
     needed: dict[str, tuple[str, ...]] = {"GPT2BPETokenizer": ("vocab_file", "merge_file")}
     needed |= dict.fromkeys((*SP_TOKENIZERS, "TikTokenizer"), ("tokenizer_model",))

@@ -53,13 +53,6 @@ def test_what_a_person_must_see_is_shown_and_noise_is_not() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7805, "2 h 10 min")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert follow.duration(seconds) == text
-
-
 def test_the_whole_log_is_kept_and_appended_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

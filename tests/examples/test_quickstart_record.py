@@ -1,18 +1,44 @@
 from pathlib import Path
 
+import pytest
+
 from examples.quickstart.record import main
 from megatron_dyt.data.files import read_json
 
+COMMAND = ["python", "-m", "x", "--lr", "4e-3", "--title", "two words"]
 
-def test_a_recorded_command_is_recognised_and_another_is_not(tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    command = ["python", "-m", "x", "--lr", "4e-3", "--title", "two words"]
-    assert main(["--check", str(file), "--", *command]) == 1
-    assert main(["--write", str(file), "--learning-rate", "4e-3", "--seconds", "12", "--", *command]) == 0
-    assert read_json(file) == {
+
+def begin(directory: Path, data: Path, command: list[str]) -> None:
+    main(["--begin", str(directory), "--data", str(data), "--", *command])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "manifest.json"
+    file.write_text("{}")
+    return file
+
+
+def test_the_same_command_continues_and_is_recorded_at_the_end(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, data, COMMAND)
+    (run / "checkpoint").mkdir()
+    begin(run, data, COMMAND)
+    assert (run / "checkpoint").exists()
+    main(["--finish", str(run), "--learning-rate", "4e-3", "--seconds", "12"])
+    assert read_json(run / "run.json") == {
         "command": "python -m x --lr 4e-3 --title 'two words'",
         "learning_rate": 0.004,
         "seconds": 12.0,
     }
-    assert main(["--check", str(file), "--", *command]) == 0
-    assert main(["--check", str(file), "--", *command, "--seed", "2"]) == 1
+
+
+@pytest.mark.parametrize("change", ["command", "data"])
+def test_another_command_or_other_data_start_over(tmp_path: Path, data: Path, change: str) -> None:
+    run = tmp_path / "run"
+    begin(run, data, COMMAND)
+    main(["--finish", str(run), "--learning-rate", "4e-3", "--seconds", "12"])
+    if change == "data":
+        data.write_text('{"other": 1}')
+    begin(run, data, [*COMMAND, "--seed", "2"] if change == "command" else COMMAND)
+    assert sorted(path.name for path in run.iterdir()) == ["begun.json"]

@@ -71,8 +71,8 @@ def test_unit_leaves_what_the_user_gave(parse: Callable[..., Any]) -> None:
 
 def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
     args = parse(
-        "--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.7 --dyt-alpha-init-qk 2 --dyt-bias "
-        "--dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch"
+        "--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.7 --dyt-alpha-init-qk 2 "
+        "--qk-layernorm --dyt-bias --dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch"
     )
     config = args_module.config_from_args(args)
     assert config == DyTConfig.unit(
@@ -149,8 +149,7 @@ def test_a_checkpoint_restores_every_model_setting(parse: Callable[..., Any]) ->
 
 
 def test_a_checkpoint_of_another_norm_clears_dyt_flags(parse: Callable[..., Any]) -> None:
-    args = parse("--normalization DyT --dyt-preset unit", validate=False)
-    args.normalization = "RMSNorm"
+    args = parse("--normalization RMSNorm", validate=False)
     args_module.restore(args, SimpleNamespace(normalization="RMSNorm"))
     args_module.validate(args)
     assert args.dyt_preset is None
@@ -163,7 +162,7 @@ def test_a_dyt_checkpoint_without_its_settings_is_refused() -> None:
 
 def test_load_args_wrapper_passes_a_failed_load_through() -> None:
     wrapped = args_module.wrap_load_args(lambda args: args)
-    marker = object()
+    marker = argparse.Namespace(normalization="DyT")
     assert wrapped(marker) is marker
 
 
@@ -176,11 +175,11 @@ def test_a_parser_without_the_norm_flag_is_refused() -> None:
 def test_core_users_get_the_papers_settings_or_their_own(make_config: Callable[..., Any]) -> None:
     config = make_config(hidden_size=4096, num_attention_heads=32)
     assert config.dyt == DyTConfig.paper(4096)
-    assert config.embedding_scale == 64.0
+    assert args_module.initial_embedding_scale(config) == 64.0
     config.dyt = DyTConfig.unit(4096)
     config.__post_init__()
     assert config.dyt == DyTConfig.unit(4096)
-    assert config.embedding_scale == pytest.approx(50.0)
+    assert args_module.initial_embedding_scale(config) == pytest.approx(50.0)
 
 
 def test_flags_reach_the_model_config(
@@ -196,4 +195,41 @@ def test_flags_reach_the_model_config(
 def test_stock_norms_get_nothing(make_config: Callable[..., Any]) -> None:
     config = make_config("RMSNorm")
     assert not hasattr(config, "dyt")
-    assert not hasattr(config, "embedding_scale")
+    assert args_module.initial_embedding_scale(config) is None
+
+
+def test_alpha_of_queries_and_keys_needs_a_norm_there(parse: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="given without --qk-layernorm"):
+        parse("--normalization DyT --dyt-alpha-init-qk 2")
+
+
+def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"--dyt-backend triton: .*use backend='auto' or 'torch'"):
+        parse("--normalization DyT --dyt-backend triton")
+
+
+def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="cannot be combined with --mtp-num-layers"):
+        parse("--normalization RMSNorm --embedding-scale unit --mtp-num-layers 1")
+
+
+def test_a_given_flag_that_contradicts_the_checkpoint_is_refused(parse: Callable[..., Any]) -> None:
+    saved = parse("--normalization DyT --dyt-preset unit --dyt-embedding-scale 2")
+    same = parse("--normalization DyT --dyt-embedding-scale 2.0", validate=False)
+    args_module.restore(same, saved)
+    other = parse("--normalization DyT --dyt-bias", validate=False)
+    with pytest.raises(
+        UserError, match="--dyt-bias True was given, but the checkpoint was trained with False"
+    ):
+        args_module.restore(other, saved)
+
+
+def test_dyt_asked_for_and_another_norm_in_the_checkpoint_is_refused(parse: Callable[..., Any]) -> None:
+    def load(args: argparse.Namespace) -> tuple[argparse.Namespace, SimpleNamespace]:
+        args.normalization = "RMSNorm"
+        return args, SimpleNamespace(normalization="RMSNorm")
+
+    wrapped = args_module.wrap_load_args(load)
+    with pytest.raises(UserError, match="--normalization DyT was given, but the checkpoint holds a RMSNorm"):
+        wrapped(parse("--normalization DyT", validate=False))
+    assert wrapped(parse("--normalization LayerNorm", validate=False))[0].normalization == "RMSNorm"

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,3 +137,12 @@ def test_all_virtual_stages_count(make_config: Callable[..., Any], build_gpt: Ca
     keys = set(checkpoint.model_tensor_keys({"model0": model.sharded_state_dict(), "model1": []}))
     assert "decoder.final_layernorm.alpha" in keys
     assert "embedding.embedding_scale.scale" in keys
+
+
+def test_a_changed_function_is_refused_though_the_keys_agree() -> None:
+    saved, now = SimpleNamespace(dyt_function="hardtanh"), SimpleNamespace(dyt_function="tanh")
+    with pytest.raises(UserError, match="trained with --dyt-function hardtanh, and this run has tanh"):
+        checkpoint.compare_function(now, saved, "c")
+    checkpoint.compare_function(now, now, "c")
+    checkpoint.compare_function(None, saved, "c")
+    checkpoint.compare_function(now, None, "c")

@@ -48,3 +48,10 @@ def test_the_commit_of_the_working_directory_is_no_part_of_the_version(
 
     monkeypatch.setattr(package_info, "__version__", "0.19.2+0123abc")
     assert compat.megatron_version() == "0.19.2"
+
+
+def test_the_entry_points_name_the_training_loop_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    compat.check_training_version()
+    monkeypatch.setattr(compat, "megatron_version", lambda: "0.18.2")
+    with pytest.raises(UserError, match=r"0\.18\.2 is installed; .*need >= 0\.19\.0"):
+        compat.check_training_version()

@@ -25,22 +25,16 @@ def test_scale_multiplies_the_embeddings_output(
 def test_initial_value_by_rule(
     make_config: Callable[..., Any], build_gpt: Callable[..., Any], rule: str | float, expected: float
 ) -> None:
-    from megatron_dyt.mcore import args
-
     config = make_config()
     config.dyt = DyTConfig.unit(32, embedding_scale=rule)
-    args.attach(config)
     scale = build_gpt(config).embedding.embedding_scale.scale
     assert scale.shape == (1,)
     assert scale.item() == pytest.approx(expected)
 
 
 def test_none_has_no_parameter(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
-    from megatron_dyt.mcore import args
-
     config = make_config()
     config.dyt = DyTConfig.unit(32, embedding_scale="none")
-    args.attach(config)
     model = build_gpt(config)
     assert not [name for name, _ in model.named_parameters() if "embedding_scale" in name]
 

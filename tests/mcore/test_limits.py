@@ -18,7 +18,7 @@ from megatron_dyt.mcore.limits import refuse_unsupported
         ("transformer_impl", "inference_optimized"),
         ("inference_fuse_tp_communication", True),
         ("use_transformer_engine_op_fuser", True),
-        ("mla_down_proj_fusion", True),
+        ("qk_l2_norm", True),
         ("multi_latent_attention", True),
         ("heterogeneous_block_specs", True),
         ("heterogeneous_layers_config_path", "x.json"),

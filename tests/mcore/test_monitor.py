@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_dyt.config import DyTConfig
-from megatron_dyt.mcore import args, monitor
+from megatron_dyt.mcore import monitor
 from megatron_dyt.mcore.monitor import Monitor
 
 
@@ -18,7 +18,6 @@ def make_monitor(
     def make(dyt: DyTConfig | None = None, gain: float = 1.0, **options: Any) -> tuple[Monitor, Any]:
         config = make_config()
         config.dyt = dyt or DyTConfig.unit(32)
-        args.attach(config)
         model = build_gpt(config)
         return Monitor([model], linear_gain=gain, **options), model
 
@@ -168,3 +167,36 @@ def test_the_training_log_seam_finds_the_iteration(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(monitor, "_active", None)
     wrapped({}, {}, 0.1, 9)
     assert steps == [7, 8]
+
+
+def test_a_resumed_run_is_not_told_to_change_its_start(
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
+) -> None:
+    watch, model = make_monitor()
+    with torch.no_grad():
+        model.decoder.layers[0].pre_mlp_layernorm.alpha.fill_(9.0)
+    watch.look()
+    loss_of(model)
+    lines = watch.start_up_lines()
+    assert "alpha 0.25 to 9 (trained)" in lines[1]
+    assert not [line for line in lines if "WARNING" in line]
+
+
+def test_evaluation_is_not_recorded(
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
+) -> None:
+    watch, model = make_monitor()
+    watch.look()
+    model.eval()
+    loss_of(model)
+    assert watch.samples == {}
+
+
+def test_sites_are_found_under_any_number_of_wrappers(make_monitor: Callable[..., Any]) -> None:
+    _, model = make_monitor()
+    plain = [site.name for site in monitor.find_sites([model])]
+    for _ in range(3):
+        wrapper = torch.nn.Module()
+        wrapper.module = model
+        model = wrapper
+    assert [site.name for site in monitor.find_sites([model])] == plain

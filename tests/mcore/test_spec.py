@@ -145,18 +145,6 @@ def test_an_empty_qk_slot_is_filled_when_asked_for(
     assert left.submodules.q_layernorm is None
 
 
-def test_qk_l2_norm_is_left_alone(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
-    from megatron.core.transformer.torch_norm import L2Norm
-
-    config = make_config(qk_l2_norm=True, qk_layernorm=True)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    spec = get_gpt_layer_local_spec(qk_layernorm=True, qk_l2_norm=True, normalization="DyT")
-    model = build_gpt(config, spec=spec)
-    assert isinstance(model.decoder.layers[0].self_attention.q_layernorm, L2Norm)
-    assert roles(model) == {"attn": 2, "ffn": 2, "final": 1}
-
-
 def test_a_norm_in_an_unknown_place_is_refused(
     make_config: Callable[..., Any], make_spec: Callable[..., Any]
 ) -> None:

@@ -46,6 +46,27 @@ def test_only_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
     assert checkpoint_dir.tidy(tmp_path) == []
 
 
+def test_checkpoints_of_other_formats_are_complete_without_metadata_json(tmp_path: Path) -> None:
+    # torch_dcp and fsdp_dtensor write .metadata and data files only; torch_dist also common.pt, first.
+    path = tmp_path / "iter_0000002"
+    dcp.save({"weight": torch.arange(1000)}, checkpoint_id=path, no_dist=True)
+    half = tmp_path / "iter_0000004"
+    dcp.save({"weight": torch.arange(1000)}, checkpoint_id=half, no_dist=True)
+    (half / "common.pt").write_bytes(b"x")
+    (tmp_path / TRACKER).write_text("2")
+    assert checkpoint_dir.tidy(tmp_path) == [f"removed the incomplete checkpoint {half}"]
+    assert path.exists()
+    checkpoint_dir.check_readable(tmp_path, "2")
+
+
+def test_what_the_tracker_names_is_never_removed(tmp_path: Path) -> None:
+    damaged = complete(tmp_path, 2)
+    (damaged / "metadata.json").unlink()
+    (damaged / "common.pt").write_bytes(b"x")
+    assert checkpoint_dir.tidy(tmp_path) == []
+    assert damaged.exists()
+
+
 def test_an_empty_tracker_names_the_last_complete_checkpoint_again(tmp_path: Path) -> None:
     complete(tmp_path, 2)
     complete(tmp_path, 4)

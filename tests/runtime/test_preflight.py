@@ -161,3 +161,11 @@ def test_loading_a_step_that_is_not_there(tmp_path: Path) -> None:
     for step, wanted in ((None, 3), (7, 7)):
         with pytest.raises(UserError, match=f"iter_000000{wanted} does not exist"):
             preflight.check_load(arguments(load=str(tmp_path), ckpt_step=step))
+
+
+def test_the_tokenizer_of_a_checkpoint_is_not_asked_for() -> None:
+    args = arguments(use_checkpoint_args=True, use_tokenizer_model_from_checkpoint_args=True)
+    preflight.check_tokenizer(args)
+    args.use_tokenizer_model_from_checkpoint_args = False
+    with pytest.raises(UserError, match="which was not given"):
+        preflight.check_tokenizer(args)
