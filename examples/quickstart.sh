@@ -61,7 +61,7 @@ for split in train valid; do
 done
 # Megatron's cache of sample indices goes by path, not by content.
 [ "$OUT/data/train.manifest.json" -ot "$OUT/data/cache" ] || rm -rf "$OUT/data/cache"
-"$PY" examples/quickstart/tasks.py --corpus "$OUT/corpus" --output "$OUT/tasks"
+"$PY" examples/quickstart/tasks.py --corpus "$OUT/corpus" --output "$OUT/tasks" --questions 800
 
 # run NAME LEARNING_RATE NORM_FLAGS...: train (or continue), then evaluate.
 worked=no

@@ -166,7 +166,10 @@ def read_log(path: Path) -> RunLog:
 
 @dataclass(frozen=True)
 class SiteStats:
-    """One norm site at one iteration. `saturated` is the share of inputs with |alpha x| > 2."""
+    """One norm site at one iteration.
+
+    `layer` counts from 1, `saturated` is the share of inputs with |alpha x| > 2.
+    """
 
     name: str
     role: str
@@ -251,20 +254,22 @@ def _stats_record(line: str) -> StatsRecord | None:
     try:
         data = json.loads(line)
         scale = data.get("embedding_scale")
+        # The final norm belongs to no layer (null); it stands after the last one.
+        last = max((site["layer"] for site in data["sites"] if site["layer"] is not None), default=0)
         return StatsRecord(
             iteration=int(data["iteration"]),
-            sites=tuple(_site_stats(site) for site in data["sites"]),
+            sites=tuple(_site_stats(site, last) for site in data["sites"]),
             embedding_scale=None if scale is None else float(scale),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _site_stats(site: dict[str, Any]) -> SiteStats:
+def _site_stats(site: dict[str, Any], last_layer: int) -> SiteStats:
     return SiteStats(
         name=str(site["name"]),
         role=str(site["role"]),
-        layer=int(site["layer"]),
+        layer=int(last_layer if site["layer"] is None else site["layer"]),
         alpha=float(site["alpha"]),
         input_std=float(site["input_std"]),
         alpha_std=float(site["alpha_std"]),

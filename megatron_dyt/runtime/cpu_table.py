@@ -172,6 +172,7 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
 def _megatron_core_rows() -> list[Replacement]:
     random = "megatron.core.tensor_parallel.random"
     writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     norm = "megatron.core.transformer.torch_norm"
     optimizer = "megatron.core.optimizer.distrib_optimizer"
     return [
@@ -179,6 +180,8 @@ def _megatron_core_rows() -> list[Replacement]:
         # Without --async-save a checkpoint is written by threads of this process, which need no
         # server process (Megatron starts one, and importing PyTorch there takes seconds).
         Replacement(writer, "get_write_results_queue", _always(_results_queue())),
+        Replacement(random, "CheckpointWithoutOutput.__init__", _without_fp8),
+        Replacement(dispatcher, "maybe_move_tensor_to_cpu", _as_numpy_on_cpu),
         Replacement(norm, "WrappedTorchNorm.__new__", _for_sequence_parallel),
         Replacement(optimizer, "DistributedOptimizer.state_dict", torch_adam.with_state),
         Replacement(optimizer, "DistributedOptimizer.load_state_dict", torch_adam.with_own_steps),
@@ -193,6 +196,22 @@ def _megatron_core_rows() -> list[Replacement]:
 def _results_queue() -> Callable[[], queue.Queue[Any]]:
     results: queue.Queue[Any] = queue.Queue()
     return lambda: results
+
+
+def _without_fp8(init: Callable[..., None]) -> Callable[..., None]:
+    """Megatron 0.19 takes the default, False, for fp8, which needs Transformer Engine."""
+    return lambda self, fp8=None: init(self, fp8 or None)
+
+
+def _as_numpy_on_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron makes split sizes lists on the way off a GPU only, and all_to_all takes nothing else."""
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    return moved
 
 
 def _for_sequence_parallel(new: Callable[..., Any]) -> Any:

@@ -133,6 +133,8 @@ def check_save(args: Namespace) -> None:
     """--save can be written; what an interrupted save left there is cleared away."""
     if args.save is None or "://" in args.save:
         return
+    if not args.save_interval:
+        raise UserError(f"--save {args.save} needs --save-interval N, the number of steps between two saves")
     try:
         os.makedirs(args.save, exist_ok=True)
     except OSError as error:

@@ -76,15 +76,15 @@ def write_run(
     return directory
 
 
-def site(role: str, layer: int, alpha: float, std: float, leaf: str = "norm") -> dict[str, Any]:
+def site(role: str, layer: int | None, alpha: float, std: float, leaf: str = "norm") -> dict[str, Any]:
     return {
-        "name": f"decoder.layers.{layer - 1}.{leaf}",
+        "name": f"decoder.layers.{layer - 1}.{leaf}" if layer else f"decoder.{leaf}",
         "role": role,
         "layer": layer,
         "alpha": alpha,
         "input_std": std,
         "alpha_std": alpha * std,
-        "saturated": 0.03 * layer,
+        "saturated": 0.03 * (layer or 3),
     }
 
 
@@ -94,7 +94,7 @@ def write_stats(path: Path) -> None:
             "iteration": i,
             "sites": [
                 *(site("attn", n, 0.5 + i / 1000, 1 + i * n / 400, "input") for n in (1, 2, 3)),
-                site("final", 3, 0.25, 2.0 + i / 100, "final_layernorm"),
+                site("final", None, 0.25, 2.0 + i / 100, "final_layernorm"),
             ],
             "embedding_scale": 50 + i / 100,
         }

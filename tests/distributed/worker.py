@@ -70,7 +70,6 @@ def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: i
     patches.apply(
         [
             *observers(result, case, weights),
-            *local_layer_repairs(),
             *unmarking(case["unmarked"]),
         ]
     )
@@ -149,29 +148,6 @@ def observers(result: dict[str, Any], case: dict[str, Any], weights: Any) -> lis
         Replacement(TRAINING, "finalize_model_grads", around_finalize),
         Replacement(MOCK_DATA, "MockGPTLowLevelDataset.__getitem__", lambda _original: random_tokens),
         Replacement(MOCK_DATA, "MockGPTLowLevelDataset.size", lambda _original: 1000),
-    ]
-
-
-def local_layer_repairs() -> list[Replacement]:
-    """What Megatron 0.19 gets wrong without Transformer Engine, or with tensors on the CPU."""
-
-    def without_fp8(init: Callable[..., None]) -> Callable[..., None]:
-        # The default, False, counts as fp8, which needs Transformer Engine: no layernorm recompute.
-        return lambda self, fp8=None: init(self, fp8 or None)
-
-    def as_numpy_on_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
-        # What is on the CPU already stays a tensor, which all_to_all does not take for a list.
-        def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-            if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
-                return tensor.numpy()
-            return move(tensor, as_numpy, record_stream)
-
-        return moved
-
-    random, moe = "megatron.core.tensor_parallel.random", "megatron.core.transformer.moe"
-    return [
-        Replacement(random, "CheckpointWithoutOutput.__init__", without_fp8),
-        Replacement(f"{moe}.token_dispatcher", "maybe_move_tensor_to_cpu", as_numpy_on_cpu),
     ]
 
 

@@ -26,7 +26,14 @@ def arguments(**given: Any) -> Namespace:
         )
     )
     return Namespace(
-        **{**flags, "mock_data": False, "sft": False, "exit_on_missing_checkpoint": False, **given}
+        **{
+            **flags,
+            "save_interval": 10,
+            "mock_data": False,
+            "sft": False,
+            "exit_on_missing_checkpoint": False,
+            **given,
+        }
     )
 
 
@@ -169,3 +176,8 @@ def test_the_tokenizer_of_a_checkpoint_is_not_asked_for() -> None:
     args.use_tokenizer_model_from_checkpoint_args = False
     with pytest.raises(UserError, match="which was not given"):
         preflight.check_tokenizer(args)
+
+
+def test_saving_needs_an_interval(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs --save-interval N"):
+        preflight.check_save(arguments(save=str(tmp_path), save_interval=None))
