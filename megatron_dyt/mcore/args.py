@@ -38,7 +38,7 @@ MODEL_ARGS = (
     "dyt_weight_init",
     "embedding_scale",
 )
-DYT_ARGS = (*MODEL_ARGS[:-1], "dyt_backend")
+DYT_ARGS = (*MODEL_ARGS[:-1], "dyt_backend", "dyt_fuse_residual")
 
 
 class _Unset(float):
@@ -117,6 +117,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
     )
     group.add_argument("--dyt-backend", choices=get_args(Backend), help="Kernel to use. Default: auto.")
+    group.add_argument(
+        "--dyt-fuse-residual",
+        action=argparse.BooleanOptionalAction,
+        help="Residual add and DyT in one kernel. That kernel is not in this version: only 'no' works.",
+    )
     group.add_argument(
         "--dyt-stats-interval",
         type=int,
@@ -202,6 +207,11 @@ def _resolve(args: Any) -> None:
         args.dyt_embedding_scale = args.embedding_scale
     config = config_from_args(args)
     _check_backend(config.backend)
+    if args.dyt_fuse_residual:
+        raise UserError(
+            "--dyt-fuse-residual: the kernel that adds the residual and applies DyT is not in this version. "
+            "Leave the flag out, or give --no-dyt-fuse-residual."
+        )
     qk = args.dyt_alpha_init_qk
     # Restored from a checkpoint it is there, at its default, without --qk-layernorm too.
     if qk not in (None, QK_ALPHA) and not getattr(args, "qk_layernorm", False):

@@ -94,6 +94,8 @@ def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
         "--dyt-function tanh",
         "--dyt-weight-init unit",
         "--dyt-backend auto",
+        "--dyt-fuse-residual",
+        "--no-dyt-fuse-residual",
         "--dyt-stats-interval 5 --save x",
     ],
 )
@@ -206,6 +208,12 @@ def test_alpha_of_queries_and_keys_needs_a_norm_there(parse: Callable[..., Any])
 def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"--dyt-backend triton: .*use backend='auto' or 'torch'"):
         parse("--normalization DyT --dyt-backend triton")
+
+
+def test_residual_fusion_is_refused_until_its_kernel_is_there(parse: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"--dyt-fuse-residual: the kernel .* is not in this version"):
+        parse("--normalization DyT --dyt-fuse-residual")
+    parse("--normalization DyT --no-dyt-fuse-residual")
 
 
 def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Callable[..., Any]) -> None:
