@@ -8,8 +8,8 @@
 #
 # Environment:
 #   PYTHON            the interpreter to use; nothing else is then tried
-#   TORCH_INDEX_URL   package index to take torch from at the first install, for example
-#                     https://download.pytorch.org/whl/cpu for a build without the CUDA libraries
+#   TORCH_INDEX_URL   package index to take torch from at the first install, for example that of
+#                     PyTorch's CPU wheels for a build without the CUDA libraries
 #
 # Without PYTHON the interpreter is, in this order: python3.12, python3.13, python3, python on PATH; a
 # version installed by pyenv; one that uv has or can install.
