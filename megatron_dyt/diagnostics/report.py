@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dyt.data.files import write_atomically
 from megatron_dyt.diagnostics.page import report_html
 from megatron_dyt.diagnostics.plots import curves_svg
 from megatron_dyt.diagnostics.runs import RESERVED, load_run, summarize
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        write_file(args.output / name, text)
+        write_atomically(args.output / name, text.encode())
         print(f"wrote {args.output / name}")
     return 0
 
@@ -68,16 +68,6 @@ def parse_runs(options: Sequence[str]) -> dict[str, Path]:
             )
         runs[name] = Path(directory)
     return runs
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

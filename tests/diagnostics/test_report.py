@@ -13,7 +13,7 @@ import pytest
 
 from megatron_dyt.diagnostics.logs import SiteStats, StatsRecord
 from megatron_dyt.diagnostics.plots import ALPHA_STD, alpha_charts, history_charts, site_groups
-from megatron_dyt.diagnostics.report import main, parse_runs, write_file
+from megatron_dyt.diagnostics.report import main, parse_runs
 from megatron_dyt.diagnostics.runs import load_run
 from megatron_dyt.errors import UserError
 
@@ -395,15 +395,6 @@ def test_wrong_run_options(options: list[str], message: str) -> None:
 def test_run_options_keep_order_and_equal_signs() -> None:
     assert parse_runs(["b=x=1", "a=y"]) == {"b": Path("x=1"), "a": Path("y")}
     assert list(parse_runs(["b=x", "a=y"])) == ["b", "a"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    write_file(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_file(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_command_line_ends_in_one_clear_line(tmp_path: Path) -> None:
