@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import args, checkpoint, compat, embedding, monitor, safety_net, spec
+from megatron_dyt.mcore import args, checkpoint, compat, embedding, monitor, recipe_flags, safety_net, spec
 from megatron_dyt.patching import Patches, Replacement
 
 _EMBEDDING = "megatron.core.models.common.embeddings.language_model_embedding"
@@ -36,6 +36,16 @@ CORE = (
         "TransformerConfig.__post_init__",
         args.wrap_post_init,
     ),
+    Seam(
+        "megatron.core.transformer.transformer_config",
+        "TransformerConfig.__post_init__",
+        recipe_flags.wrap_post_init,
+    ),
+    Seam(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.get_lr",
+        recipe_flags.wrap_get_lr,
+    ),
     Seam(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
     Seam(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
     Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", safety_net.wrap_new),
@@ -55,8 +65,14 @@ TRANSFORMER_ENGINE = (
 
 TRAINING = (
     Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
+    Seam("megatron.training.arguments", "add_megatron_arguments", recipe_flags.wrap_add_arguments),
     Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
+    Seam(
+        "megatron.training.training",
+        "get_standard_config_overrides",
+        recipe_flags.wrap_config_overrides,
+    ),
     Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
     Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
 )
