@@ -17,7 +17,7 @@ import torch
 
 from megatron_dyt.errors import run_main
 from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import datasets, device, launch, preflight, wheel
+from megatron_dyt.runtime import dataset_helpers, datasets, device, launch, preflight
 from megatron_dyt.runtime.datasets import mtp_on_this_rank
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
     megatron_dyt.register()
     compat.check_training_version()
-    wheel.skip_helper_build()
+    dataset_helpers.prepare()
     _pretrain(entry)
 
 

@@ -14,7 +14,7 @@ import runpy
 import sys
 
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.runtime import device, launch, wheel
+from megatron_dyt.runtime import dataset_helpers, device, launch
 
 _USAGE = "python -m megatron_dyt.run [--device {auto,cpu,cuda}] (SCRIPT | -m MODULE) ARGS..."
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     import megatron_dyt
 
     megatron_dyt.register()
-    wheel.skip_helper_build()
+    dataset_helpers.prepare()
     sys.argv = target[1:] if as_module else target
     with launch.clean_end():
         if as_module:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import launch, wheel
+from megatron_dyt.runtime import dataset_helpers, launch
 
 if TYPE_CHECKING:
     from megatron_dyt.evaluation.lm import MegatronDyTLM, TextTokenizer
@@ -109,7 +109,7 @@ def load_model(load: str, *, ckpt_step: int | None = None, tokenizer_model: str 
     launch.prepare_process()
     megatron_dyt.register()
     compat.check_training_version()
-    wheel.skip_helper_build()
+    dataset_helpers.prepare()
     with _quiet_megatron():
         saved = saved_args(checkpoint)
         flags = model_flags(saved) | _run_flags(checkpoint, tokenizer_model)
