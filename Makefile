@@ -7,10 +7,13 @@ PY := .venv/bin/python
 # Passed through to pytest: make test PYTEST_ARGS="tests/ops -x --no-cov"
 PYTEST_ARGS ?=
 
-.PHONY: help setup quickstart test lint format bench clean
+# A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
+MEGATRON_LM ?=
+
+.PHONY: help setup quickstart test test-megatron-lm check-patches lint format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything pinned (PYTHON=..., TORCH_INDEX_URL=... to choose)
 	@bash scripts/setup.sh
@@ -22,6 +25,12 @@ quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT
 test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)
 	@COVERAGE_CORE=sysmon $(PY) -m pytest --cov=megatron_dyt \
 		--cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
+
+check-patches: setup ## check patches/ (MEGATRON_LM=clone: against the releases too)
+	@$(PY) scripts/fork_patches.py check "$(MEGATRON_LM)"
+
+test-megatron-lm: setup ## run Megatron-LM's own scripts, unmodified and patched (MEGATRON_LM=clone)
+	@MEGATRON_LM="$(MEGATRON_LM)" $(PY) -m pytest tests/megatron_lm --no-cov $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy, shell syntax
 	@$(PY) -m ruff check .
