@@ -1,6 +1,6 @@
 """Runs a script without a GPU, and without registering DyT: a patched Megatron does that itself.
 
-    python on_cpu.py SCRIPT ARGS...
+python on_cpu.py SCRIPT ARGS...
 """
 
 from __future__ import annotations
