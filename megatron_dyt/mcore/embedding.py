@@ -2,11 +2,18 @@
 
 The paper's LLaMA has it right after the embedding, initial value sqrt(hidden); without it "training
 struggles to progress" (arXiv 2503.10622, section 6 and appendix).
+
+Multi-token prediction layers embed their own input. On another pipeline stage than the first they have a
+copy of the embedding, so of the scale too, and Megatron keeps copies of the word embedding alone: here
+the scale's copies get the same marks, and their gradients are summed over the same group.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,11 +24,16 @@ from megatron_dyt.mcore.norm import mark_sequence_parallel
 
 
 class EmbeddingScale(nn.Module):
-    """x -> scale * x with a learnable scale of shape (1,), computed in fp32, returned in x's dtype."""
+    """x -> scale * x with a learnable scale of shape (1,), computed in fp32, returned in x's dtype.
+
+    Attributes:
+        is_copy: whether another pipeline stage has the parameter of which this one is a copy.
+    """
 
     def __init__(self, initial: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.initial = initial
+        self.is_copy = False
         self.scale = nn.Parameter(torch.empty(1, dtype=dtype))
         self.reset_parameters()
 
@@ -32,6 +44,23 @@ class EmbeddingScale(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (sequence, batch, hidden); returns the same shape and dtype."""
         return (x * self.scale.float()).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What Megatron saves: the parameter, whole on every rank; a copy says that it is one."""
+        from megatron.core.transformer.utils import (
+            ensure_metadata_has_dp_cp_group,
+            make_sharded_tensors_for_checkpoint,
+        )
+
+        group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {}, sharded_offsets, dp_cp_group=group
+        )
+        for tensor in state.values():
+            tensor.replica_id = (int(self.is_copy), *tensor.replica_id[1:])
+        return state
 
     def extra_repr(self) -> str:
         return f"initial={self.initial:g}"
@@ -62,3 +91,66 @@ def wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
         return output if scale is None else scale(output)
 
     return forward
+
+
+def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
+    """`LanguageModule.setup_embeddings_and_output_layer` that marks the copies of the scale."""
+
+    @functools.wraps(original)
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        original(self)
+        scale = _scale_of(self)
+        if scale is not None and _has_copies(self.config):
+            mark_shared(scale, is_copy=not self.pre_process)
+
+    return setup_embeddings_and_output_layer
+
+
+def mark_shared(scale: EmbeddingScale, is_copy: bool) -> None:
+    """Tell Megatron that two pipeline stages have this parameter, as it marks the word embedding."""
+    scale.is_copy = is_copy
+    # The distributed optimizer then gives it a bucket of its own, so that ranks of one data parallel
+    # index hold the same part of it in both stages.
+    scale.scale.shared_embedding = True  # type: ignore[attr-defined]
+    if is_copy:
+        # Counted once in the norm of the gradients.
+        scale.scale.shared = True  # type: ignore[attr-defined]
+
+
+def wrap_allreduce(original: Callable[..., None]) -> Callable[..., None]:
+    """`_allreduce_word_embedding_grads` that sums the gradients of the scale's copies too."""
+
+    @functools.wraps(original)
+    def allreduce_word_embedding_grads(
+        model: list[Any], config: Any, embd_group: Any = None, pp_group: Any = None
+    ) -> None:
+        original(model, config, embd_group, pp_group)
+        if _has_copies(config) and initial_embedding_scale(config) is not None:
+            sum_copies(model, config, embd_group, pp_group)
+
+    return allreduce_word_embedding_grads
+
+
+def sum_copies(model: list[Any], config: Any, embd_group: Any, pp_group: Any) -> None:
+    """Sum the gradients of the embedding scale over the stages that have an embedding."""
+    module: Any = import_module("megatron.core.distributed.finalize_model_grads")
+    module._allreduce_embedding_grad(model, embd_group, pp_group, _scale_or_zero, config=config)
+
+
+def _scale_or_zero(model: Any) -> Any:
+    """The scale's parameter; on a stage with a tied output layer and no embedding a gradient of zero.
+
+    That stage is in the group, for the word embedding, so it must take part.
+    """
+    scale = _scale_of(model)
+    if scale is not None:
+        return scale.scale
+    return SimpleNamespace(main_grad=model.shared_embedding_or_output_weight().main_grad.new_zeros(1))
+
+
+def _scale_of(model: Any) -> EmbeddingScale | None:
+    return getattr(getattr(model, "embedding", None), "embedding_scale", None)
+
+
+def _has_copies(config: Any) -> bool:
+    return bool(config.mtp_num_layers) and config.pipeline_model_parallel_size > 1

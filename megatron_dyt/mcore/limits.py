@@ -94,16 +94,26 @@ LIMITS = (
         _on("modelopt_enabled", "export_te_mcore_model", "export_kd_teacher_load"),
     ),
     Limit(
-        "multi-token prediction (mtp_num_layers)",
-        "its norms and its second embedding are not covered by this version",
-        "Remove --mtp-num-layers.",
-        _on("mtp_num_layers"),
+        "qk_layernorm of multi-latent attention without q_lora_rank",
+        "there is no query latent, and Megatron then normalizes inside Transformer Engine's fused linear",
+        "Give --q-lora-rank, or remove --qk-layernorm.",
+        lambda config: (
+            bool(getattr(config, "multi_latent_attention", False))
+            and bool(getattr(config, "qk_layernorm", False))
+            and getattr(config, "q_lora_rank", None) is None
+        ),
     ),
     Limit(
-        "multi-latent attention",
-        "its latent norms are not covered by this version",
-        "Remove --multi-latent-attention.",
-        _on("multi_latent_attention"),
+        "mla_down_proj_fusion",
+        "it fuses the norm in front of attention into the down-projection",
+        "Remove --mla-down-proj-fusion.",
+        _on("mla_down_proj_fusion"),
+    ),
+    Limit(
+        "cache_mla_latents",
+        "it takes the norm on the latents out of Transformer Engine's fused linear",
+        "Remove --cache-mla-latents.",
+        _on("cache_mla_latents"),
     ),
     Limit(
         "a hybrid (Mamba, GDN, DSA) layer pattern",

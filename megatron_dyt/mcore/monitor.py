@@ -219,10 +219,10 @@ def _unwrap(chunk: nn.Module) -> nn.Module:
 
 
 def find_embedding_scale(chunks: list[nn.Module]) -> torch.Tensor | None:
-    """The embedding scale's parameter, on the rank that has it."""
+    """The embedding scale's parameter, on the rank that has it (not a copy of it)."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if name.endswith("embedding_scale.scale"):
+            if name.endswith("embedding_scale.scale") and not getattr(parameter, "shared", False):
                 return parameter
     return None
 

@@ -25,6 +25,9 @@ class DyTNorm(DynamicTanh):
     (`megatron/core/distributed/finalize_model_grads.py`). Without sequence parallelism every rank has
     the whole gradient already and the attribute is False.
 
+    Where Megatron would sum a whole gradient nevertheless, `averaged` makes it average: the average of
+    equal gradients is the gradient.
+
     The class name contains "Norm" because Megatron-FSDP finds replicated modules by that.
 
     Attributes:
@@ -39,12 +42,14 @@ class DyTNorm(DynamicTanh):
         eps: float | None = None,
         *,
         role: Role,
+        averaged: bool = False,
     ) -> None:
         """Args:
         config: Megatron's config; `config.dyt` (a DyTConfig) gives alpha, bias and function.
         hidden_size: length of the last dimension (the head's size for role "qk").
         eps: accepted for the builder's signature; DyT divides by nothing.
         role: where the norm stands.
+        averaged: average the gradients over the tensor parallel group; see `mark_averaged`.
         """
         check_choice("role", role, get_args(Role))
         dyt = config.dyt
@@ -60,6 +65,8 @@ class DyTNorm(DynamicTanh):
         self.role: Role = role
         self.probe: Callable[[DyTNorm, torch.Tensor], None] | None = None
         mark_sequence_parallel(self, config.sequence_parallel)
+        if averaged:
+            mark_averaged(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape and dtype."""
@@ -75,6 +82,16 @@ def mark_sequence_parallel(module: nn.Module, sequence_parallel: bool) -> None:
     """Tell Megatron whether the gradients of this module's own parameters are partial sums."""
     for parameter in module.parameters(recurse=False):
         parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+
+def mark_averaged(module: nn.Module) -> None:
+    """Let Megatron average the gradients of this module's own parameters over tensor parallel ranks.
+
+    For gradients that are whole on every rank, of parameters that Megatron takes for partial ones by
+    their name (`finalize_model_grads._allreduce_non_tensor_model_parallel_grads`).
+    """
+    for parameter in module.parameters(recurse=False):
+        parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
 
 def dyt_sites(model: nn.Module) -> Iterator[tuple[str, DyTNorm]]:

@@ -14,6 +14,7 @@ from megatron_dyt.mcore import args, checkpoint, compat, embedding, monitor, rec
 from megatron_dyt.patching import Patches, Replacement
 
 _EMBEDDING = "megatron.core.models.common.embeddings.language_model_embedding"
+_LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module"
 _TE = "megatron.core.extensions.transformer_engine"
 
 
@@ -32,6 +33,11 @@ CORE = (
         spec.wrap_block_submodules,
     ),
     Seam(
+        "megatron.core.transformer.multi_token_prediction",
+        "_get_mtp_block_submodules",
+        spec.wrap_mtp_block_submodules,
+    ),
+    Seam(
         "megatron.core.transformer.transformer_config",
         "TransformerConfig.__post_init__",
         args.wrap_post_init,
@@ -48,6 +54,12 @@ CORE = (
     ),
     Seam(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
     Seam(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
+    Seam(_LANGUAGE_MODULE, "LanguageModule.setup_embeddings_and_output_layer", embedding.wrap_setup),
+    Seam(
+        "megatron.core.distributed.finalize_model_grads",
+        "_allreduce_word_embedding_grads",
+        embedding.wrap_allreduce,
+    ),
     Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", safety_net.wrap_new),
     Seam(
         "megatron.core.fusions.fused_layer_norm",

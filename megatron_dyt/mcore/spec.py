@@ -16,7 +16,13 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.norm import DyTNorm
 
 LAYER_ROLES = {"input_layernorm": "attn", "pre_mlp_layernorm": "ffn"}
-ATTENTION_ROLES = {"q_layernorm": "qk", "k_layernorm": "qk"}
+QK_NORMS = ("q_layernorm", "k_layernorm")
+# Multi-latent attention has its norms on the latents, in front of the up-projections: TE fuses the two.
+LATENT_NORMS = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
+# enorm and hnorm feed a linear layer, not attention: the paper's "elsewhere", as in front of the MLP.
+MTP_ROLES = {"enorm": "ffn", "hnorm": "ffn", "layer_norm": "final"}
+# Up to 0.16 the first name, from 0.17 the second.
+MTP_LAYERS = ("transformer_layer", "mtp_model_layer")
 
 # Classes are matched by name: Transformer Engine and apex may not be installed.
 NORM_CLASSES = {
@@ -49,6 +55,41 @@ def wrap_block_submodules(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_block_submodules
 
 
+def wrap_mtp_block_submodules(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`multi_token_prediction._get_mtp_block_submodules`, rewritten when the config's norm is DyT."""
+
+    @functools.wraps(original)
+    def get_mtp_block_submodules(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
+        block = original(config, spec, *args, **kwargs)
+        return rewrite_mtp_block(config, block) if config.normalization == "DyT" else block
+
+    return get_mtp_block_submodules
+
+
+def rewrite_mtp_block(config: Any, block: Any) -> Any:
+    """A copy of a `MultiTokenPredictionBlockSubmodules` in which every norm is DyT.
+
+    Raises:
+        UserError: a layer or a norm that this version cannot turn into DyT.
+    """
+    layers = [rewrite_mtp_layer(config, layer) for layer in block.layer_specs or []]
+    rewritten = dataclasses.replace(block, layer_specs=layers)
+    refuse_leftovers(rewritten, "mtp")
+    return rewritten
+
+
+def rewrite_mtp_layer(config: Any, layer: Any) -> Any:
+    """A copy of one multi-token prediction layer's ModuleSpec in which every norm is DyT."""
+    parts = layer.submodules
+    changes: dict[str, Any] = {
+        field: dyt_spec(role) for field, role in MTP_ROLES.items() if is_norm(getattr(parts, field))
+    }
+    for field in MTP_LAYERS:
+        if getattr(parts, field, None) is not None:
+            changes[field] = rewrite_layer(config, getattr(parts, field))
+    return with_submodules(layer, dataclasses.replace(parts, **changes))
+
+
 def rewrite_block(config: Any, block: Any) -> Any:
     """A copy of a `TransformerBlockSubmodules` in which every norm is DyT.
 
@@ -66,7 +107,7 @@ def rewrite_block(config: Any, block: Any) -> Any:
     if is_norm(final):
         final = dyt_spec("final")
     rewritten = dataclasses.replace(block, layer_specs=layers, layer_norm=final)
-    refuse_leftovers(rewritten)
+    refuse_leftovers(rewritten, "decoder")
     return rewritten
 
 
@@ -90,23 +131,50 @@ def rewrite_layer(config: Any, layer: Any) -> Any:
     if fused:
         changes["pre_mlp_layernorm"] = dyt_spec("ffn")
     keys = {k: v for k, v in KEYS_MAP.items() if k.rstrip(".") in changes}
+    if is_latent(submodules_of(attention)):
+        # Both specs of multi-latent attention have this norm apart, under its own name.
+        keys.pop("input_layernorm.", None)
     changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **keys}
     return dataclasses.replace(layer, submodules=dataclasses.replace(parts, **changes))
 
 
 def rewrite_attention(config: Any, attention: Any) -> tuple[Any, bool]:
     """(copy of an attention spec with DyT on q and k where asked, whether qkv had a fused norm)."""
+    if is_latent(submodules_of(attention)):
+        return rewrite_latent_attention(config, attention), False
     attention, fused = unfuse(attention, "linear_qkv")
     parts = submodules_of(attention)
     changes = {
-        field: dyt_spec(role)
-        for field, role in ATTENTION_ROLES.items()
+        field: dyt_spec("qk")
+        for field in QK_NORMS
         if hasattr(parts, field)
         and (is_norm(getattr(parts, field)) or _unfilled_qk(config, getattr(parts, field)))
     }
     if changes:
         attention = with_submodules(attention, dataclasses.replace(parts, **changes))
     return attention, fused
+
+
+def rewrite_latent_attention(config: Any, attention: Any) -> Any:
+    """A copy of a multi-latent attention spec with DyT on the latents that have a norm.
+
+    All tensor parallel ranks have whole latents. Without sequence parallelism so is the gradient of a
+    norm on them, yet with `qk_layernorm` Megatron sums that of anything called "q_layernorm" over the
+    ranks, as in ordinary attention, where a rank has its heads only.
+    """
+    for norm, linear in LATENT_NORMS.items():
+        attention, fused = unfuse(attention, linear)
+        parts = submodules_of(attention)
+        if fused or is_norm(getattr(parts, norm)):
+            whole = norm == "q_layernorm" and not config.sequence_parallel
+            dyt = dyt_spec("qk", averaged=True) if whole else dyt_spec("qk")
+            attention = with_submodules(attention, dataclasses.replace(parts, **{norm: dyt}))
+    return attention
+
+
+def is_latent(attention_parts: Any) -> bool:
+    """Whether these are the submodules of multi-latent attention."""
+    return hasattr(attention_parts, "linear_kv_up_proj")
 
 
 def _unfilled_qk(config: Any, value: Any) -> bool:
@@ -139,11 +207,11 @@ def with_submodules(spec: Any, parts: Any) -> Any:
     return dataclasses.replace(spec, submodules=parts)
 
 
-def dyt_spec(role: str) -> Any:
+def dyt_spec(role: str, **options: Any) -> Any:
     """The spec of a DyTNorm. A ModuleSpec: 0.16 builds neither partials nor lambdas."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    return ModuleSpec(module=DyTNorm, params={"role": role})
+    return ModuleSpec(module=DyTNorm, params={"role": role, **options})
 
 
 def is_norm(value: Any) -> bool:
@@ -151,9 +219,9 @@ def is_norm(value: Any) -> bool:
     return _name(value) in NORM_CLASSES
 
 
-def refuse_leftovers(block: Any) -> None:
+def refuse_leftovers(block: Any, name: str) -> None:
     """Raises UserError when a norm or fused norm-linear is left in a slot that we do not know."""
-    for path, value in _walk(block, "decoder"):
+    for path, value in _walk(block, name):
         if is_norm(value) or "LayerNorm" in _name(value):
             raise UserError(
                 f"--normalization DyT cannot replace {_name(value)} at {path}: this model's spec is "

@@ -12,7 +12,7 @@ import torch
 
 from megatron_dyt.mcore import compat
 from megatron_dyt.patching import Replacement
-from megatron_dyt.runtime import cpu_flags, torch_adam
+from megatron_dyt.runtime import cpu_flags, latent_attention, torch_adam
 from megatron_dyt.runtime import cuda_stand_ins as stand_in
 
 
@@ -176,6 +176,7 @@ def _megatron_core_rows() -> list[Replacement]:
     norm = "megatron.core.transformer.torch_norm"
     optimizer = "megatron.core.optimizer.distrib_optimizer"
     return [
+        *latent_attention.rows(),
         Replacement(random, "_set_cuda_rng_state", _always(stand_in.set_rng_state)),
         # Without --async-save a checkpoint is written by threads of this process, which need no
         # server process (Megatron starts one, and importing PyTorch there takes seconds).

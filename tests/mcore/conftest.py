@@ -62,6 +62,36 @@ def make_config(world: None) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def make_latent_config(world: None) -> Callable[..., Any]:
+    """A small MLATransformerConfig with norms on both latents; keywords override."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    def make(**overrides: Any) -> Any:
+        values: dict[str, Any] = {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "add_bias_linear": False,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "use_cpu_initialization": True,
+            "normalization": "DyT",
+            "transformer_impl": "local",
+            "qk_layernorm": True,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 24,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 8,
+            "rope_type": "rope",
+        }
+        return MLATransformerConfig(**(values | overrides))
+
+    return make
+
+
+@pytest.fixture
 def make_spec() -> Callable[[Any], Any]:
     """Megatron's local layer spec for a config."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -70,6 +100,7 @@ def make_spec() -> Callable[[Any], Any]:
         return get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
             normalization=config.normalization,
             **overrides,
         )

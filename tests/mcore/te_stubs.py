@@ -9,6 +9,7 @@ import torch
 from megatron.core.models import backends
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
@@ -39,6 +40,10 @@ class TESpecProvider(backends.LocalSpecProvider):
     def column_parallel_linear(self) -> type:
         return TEColumnParallelLinear
 
+    def linear(self) -> type:
+        # TE's duplicated linear: Megatron's attention takes a column-parallel one as well.
+        return TEColumnParallelLinear
+
     def row_parallel_linear(self) -> type:
         return TERowParallelLinear
 
@@ -61,3 +66,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider)
     monkeypatch.setattr(transformer_engine, "TEColumnParallelLinear", TEColumnParallelLinear)
+    # Names that these modules have taken from Megatron's own.
+    monkeypatch.setattr(multi_latent_attention, "TEColumnParallelLinear", TEColumnParallelLinear)

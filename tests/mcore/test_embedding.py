@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_dyt.config import DyTConfig
+from megatron_dyt.mcore import embedding
 from megatron_dyt.mcore.embedding import EmbeddingScale
 
 
@@ -64,8 +66,8 @@ def test_gradient_is_partial_exactly_when_the_output_is_sharded(
 
     config = make_config()
     config.sequence_parallel = sequence_parallel
-    embedding = LanguageModelEmbedding(config, 64, 16, "rope", scatter_to_sequence_parallel=scatter)
-    assert embedding.embedding_scale.scale.sequence_parallel is partial
+    module = LanguageModelEmbedding(config, 64, 16, "rope", scatter_to_sequence_parallel=scatter)
+    assert module.embedding_scale.scale.sequence_parallel is partial
 
 
 def test_bf16_is_scaled_in_fp32() -> None:
@@ -84,3 +86,53 @@ def test_meta_construction_can_be_reset() -> None:
     scale.to_empty(device="cpu")
     scale.reset_parameters()
     assert scale.scale.item() == 5.0
+
+
+def two_stages(config: Any, mtp_num_layers: int | None = 1) -> Any:
+    """A config that a stage of a pipeline has; the tests' world is one process."""
+    config.mtp_num_layers = mtp_num_layers
+    config.pipeline_model_parallel_size = 2
+    return config
+
+
+@pytest.mark.parametrize("pre_process", [True, False])
+def test_a_scale_that_two_stages_have_is_marked_as_megatron_marks_the_embedding(
+    make_config: Callable[..., Any], pre_process: bool
+) -> None:
+    stage = SimpleNamespace(config=two_stages(make_config()), pre_process=pre_process)
+    stage.embedding = SimpleNamespace(embedding_scale=EmbeddingScale(3.0))
+    embedding.wrap_setup(lambda self: None)(stage)
+    scale = stage.embedding.embedding_scale
+    assert scale.scale.shared_embedding
+    # The copy is left out of the norm of the gradients, and is not what is saved.
+    assert getattr(scale.scale, "shared", False) is not pre_process
+    assert scale.sharded_state_dict("e.")["e.scale"].replica_id == (int(not pre_process), 0, 0)
+
+
+def test_a_scale_that_one_stage_has_is_not_marked(make_config: Callable[..., Any]) -> None:
+    for config in (make_config(mtp_num_layers=1), two_stages(make_config(), mtp_num_layers=None)):
+        stage = SimpleNamespace(config=config, pre_process=True)
+        stage.embedding = SimpleNamespace(embedding_scale=EmbeddingScale(3.0))
+        embedding.wrap_setup(lambda self: None)(stage)
+        assert not hasattr(stage.embedding.embedding_scale.scale, "shared_embedding")
+
+
+def test_other_norms_without_a_scale_sum_nothing(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(embedding, "sum_copies", lambda *arguments: calls.append(arguments))
+    allreduce = embedding.wrap_allreduce(lambda *arguments: None)
+    allreduce([], two_stages(make_config("RMSNorm")), "embd", "pp")
+    allreduce([], make_config(mtp_num_layers=1), "embd", "pp")
+    assert calls == []
+    config = two_stages(make_config())
+    allreduce(["model"], config, "embd", "pp")
+    assert calls == [(["model"], config, "embd", "pp")]
+
+
+def test_a_stage_without_an_embedding_takes_part_with_zero() -> None:
+    weight = SimpleNamespace(main_grad=torch.ones(2, 3, dtype=torch.bfloat16))
+    stage = SimpleNamespace(shared_embedding_or_output_weight=lambda: weight)
+    gradient = embedding._scale_or_zero(stage).main_grad
+    torch.testing.assert_close(gradient, torch.zeros(1, dtype=torch.bfloat16))

@@ -19,12 +19,12 @@ from megatron_dyt.mcore.limits import refuse_unsupported
         ("inference_fuse_tp_communication", True),
         ("use_transformer_engine_op_fuser", True),
         ("qk_l2_norm", True),
-        ("multi_latent_attention", True),
+        ("mla_down_proj_fusion", True),
+        ("cache_mla_latents", True),
         ("heterogeneous_block_specs", True),
         ("heterogeneous_layers_config_path", "x.json"),
         ("use_kitchen", True),
         ("modelopt_enabled", True),
-        ("mtp_num_layers", 1),
         ("hybrid_layer_pattern", "M*"),
         ("experimental_attention_variant", "dsa"),
     ],
@@ -37,14 +37,22 @@ def test_each_combination_that_cannot_work_is_named(setting: str, value: object)
 
 
 def test_all_clashes_are_told_at_once() -> None:
-    with pytest.raises(UserError, match=r"fused_residual_rmsnorm.*multi-token prediction"):
-        refuse_unsupported(SimpleNamespace(fused_residual_rmsnorm=True, mtp_num_layers=2))
+    with pytest.raises(UserError, match=r"fused_residual_rmsnorm.*qk_l2_norm"):
+        refuse_unsupported(SimpleNamespace(fused_residual_rmsnorm=True, qk_l2_norm=True))
 
 
 def test_what_can_work_passes() -> None:
     refuse_unsupported(
-        SimpleNamespace(transformer_impl="transformer_engine", mtp_num_layers=None, use_kitchen=False)
+        SimpleNamespace(transformer_impl="transformer_engine", mtp_num_layers=1, use_kitchen=False)
     )
+
+
+def test_a_query_norm_of_latent_attention_needs_a_query_latent() -> None:
+    latent = SimpleNamespace(multi_latent_attention=True, qk_layernorm=True, q_lora_rank=None)
+    with pytest.raises(UserError, match=r"without q_lora_rank.*Give --q-lora-rank"):
+        refuse_unsupported(latent)
+    for fine in ({"q_lora_rank": 512}, {"qk_layernorm": False}, {"multi_latent_attention": False}):
+        refuse_unsupported(SimpleNamespace(**(vars(latent) | fine)))
 
 
 def test_a_config_built_without_flags_is_checked_too(make_config: Callable[..., Any]) -> None:

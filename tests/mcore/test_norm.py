@@ -23,6 +23,15 @@ def test_every_parameter_says_whether_its_gradient_is_partial(
     assert marks == dict.fromkeys(names, sequence_parallel)
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_an_averaged_norm_says_so_on_every_parameter(make_config: Callable[..., Any], averaged: bool) -> None:
+    config = make_config()
+    config.dyt = DyTConfig.unit(32, bias=True, function="erf")
+    norm = DyTNorm(config, 32, role="qk", averaged=averaged)
+    marks = [getattr(p, "average_gradients_across_tp_domain", False) for p in norm.parameters()]
+    assert marks == [averaged] * 4
+
+
 @pytest.mark.parametrize("role", ["attn", "ffn", "final", "qk"])
 def test_alpha_starts_at_its_roles_value(make_config: Callable[..., Any], role: str) -> None:
     config = make_config()
