@@ -1,8 +1,9 @@
 """Errors meant for people, and the one way an entry point ends.
 
 A mistake of the user is a `UserError`: one line that says what was given, what is allowed and what to
-do, and exit code 2. Everything else keeps its traceback (it is a defect or a fault of the machine, and
-the traceback is what we need), followed by one closing line, and exit code 1.
+do, and exit code 2. A `TrainingFault` is one line too, and exit code 1. Everything else keeps its
+traceback (it is a defect or a fault of the machine, and the traceback is what we need), followed by one
+closing line, and exit code 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """Wrong input. The message says what was given, what is allowed and what to do."""
+
+
+class TrainingFault(RuntimeError):
+    """Training must not go on: values that are not finite, a bad alpha. The message says where."""
 
 
 _OS_HINTS = {
@@ -38,6 +43,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         _last_words(f"error: {error}")
         code = 2
+    except TrainingFault as fault:
+        _last_words(f"stopped: {fault}")
+        code = 1
     except KeyboardInterrupt as stop:
         _last_words("; ".join(filter(None, ["interrupted", str(stop)])))
         code = 128 + signal.SIGINT

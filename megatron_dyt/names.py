@@ -11,3 +11,5 @@ Preset = Literal["paper", "unit"]
 Function = Literal["tanh", "erf", "hardtanh", "sigmoid", "isru", "identity"]
 WeightInit = Literal["one", "unit"]
 Backend = Literal["auto", "triton", "torch"]
+# What happens when an update makes an alpha <= 0.
+OnBadAlpha = Literal["stop", "report"]

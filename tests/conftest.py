@@ -72,7 +72,8 @@ def _observers(seen: SimpleNamespace) -> list[Any]:
     def keep_loss(train_step: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **kwargs: Any) -> Any:
             result = train_step(*args, **kwargs)
-            seen.losses.append(float(result[0]["lm loss"]))
+            # There is none when Megatron's check of the loss ends the run.
+            seen.losses += [float(loss) for name, loss in result[0].items() if name == "lm loss"]
             return result
 
         return step

@@ -23,7 +23,7 @@ from megatron_dyt.config import (
 )
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.limits import refuse_unsupported
-from megatron_dyt.names import Backend, Function, Preset, Role, WeightInit
+from megatron_dyt.names import Backend, Function, OnBadAlpha, Preset, Role, WeightInit
 from megatron_dyt.ops.dyt import choose_implementation
 
 NORMALIZATION = "DyT"
@@ -38,7 +38,7 @@ MODEL_ARGS = (
     "dyt_weight_init",
     "embedding_scale",
 )
-DYT_ARGS = (*MODEL_ARGS[:-1], "dyt_backend", "dyt_fuse_residual")
+DYT_ARGS = (*MODEL_ARGS[:-1], "dyt_backend", "dyt_fuse_residual", "dyt_on_bad_alpha")
 
 
 class _Unset(float):
@@ -121,6 +121,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--dyt-fuse-residual",
         action=argparse.BooleanOptionalAction,
         help="Residual add and DyT in one kernel. That kernel is not in this version: only 'no' works.",
+    )
+    group.add_argument(
+        "--dyt-on-bad-alpha",
+        choices=get_args(OnBadAlpha),
+        help="When an update makes an alpha <= 0: stop (default), or report it and go on. One that is not "
+        "finite always stops.",
     )
     group.add_argument(
         "--dyt-stats-interval",
@@ -231,6 +237,7 @@ def _resolve(args: Any) -> None:
     args.dyt_function = config.function
     args.dyt_weight_init = config.weight_init
     args.dyt_backend = config.backend
+    args.dyt_on_bad_alpha = args.dyt_on_bad_alpha or "stop"
 
 
 def _check_backend(backend: str) -> None:

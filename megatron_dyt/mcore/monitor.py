@@ -194,15 +194,15 @@ def _off(value: float) -> bool:
 def find_sites(chunks: list[nn.Module]) -> list[Site]:
     """Every DyTNorm, named as in the whole model: layers count over pipeline stages."""
     sites = []
-    for chunk in map(_unwrap, chunks):
+    for chunk in map(unwrap, chunks):
         for name, module in dyt_sites(chunk):
-            layer, full = _global_name(chunk, name)
+            layer, full = global_name(chunk, name)
             sites.append(Site(full, layer, module))
     return sites
 
 
-def _global_name(chunk: nn.Module, name: str) -> tuple[int | None, str]:
-    """(layer number from 1, name with the global layer index) from a stage's local module name."""
+def global_name(chunk: nn.Module, name: str) -> tuple[int | None, str]:
+    """(layer number from 1, name with the global layer index) from a name in a stage's own model."""
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdigit() and parts[index - 1] == "layers":
@@ -212,7 +212,8 @@ def _global_name(chunk: nn.Module, name: str) -> tuple[int | None, str]:
     return None, name
 
 
-def _unwrap(chunk: nn.Module) -> nn.Module:
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """The model inside DDP and mixed precision wrappers."""
     while isinstance(inner := getattr(chunk, "module", None), nn.Module):
         chunk = inner
     return chunk
@@ -264,7 +265,7 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     from megatron.training import get_args
 
     args = get_args()
-    config: Any = _unwrap(chunks[0]).config
+    config: Any = unwrap(chunks[0]).config
     if config.normalization != "DyT":
         return None
     stage = mpu.get_pipeline_model_parallel_rank()

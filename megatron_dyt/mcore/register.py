@@ -10,7 +10,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import args, checkpoint, compat, embedding, monitor, recipe_flags, safety_net, spec
+from megatron_dyt.mcore import (
+    args,
+    checkpoint,
+    compat,
+    embedding,
+    guard,
+    monitor,
+    recipe_flags,
+    safety_net,
+    spec,
+)
 from megatron_dyt.patching import Patches, Replacement
 
 _EMBEDDING = "megatron.core.models.common.embeddings.language_model_embedding"
@@ -67,6 +77,11 @@ CORE = (
         safety_net.wrap_fused_init,
     ),
     Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
+    Seam(
+        "megatron.core.rerun_state_machine",
+        "RerunStateMachine.should_run_forward_backward",
+        guard.wrap_rerun,
+    ),
 )
 
 # Without Transformer Engine these names are mocks.
@@ -87,6 +102,8 @@ TRAINING = (
     ),
     Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
     Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
+    Seam("megatron.training.training", "setup_model_and_optimizer", guard.wrap_setup),
+    Seam("megatron.training.training", "train_step", guard.wrap_train_step),
 )
 
 _patches: Patches | None = None

@@ -1,0 +1,373 @@
+"""No update with values that are not finite, and no alpha that an update makes <= 0, unnoticed.
+
+Megatron's own flags decide what happens. With `--check-for-nan-in-loss-and-grad` (its default) a gradient
+that is not finite stops the run; without it the step is skipped and counted as a skipped iteration, as
+Megatron does under fp16 loss scaling. `--dyt-on-bad-alpha` says the same for alpha. In each case the
+message names layer, role and parameter.
+
+The guard costs no extra synchronization of the device: the gradient's norm is the one that Megatron
+computes for clipping, and alpha is read where Megatron waits for the optimizer's step anyway (its
+`update_successful` is reduced and read there). It adds one all-reduce of two integers a step, so that
+all ranks come to one verdict and none is left waiting for one that stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_dyt.errors import TrainingFault
+from megatron_dyt.mcore.monitor import Site, find_sites, global_name, unwrap
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.runtime.report import say
+
+# Findings named in a message.
+SHOWN = 6
+# Behind the last layer: final norm and output layer.
+_END = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something bad at a place: `depth` is the layer's number, 0 the embedding; a bad value is a cause."""
+
+    depth: int
+    text: str
+    cause: bool = False
+
+
+class Guard:
+    """Watches one rank's optimizer step. Every rank of the world must have one.
+
+    Args:
+        chunks: the model's chunks on this rank.
+        optimizer: Megatron's optimizer; `install` puts the guard around its step.
+        strict: stop at a gradient that is not finite, instead of skipping the step.
+        on_bad_alpha: "stop" or "report", when an update makes an alpha <= 0. One that is not finite
+            always stops.
+        step: gives the number of the current step, for messages.
+    """
+
+    def __init__(
+        self,
+        chunks: list[nn.Module],
+        optimizer: Any,
+        *,
+        strict: bool = True,
+        on_bad_alpha: str = "stop",
+        step: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.chunks = [unwrap(chunk) for chunk in chunks]
+        self.sites = find_sites(chunks)
+        self.optimizer = optimizer
+        self.strict = strict
+        self.on_bad_alpha = on_bad_alpha
+        self.step = step
+        self.norm: float | None = None
+        self.refused = False
+        self.rerunning = False
+        self.bad_inputs: list[Finding] = []
+
+    def install(self) -> None:
+        """Put the guard around this optimizer's step, its norm and its update."""
+        optimizer = self.optimizer
+        for name in ("get_grad_norm", "clip_grad_norm"):
+            setattr(optimizer, name, self._keep_norm(getattr(optimizer, name)))
+        optimizer.step_with_ready_grads = self._guard_update(optimizer.step_with_ready_grads)
+        optimizer.step = self._guard_step(optimizer.step)
+
+    def _keep_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def norm(*args: Any, **kwargs: Any) -> Any:
+            self.norm = original(*args, **kwargs)
+            return self.norm
+
+        return norm
+
+    def _guard_update(self, original: Callable[[], bool]) -> Callable[[], bool]:
+        @functools.wraps(original)
+        def step_with_ready_grads() -> bool:
+            if self.norm is None:  # --clip-grad 0.
+                self.optimizer.get_grad_norm()
+            self.refused = not all(map(math.isfinite, self._norms()))
+            return False if self.refused else original()
+
+        return step_with_ready_grads
+
+    def _norms(self) -> list[float]:
+        # From 0.19 the MTP layers may be clipped by a norm of their own.
+        others = getattr(self.optimizer, "grad_norms_by_group", {}).values()
+        return [float(norm) for norm in (self.norm, *others) if norm is not None]
+
+    def _guard_step(self, original: Callable[[], Any]) -> Callable[[], Any]:
+        @functools.wraps(original)
+        def step() -> Any:
+            self.norm, self.refused = None, False
+            before = self._alphas()
+            result = original()
+            self._judge(before, self._alphas())
+            return result
+
+        return step
+
+    def _alphas(self) -> torch.Tensor:
+        """Copies of this rank's alphas in fp32, one a site; nan where another rank has it (FSDP)."""
+        if not self.sites:
+            return torch.zeros(0, device=self._device())
+        return torch.cat([_alpha(site.module) for site in self.sites])
+
+    def _device(self) -> Any:
+        parameter = next((p for chunk in self.chunks for p in chunk.parameters()), None)
+        return torch.cuda.current_device() if parameter is None else parameter.device
+
+    @torch.no_grad()
+    def _judge(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Agree with all ranks on whether something is bad, and act on it."""
+        bad = _turned_bad(before, after).any()
+        refused = torch.full_like(bad, self.refused)
+        flags = torch.stack([refused, bad]).int()
+        if _world() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        any_refused, any_bad = flags.tolist()
+        if any_refused:
+            self._on_gradient()
+        if any_bad:
+            self._on_alpha(before, after)
+
+    def _on_gradient(self) -> None:
+        found = merge(gather(self.bad_gradients()))
+        norms = ", ".join(f"{norm:g}" for norm in self._norms())
+        what = f"{self._when()}the gradient is not finite (norm {norms}) and was not applied. {found}"
+        if self.strict:
+            raise TrainingFault(
+                f"{what} Go on from the last checkpoint, with a smaller --lr or other data; with "
+                "--no-check-for-nan-in-loss-and-grad such steps are skipped."
+            )
+        say(f"WARNING: {what} The step is skipped.")
+
+    def _on_alpha(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        changes = zip(self.sites, before.tolist(), after.tolist(), _turned_bad(before, after), strict=True)
+        bad = [(site, was, now) for site, was, now, turned in changes if turned]
+        found = gather(
+            [
+                Finding(
+                    _depth(site.name, site.layer),
+                    f"{_where(site.layer, site.module.role)}{site.name} has alpha {now:.4g}, was {was:.4g}",
+                )
+                for site, was, now in bad
+            ]
+        )
+        fatal = any(not math.isfinite(now) for _, _, now in bad)
+        what = f"{self._when()}an update made alpha <= 0 or not finite: {merge(found)}"
+        if self.on_bad_alpha == "stop" or any(gather([fatal])):
+            raise TrainingFault(
+                f"{what} Nothing of it was saved. Go on from the last checkpoint with a smaller --lr or a "
+                "longer warm-up; --dyt-on-bad-alpha report goes on where alpha is finite."
+            )
+        say(f"WARNING: {what}")
+
+    def _when(self) -> str:
+        step = self.step()
+        return "" if step is None else f"step {step}: "
+
+    def bad_gradients(self) -> list[Finding]:
+        """This rank's parameters whose gradient, or which themselves, are not finite; the last first."""
+        found = []
+        for name, layer, role, parameter in self._parameters():
+            kinds = {"value": parameter, "gradient": _gradient(parameter)}
+            bad = [kind for kind, tensor in kinds.items() if tensor is not None and not _finite(tensor)]
+            if bad:
+                text = f"{_where(layer, role)}{name} ({' and '.join(bad)})"
+                found.append(Finding(_depth(name, layer), text, "value" in bad))
+        return found[::-1]
+
+    def watch_inputs(self, on: bool) -> None:
+        """Look for the first site whose input is not finite. It reads every input: for a rerun only."""
+        self.rerunning = on
+        if on:
+            self.bad_inputs = []
+        for site in self.sites:
+            site.module.probe = functools.partial(self._check_input, site) if on else None
+
+    def _check_input(self, site: Site, _module: DyTNorm, x: torch.Tensor) -> None:
+        if not _finite(x):
+            text = f"{_where(site.layer, site.module.role)}{site.name}"
+            self.bad_inputs.append(Finding(_depth(site.name, site.layer), text))
+
+    def where_everywhere(self) -> str:
+        """What is not finite on any rank; all ranks must call it."""
+        found = f"{self._when()}not finite: {merge(gather(self.bad_gradients()))}"
+        first = gather(self.bad_inputs[:1])
+        if not first:
+            return found
+        return f"{found} The first input that was not: {min(first, key=lambda each: each.depth).text}."
+
+    def _parameters(self) -> Iterator[tuple[str, int | None, str, nn.Parameter]]:
+        for chunk in self.chunks:
+            for local, parameter in chunk.named_parameters():
+                layer, name = global_name(chunk, local)
+                owner = chunk.get_submodule(local.rpartition(".")[0])
+                yield name, layer, owner.role if isinstance(owner, DyTNorm) else _part(local), parameter
+
+
+def _turned_bad(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Which alphas an update made <= 0 or not finite (nan on both sides: another rank has it)."""
+    sign = (before > 0) & ~(after > 0)
+    return sign | (before.isfinite() & ~after.isfinite())
+
+
+def _alpha(module: DyTNorm) -> torch.Tensor:
+    alpha = _local(module.alpha.detach())
+    return alpha.float() if alpha.numel() else alpha.new_full((1,), math.nan, dtype=torch.float32)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor (Megatron-FSDP), any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    gradient = getattr(parameter, "main_grad", None)
+    return parameter.grad if gradient is None else gradient
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(_local(tensor).isfinite().all())
+
+
+def _part(name: str) -> str:
+    """The role that a DyT in front of this parameter's layer has."""
+    return "attn" if "attention." in name else "ffn" if "mlp." in name else ""
+
+
+def _where(layer: int | None, role: str) -> str:
+    """ "layer 3 attn " in front of a name, or what there is of it."""
+    return "".join(f"{word} " for word in ("" if layer is None else f"layer {layer}", role) if word)
+
+
+def _depth(name: str, layer: int | None) -> int:
+    return layer if layer is not None else 0 if name.startswith("embedding") else _END
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(items: list[Any]) -> dict[Any, list[int]]:
+    """What any rank has, each with the ranks that have it."""
+    parts: list[Any] = [items]
+    if _world() > 1:
+        parts = [None] * _world()
+        dist.all_gather_object(parts, items)
+    found: dict[Any, list[int]] = {}
+    for rank, part in enumerate(parts):
+        for item in part:
+            found.setdefault(item, []).append(rank)
+    return found
+
+
+def merge(found: dict[Finding, list[int]]) -> str:
+    """Findings of all ranks as one sentence: bad values first, then the deepest layer, where the backward
+    pass met it first."""
+    if not found:
+        return "Every single gradient is finite: their norm overflows."
+    ordered = sorted(found, key=lambda finding: (not finding.cause, -finding.depth))
+    shown = "; ".join(f"{each.text} on rank {_ranks(found[each])}" for each in ordered[:SHOWN])
+    more = f"; and {len(found) - SHOWN} more, in shallower layers" if len(found) > SHOWN else ""
+    return f"{shown}{more}."
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:SHOWN])) + (" …" if len(ranks) > SHOWN else "")
+
+
+# --- in Megatron's training loop ---------------------------------------------------------------------
+
+_active: Guard | None = None
+
+
+def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`training.setup_model_and_optimizer` that guards the optimizer of a DyT model."""
+
+    @functools.wraps(original)
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        global _active
+        result = original(*args, **kwargs)
+        _active = _guard_of(*result[:2])
+        if _active is not None:
+            _active.install()
+        return result
+
+    return setup_model_and_optimizer
+
+
+def _guard_of(chunks: list[nn.Module], optimizer: Any) -> Guard | None:
+    from megatron.training import get_args
+
+    args = get_args()
+    config: Any = unwrap(chunks[0]).config
+    if config.normalization != "DyT" or optimizer is None:
+        return None
+    if getattr(args, "optimizer_cuda_graph", False):
+        say("WARNING: --optimizer-cuda-graph: alpha and gradients are not checked in a captured step.")
+        return None
+    return Guard(
+        chunks,
+        optimizer,
+        strict=args.check_for_nan_in_loss_and_grad,
+        on_bad_alpha=getattr(args, "dyt_on_bad_alpha", None) or "stop",  # Absent with --yaml-cfg.
+        step=lambda: getattr(args, "curr_iteration", -1) + 1 or None,
+    )
+
+
+def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`training.train_step` that says where, when Megatron's own check stops the run.
+
+    Megatron raises on the rank that sees it, or has all ranks leave for a rerun elsewhere.
+    """
+
+    @functools.wraps(original)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        if _active is None:
+            return original(*args, **kwargs)
+        try:
+            result = original(*args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, TrainingFault) and (found := _active.bad_gradients()):
+                error.add_note(f"megatron_dyt: not finite: {merge({each: [_rank()] for each in found})}")
+            raise
+        should_exit = result[3]
+        if should_exit:
+            say(_active.where_everywhere())
+        return result
+
+    return train_step
+
+
+def wrap_rerun(original: Callable[..., bool]) -> Callable[..., bool]:
+    """`RerunStateMachine.should_run_forward_backward` that has inputs watched in a rerun."""
+
+    @functools.wraps(original)
+    def should_run_forward_backward(self: Any, *args: Any, **kwargs: Any) -> bool:
+        run = original(self, *args, **kwargs)
+        if _active is not None and _active.rerunning != (again := run and _is_second_run(self)):
+            _active.watch_inputs(again)
+        return run
+
+    return should_run_forward_backward
+
+
+def _is_second_run(machine: Any) -> bool:
+    # Not where every step is run twice, for --rerun-mode report_stats.
+    return machine.mode.name == "VALIDATE_RESULTS" and machine.state.name == "RERUNNING_IN_PLACE"
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

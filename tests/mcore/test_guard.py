@@ -1,0 +1,223 @@
+"""Bad values in training: named with layer and role, never applied, never saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.errors import TrainingFault
+from megatron_dyt.mcore.guard import SHOWN, Finding, merge
+from megatron_dyt.patching import Patches, Replacement
+
+Run = Callable[..., SimpleNamespace]
+Harm = Callable[[Any], None]
+DYT = ["--normalization", "DyT", "--dyt-preset", "unit"]
+UNCHECKED = "--no-check-for-nan-in-loss-and-grad"
+NO_RERUN = ["--rerun-mode", "disabled"]
+
+
+@pytest.fixture
+def harm_in_step(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`harm_in_step(n, harm)`: `harm(model)` happens between backward and update of step n."""
+
+    def start(step: int, harm: Harm) -> None:
+        count = 0
+
+        def around(finalize: Callable[..., Any]) -> Callable[..., Any]:
+            def finish(model: Any, *args: Any, **options: Any) -> Any:
+                nonlocal count
+                answer = finalize(model, *args, **options)
+                count += 1
+                if count == step:
+                    harm(model[0].module)
+                return answer
+
+            return finish
+
+        patches = Patches()
+        patches.apply([Replacement("megatron.training.training", "finalize_model_grads", around)])
+        request.addfinalizer(patches.undo)
+
+    return start
+
+
+def spoil_gradient(value: float) -> Harm:
+    def harm(model: Any) -> None:
+        model.decoder.layers[1].pre_mlp_layernorm.weight.main_grad[3] = value
+
+    return harm
+
+
+def push_alpha_down(model: Any) -> None:
+    """The next update takes this alpha below zero: Adam moves it by about the learning rate."""
+    alpha = model.decoder.layers[0].input_layernorm.alpha
+    alpha.data.fill_(1e-5)
+    alpha.main_grad.fill_(1.0)
+
+
+def parameters(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model[0].named_parameters()}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", ["1.0", "0"])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str, value: float
+) -> None:
+    harm_in_step(1, spoil_gradient(value))
+    norm = "nan" if math.isnan(value) else "inf"
+    with pytest.raises(TrainingFault) as fault:
+        megatron_run([*tiny_llama, *DYT, "--clip-grad", clip])
+    assert str(fault.value).startswith(
+        f"step 1: the gradient is not finite (norm {norm}) and was not applied. "
+        "layer 2 ffn decoder.layers.1.pre_mlp_layernorm.weight (gradient) on rank 0. "
+    )
+
+
+@pytest.mark.parametrize("clip", ["1.0", "0"])
+def test_without_megatrons_check_such_a_step_is_skipped(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str
+) -> None:
+    flags = [*tiny_llama, *DYT, UNCHECKED, "--train-iters", "1", "--clip-grad", clip]
+    first = parameters(megatron_run([*flags, "--lr", "0", "--min-lr", "0"]))
+    harm_in_step(1, spoil_gradient(math.nan))
+    run = megatron_run(flags)
+    assert (
+        "WARNING: step 1: the gradient is not finite (norm nan) and was not applied. layer 2 ffn" in run.log
+    )
+    assert "number of skipped iterations:   1" in run.log
+    for name, parameter in run.model[0].named_parameters():
+        assert torch.equal(parameter, first[name]), name
+
+
+def test_training_goes_on_after_a_skipped_step(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
+) -> None:
+    harm_in_step(2, spoil_gradient(math.nan))
+    run = megatron_run([*tiny_llama, *DYT, UNCHECKED, "--train-iters", "6"])
+    assert all(map(math.isfinite, run.losses))
+    assert run.losses[-1] < run.losses[0]
+    assert run.log.count("WARNING: step") == 1
+
+
+def test_an_rmsnorm_model_is_left_to_megatron(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
+) -> None:
+    harm_in_step(1, spoil_gradient(math.nan))
+    run = megatron_run([*tiny_llama, UNCHECKED, "--train-iters", "2"])
+    assert "WARNING: step" not in run.log
+    assert math.isnan(run.losses[1])
+
+
+def test_an_alpha_pushed_below_zero_stops_the_run_before_it_is_saved(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], tmp_path: Path
+) -> None:
+    harm_in_step(2, push_alpha_down)
+    saving = ["--save", str(tmp_path), "--save-interval", "1"]
+    with pytest.raises(TrainingFault) as fault:
+        megatron_run([*tiny_llama, *DYT, *saving])
+    text = str(fault.value)
+    assert (
+        "step 2: an update made alpha <= 0 or not finite: layer 1 attn decoder.layers.0.input_layernorm"
+        in text
+    )
+    assert "was 1e-05" in text
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def test_a_negative_alpha_can_be_reported_only_and_is_so_once(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
+) -> None:
+    harm_in_step(2, push_alpha_down)
+    run = megatron_run([*tiny_llama, *DYT, "--dyt-on-bad-alpha", "report", "--train-iters", "3"])
+    assert len(run.losses) == 3
+    assert float(run.model[0].module.decoder.layers[0].input_layernorm.alpha) < 0
+    assert run.log.count("an update made alpha <= 0") == 1
+
+
+def test_an_alpha_that_is_not_finite_always_stops(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
+) -> None:
+    """fp32 runs out: the largest number, and an update that adds to it."""
+
+    def harm(model: Any) -> None:
+        alpha = model.decoder.final_layernorm.alpha
+        alpha.data.fill_(torch.finfo(torch.float32).max)
+        alpha.main_grad.fill_(-1.0)
+
+    harm_in_step(1, harm)
+    flags = [*tiny_llama, *DYT, "--dyt-on-bad-alpha", "report", "--lr", "1e37", "--clip-grad", "0"]
+    with pytest.raises(TrainingFault, match=r"final decoder\.final_layernorm has alpha inf, was 3\.403e\+38"):
+        megatron_run(flags)
+
+
+def test_megatrons_own_check_gets_the_place_as_a_note(megatron_run: Run, tiny_llama: list[str]) -> None:
+    """A NaN in a parameter makes the loss NaN, which Megatron's check of the loss raises on."""
+    patches = Patches()
+    patches.apply([Replacement("megatron.training.training", "train", spoiled_start)])
+    try:
+        with pytest.raises(RuntimeError, match="the loss on this rank is NaN") as raised:
+            megatron_run([*tiny_llama, *DYT, *NO_RERUN])
+    finally:
+        patches.undo()
+    (note,) = raised.value.__notes__
+    assert note == (
+        "megatron_dyt: not finite: layer 1 ffn decoder.layers.0.pre_mlp_layernorm.weight (value) on rank 0."
+    )
+
+
+def spoiled_start(train: Callable[..., Any]) -> Callable[..., Any]:
+    def start(forward_step: Any, model: Any, *rest: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            model[0].module.decoder.layers[0].pre_mlp_layernorm.weight[0] = math.nan
+        return train(forward_step, model, *rest, **options)
+
+    return start
+
+
+def test_megatrons_rerun_exit_names_the_place(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Megatron runs the step again, and leaves when it is as bad; the second run finds the site."""
+    patches = Patches()
+    patches.apply([Replacement("megatron.training.training", "train_step", spoiled_second_step)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            megatron_run([*tiny_llama, *DYT, "--save", str(tmp_path), "--save-interval", "9"])
+    finally:
+        patches.undo()
+    assert ended.value.code == 16
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert line.startswith(
+        "megatron_dyt: step 2: not finite: layer 1 ffn decoder.layers.0.pre_mlp_layernorm.weight (value and "
+        "gradient) on rank 0; output_layer.weight (gradient) on rank 0; final decoder.final_layernorm.weight "
+    )
+    assert line.endswith("The first input that was not: layer 2 attn decoder.layers.1.input_layernorm.")
+
+
+def spoiled_second_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    count = 0
+
+    def step(forward: Any, data: Any, model: Any, *rest: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            with torch.no_grad():
+                model[0].module.decoder.layers[0].pre_mlp_layernorm.weight[0] = math.nan
+        return train_step(forward, data, model, *rest, **options)
+
+    return step
+
+
+def test_the_deepest_layer_comes_first_and_the_rest_is_counted() -> None:
+    found = {Finding(layer, f"layer {layer}"): [layer, 9] for layer in range(SHOWN + 3)}
+    text = merge(found)
+    assert text.startswith("layer 8 on rank 8, 9; layer 7 on rank 7, 9; ")
+    assert text.endswith("layer 3 on rank 3, 9; and 3 more, in shallower layers.")
+    assert merge({}) == "Every single gradient is finite: their norm overflows."
