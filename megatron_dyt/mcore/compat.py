@@ -10,6 +10,8 @@ from megatron_dyt.errors import UserError
 SUPPORTED = ((0, 16, 1), (0, 20, 0))
 # First release whose `megatron.training` has the configuration containers that the entry points use.
 TRAINING_FROM = (0, 19, 0)
+# First release in which Mamba's stack is called a hybrid stack.
+HYBRID_FROM = (0, 18, 0)
 
 
 def megatron_version() -> str:
@@ -56,6 +58,13 @@ def check_training_version() -> None:
             f">= {_text(TRAINING_FROM)} with its training loop. Install 'megatron-core[training]==0.19.2', "
             "or run your own script with python -m megatron_dyt.run."
         )
+
+
+def hybrid_stack() -> tuple[str, str]:
+    """(module, class) of the stack of layers by a pattern: Mamba, attention, MLP, MoE and others."""
+    if _parse(megatron_version()) < HYBRID_FROM:
+        return "megatron.core.ssm.mamba_block", "MambaStack"
+    return "megatron.core.models.hybrid.hybrid_block", "HybridStack"
 
 
 def has_transformer_engine() -> bool:

@@ -116,10 +116,12 @@ LIMITS = (
         _on("cache_mla_latents"),
     ),
     Limit(
-        "a hybrid (Mamba, GDN, DSA) layer pattern",
-        "its norms are not covered by this version",
-        "Use a GPT model.",
-        _on("hybrid_layer_pattern", "hybrid_override_pattern", "experimental_attention_variant"),
+        "an experimental_attention_variant other than gated_delta_net and dsa",
+        "its norms are not known to this version",
+        "Use one of these two, or leave it out.",
+        lambda config: (
+            getattr(config, "experimental_attention_variant", None) not in (None, "gated_delta_net", "dsa")
+        ),
     ),
 )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_dyt.mcore import safety_net
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 
 # alpha * std(x) at the start. The paper's models start at 0.09 (70B, FFN) to 1.02 (7B, attention);
@@ -232,12 +233,17 @@ _active: Monitor | None = None
 
 
 def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`training.setup_model_and_optimizer` that starts a monitor on a DyT model."""
+    """`training.setup_model_and_optimizer` that starts a monitor on a DyT model.
+
+    It also says which parts of a model of several keep another norm.
+    """
 
     @functools.wraps(original)
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         global _active
         result = original(*args, **kwargs)
+        for chunk in result[0]:
+            safety_net.tell_other_norms(unwrap(chunk))
         _active = _monitor_of(result[0])
         if _active is not None:
             _active.look()
@@ -266,7 +272,8 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
 
     args = get_args()
     config: Any = unwrap(chunks[0]).config
-    if config.normalization != "DyT":
+    # In a model of several parts, such as LLaVA, one of them may be DyT.
+    if config.normalization != "DyT" and not any(find_sites([chunk]) for chunk in chunks):
         return None
     stage = mpu.get_pipeline_model_parallel_rank()
     name = "dyt_stats.jsonl" if args.pipeline_model_parallel_size == 1 else f"dyt_stats.stage{stage}.jsonl"

@@ -14,8 +14,10 @@ from megatron_dyt.mcore import (
     args,
     checkpoint,
     compat,
+    direct,
     embedding,
     guard,
+    hybrid,
     monitor,
     recipe_flags,
     safety_net,
@@ -25,6 +27,8 @@ from megatron_dyt.patching import Patches, Replacement
 
 _EMBEDDING = "megatron.core.models.common.embeddings.language_model_embedding"
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module"
+_BLOCK = "megatron.core.transformer.transformer_block"
+_MODELS = "megatron.core.models"
 _TE = "megatron.core.extensions.transformer_engine"
 
 
@@ -37,11 +41,8 @@ class Seam(NamedTuple):
 
 
 CORE = (
-    Seam(
-        "megatron.core.transformer.transformer_block",
-        "_get_block_submodules",
-        spec.wrap_block_submodules,
-    ),
+    Seam(_BLOCK, "_get_block_submodules", spec.wrap_block_submodules),
+    Seam(_BLOCK, "TransformerBlock.__init__", safety_net.wrap_block_init),
     Seam(
         "megatron.core.transformer.multi_token_prediction",
         "_get_mtp_block_submodules",
@@ -84,6 +85,15 @@ CORE = (
     ),
 )
 
+# Norms that model classes build themselves.
+FAMILIES = (
+    Seam(f"{_MODELS}.bert.bert_lm_head", "LNImpl", direct.wrap_norm_class),
+    Seam(f"{_MODELS}.T5.t5_model", "T5Model.__init__", direct.wrap_t5_init),
+    Seam(f"{_MODELS}.vision.clip_vit_model", "CLIPViTModel.__init__", direct.wrap_vision_init),
+    Seam(f"{_MODELS}.vision.radio", "RADIOViTModel.__init__", direct.wrap_vision_init),
+    Seam(f"{_MODELS}.multimodal.llava_model", "LLaVAModel.__init__", safety_net.wrap_multimodal_init),
+)
+
 # Without Transformer Engine these names are mocks.
 TRANSFORMER_ENGINE = (
     Seam(_TE, "TENorm.__new__", safety_net.wrap_new),
@@ -112,7 +122,13 @@ _patches: Patches | None = None
 def seams() -> tuple[Seam, ...]:
     """The seams of what is installed: the training loop and Transformer Engine may be absent."""
     training = TRAINING if compat.has_training() else ()
-    return CORE + training + (TRANSFORMER_ENGINE if compat.has_transformer_engine() else ())
+    module, stack = compat.hybrid_stack()
+    hybrids = (
+        Seam(module, f"{stack}.__init__", hybrid.wrap_stack_init),
+        Seam(module, "TENorm", direct.wrap_norm_class),
+    )
+    te = TRANSFORMER_ENGINE if compat.has_transformer_engine() else ()
+    return CORE + hybrids + FAMILIES + training + te
 
 
 def register() -> None:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import kept
 from megatron_dyt.mcore.norm import DyTNorm
 
-LAYER_ROLES = {"input_layernorm": "attn", "pre_mlp_layernorm": "ffn"}
+LAYER_ROLES = {"input_layernorm": "attn", "pre_cross_attn_layernorm": "attn", "pre_mlp_layernorm": "ffn"}
 QK_NORMS = ("q_layernorm", "k_layernorm")
 # Multi-latent attention has its norms on the latents, in front of the up-projections: TE fuses the two.
 LATENT_NORMS = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
@@ -29,6 +30,7 @@ NORM_CLASSES = {
     "WrappedTorchNorm",  # local spec
     "FusedLayerNorm",  # local spec with apex
     "TENorm",
+    "_TENormWithResidual",  # TENorm that may be fused with the residual add, when asked to
     "LayerNorm",
     "RMSNorm",
     "TELayerNorm",
@@ -42,6 +44,7 @@ KEYS_MAP = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+DELTA_NET_KEYS_MAP = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
 
 
 def wrap_block_submodules(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,8 +119,8 @@ def rewrite_layer(config: Any, layer: Any) -> Any:
     parts: Any = getattr(layer, "submodules", None)
     if not hasattr(parts, "pre_mlp_layernorm"):
         raise UserError(
-            f"--normalization DyT does not support layers of type {_name(layer)} yet; it supports "
-            "the transformer layers of GPT models. Use another --normalization for this model."
+            f"--normalization DyT does not support layers of type {_name(layer)}; it supports Megatron's "
+            "transformer and Mamba layers. Use another --normalization for this model."
         )
     changes: dict[str, Any] = {
         field: dyt_spec(role) for field, role in LAYER_ROLES.items() if is_norm(getattr(parts, field))
@@ -130,7 +133,8 @@ def rewrite_layer(config: Any, layer: Any) -> Any:
     changes["mlp"] = mlp
     if fused:
         changes["pre_mlp_layernorm"] = dyt_spec("ffn")
-    keys = {k: v for k, v in KEYS_MAP.items() if k.rstrip(".") in changes}
+    keys_map = KEYS_MAP | (DELTA_NET_KEYS_MAP if is_delta_net(submodules_of(attention)) else {})
+    keys = {k: v for k, v in keys_map.items() if k.rstrip(".") in changes}
     if is_latent(submodules_of(attention)):
         # Both specs of multi-latent attention have this norm apart, under its own name.
         keys.pop("input_layernorm.", None)
@@ -142,6 +146,8 @@ def rewrite_attention(config: Any, attention: Any) -> tuple[Any, bool]:
     """(copy of an attention spec with DyT on q and k where asked, whether qkv had a fused norm)."""
     if is_latent(submodules_of(attention)):
         return rewrite_latent_attention(config, attention), False
+    if is_delta_net(submodules_of(attention)):
+        return rewrite_delta_net(attention)
     attention, fused = unfuse(attention, "linear_qkv")
     parts = submodules_of(attention)
     changes = {
@@ -175,6 +181,23 @@ def rewrite_latent_attention(config: Any, attention: Any) -> Any:
 def is_latent(attention_parts: Any) -> bool:
     """Whether these are the submodules of multi-latent attention."""
     return hasattr(attention_parts, "linear_kv_up_proj")
+
+
+def rewrite_delta_net(attention: Any) -> tuple[Any, bool]:
+    """(copy of a Gated DeltaNet spec, whether its first linear had a fused norm); its output norm stays."""
+    attention, fused = unfuse(attention, "in_proj")
+    parts = submodules_of(attention)
+    if is_norm(parts.out_norm):
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        stays = ModuleSpec(module=kept.KeptRMSNorm, params={"norm": parts.out_norm})
+        attention = with_submodules(attention, dataclasses.replace(parts, out_norm=stays))
+    return attention, fused
+
+
+def is_delta_net(attention_parts: Any) -> bool:
+    """Whether these are the submodules of Gated DeltaNet."""
+    return hasattr(attention_parts, "out_norm")
 
 
 def _unfilled_qk(config: Any, value: Any) -> bool:
@@ -219,29 +242,38 @@ def is_norm(value: Any) -> bool:
     return _name(value) in NORM_CLASSES
 
 
-def refuse_leftovers(block: Any, name: str) -> None:
-    """Raises UserError when a norm or fused norm-linear is left in a slot that we do not know."""
-    for path, value in _walk(block, name):
-        if is_norm(value) or "LayerNorm" in _name(value):
+def refuse_leftovers(spec: Any, name: str) -> None:
+    """Raises UserError when a norm or fused norm-linear is left in a slot that we do not know.
+
+    Args:
+        spec: submodules of a block or stack, rewritten.
+        name: what the model calls it, for the message.
+    """
+    for path, slot, value in _walk(spec, name):
+        stock = "norm" in _name(value).lower() and _name(value) != DyTNorm.__name__
+        if stock and kept.in_slot(*slot) is None:
             raise UserError(
-                f"--normalization DyT cannot replace {_name(value)} at {path}: this model's spec is "
-                "not supported yet. Supported: GPT with self-attention and MLP or MoE layers, local or "
-                "Transformer Engine spec."
+                f"--normalization DyT cannot replace {_name(value)} at {path}: this place of a norm is not "
+                "known (docs/families.md lists those that are). Use another --normalization for this model."
             )
 
 
-def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _walk(
+    node: Any, path: str, slot: tuple[str, str] = ("", "")
+) -> Iterator[tuple[str, tuple[str, str], Any]]:
+    """(path, (dataclass, field) that holds it, value) of everything in a spec."""
     if isinstance(node, list):
         for index, item in enumerate(node):
-            yield from _walk(item, f"{path}.{index}")
+            yield from _walk(item, f"{path}.{index}", slot)
         return
-    yield path, node
+    yield path, slot, node
     parts = submodules_of(node) if not dataclasses.is_dataclass(node) else node
     if hasattr(node, "submodules"):
         parts = node.submodules
     if dataclasses.is_dataclass(parts) and not isinstance(parts, type):
         for field in dataclasses.fields(parts):
-            yield from _walk(getattr(parts, field.name), f"{path}.{field.name}")
+            holder = type(parts).__name__, field.name
+            yield from _walk(getattr(parts, field.name), f"{path}.{field.name}", holder)
 
 
 def _name(value: Any) -> str:

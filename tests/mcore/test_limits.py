@@ -25,8 +25,7 @@ from megatron_dyt.mcore.limits import refuse_unsupported
         ("heterogeneous_layers_config_path", "x.json"),
         ("use_kitchen", True),
         ("modelopt_enabled", True),
-        ("hybrid_layer_pattern", "M*"),
-        ("experimental_attention_variant", "dsa"),
+        ("experimental_attention_variant", "one_of_tomorrow"),
     ],
 )
 def test_each_combination_that_cannot_work_is_named(setting: str, value: object) -> None:

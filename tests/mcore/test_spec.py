@@ -152,9 +152,9 @@ def test_a_norm_in_an_unknown_place_is_refused(
 
     config = make_config()
     layer = make_spec(config)
-    odd = dataclasses.replace(layer.submodules, pre_cross_attn_layernorm=nn.RMSNorm)
+    odd = dataclasses.replace(layer.submodules, cross_attention=nn.RMSNorm)
     block = TransformerBlockSubmodules(layer_specs=[dataclasses.replace(layer, submodules=odd)])
-    with pytest.raises(UserError, match=r"RMSNorm at decoder\.layer_specs\.0\.pre_cross_attn_layernorm"):
+    with pytest.raises(UserError, match=r"RMSNorm at decoder\.layer_specs\.0\.cross_attention"):
         spec_module.rewrite_block(config, block)
 
 

@@ -97,7 +97,7 @@ def test_bf16_trains(megatron_run: Run, tiny_llama: list[str]) -> None:
     [
         (["--dyt-alpha-init-attn", "-1"], "--dyt-alpha-init-attn is -1.0"),
         (["--apply-layernorm-1p"], "apply-layernorm-1p"),
-        (["--mtp-num-layers", "1"], "multi-token prediction"),
+        (["--qk-l2-norm"], "qk_l2_norm"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(

@@ -1,0 +1,194 @@
+"""Small models of each of Megatron's families, of its local layers, and a loss of fixed data for each.
+
+`FAMILIES[name](config)` builds one; the model's weights are drawn with a fixed seed. `loss_of(name,
+model)` is a scalar that depends on every parameter, the same number on every tensor parallel rank. The
+config is one for `SIZES` (see `config_for`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_dyt.mcore import compat
+
+VOCABULARY, LENGTH, BATCH = 64, 16, 2
+IMAGE, PATCH = 8, 2
+# Layers of every kind that runs without CUDA kernels: attention, MLP, and MoE if the config has experts.
+DENSE_PATTERN, MOE_PATTERN = "*-*-", "*-*E"
+
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 64,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "use_cpu_initialization": True,
+}
+
+
+def config_for(family: str, normalization: str = "DyT", **overrides: Any) -> Any:
+    """A TransformerConfig for a family."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    own: dict[str, Any] = {}
+    if family == "hybrid":
+        own = {"num_layers": len(DENSE_PATTERN), "add_bias_linear": False}
+    return TransformerConfig(**(SIZES | own | {"normalization": normalization} | overrides))
+
+
+def build(family: str, config: Any) -> Any:
+    """The family's model, its weights the same at every call with the same tensor parallel size."""
+    torch.manual_seed(7)
+    return FAMILIES[family](config)
+
+
+def t5(config: Any) -> Any:
+    from megatron.core.models.T5 import t5_spec
+    from megatron.core.models.T5.t5_model import T5Model
+
+    return T5Model(
+        config,
+        encoder_config=config,
+        transformer_encoder_layer_spec=t5_spec.get_t5_encoder_with_local_block_spec(config.num_layers),
+        transformer_decoder_layer_spec=t5_spec.get_t5_decoder_with_local_block_spec(config.num_layers),
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        share_embeddings_and_output_weights=True,
+    )
+
+
+def bert(config: Any) -> Any:
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+
+    return BertModel(
+        config,
+        num_tokentypes=2,
+        transformer_layer_spec=bert_layer_local_spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        share_embeddings_and_output_weights=True,
+    )
+
+
+def vit(config: Any, subtype: str = "clip") -> Any:
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+
+    siglip = subtype == "siglip"
+    return CLIPViTModel(
+        config,
+        get_vit_layer_with_local_spec(),
+        add_class_token=not siglip,
+        class_token_len=0 if siglip else 1,
+        patch_dim=PATCH,
+        img_h=IMAGE,
+        img_w=IMAGE,
+        model_subtype=subtype,
+    )
+
+
+def radio(config: Any) -> Any:
+    from megatron.core.models.vision.radio import RADIOViTModel
+    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+    from torch import nn
+
+    return RADIOViTModel(
+        config,
+        get_vit_layer_with_local_spec(),
+        ln_pre_impl=nn.LayerNorm,
+        ln_post_impl=nn.LayerNorm,
+        patch_dim=PATCH,
+        img_h=IMAGE,
+        img_w=IMAGE,
+        max_img_h=IMAGE,
+        max_img_w=IMAGE,
+        has_cpe=False,
+    )
+
+
+def hybrid(config: Any) -> Any:
+    path, name = "hybrid.hybrid_model", "HybridModel"
+    if compat.hybrid_stack()[1] == "MambaStack":
+        path, name = "mamba.mamba_model", "MambaModel"
+    model = getattr(importlib.import_module(f"megatron.core.models.{path}"), name)
+    parameters = inspect.signature(model).parameters
+    # 0.16 knows the second name only.
+    pattern = next(each for each in ("hybrid_layer_pattern", "hybrid_override_pattern") if each in parameters)
+    return model(
+        config,
+        hybrid_spec(),
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        position_embedding_type="learned_absolute",
+        **{pattern: MOE_PATTERN if config.num_moe_experts else DENSE_PATTERN},
+    )
+
+
+def hybrid_spec() -> Any:
+    """Megatron's hybrid stack of its local layers; Megatron itself has one of Transformer Engine's only."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    path, stack = compat.hybrid_stack()
+    module = importlib.import_module(path)
+    dense = get_gpt_layer_local_spec().submodules
+    moe = get_gpt_layer_local_spec(num_experts=2).submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=dense.input_layernorm,
+        self_attention=dense.self_attention,
+        self_attn_bda=dense.self_attn_bda,
+    )
+
+    def feed_forward(parts: Any) -> Any:
+        return TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
+        )
+
+    layers = {
+        "attention_layer": ModuleSpec(module=TransformerLayer, submodules=attention),
+        "mlp_layer": ModuleSpec(module=MLPLayer, submodules=feed_forward(dense)),
+        "moe_layer": ModuleSpec(module=TransformerLayer, submodules=feed_forward(moe)),
+    }
+    return ModuleSpec(
+        module=getattr(module, stack), submodules=getattr(module, f"{stack}Submodules")(**layers)
+    )
+
+
+FAMILIES: dict[str, Callable[[Any], Any]] = {
+    "t5": t5,
+    "bert": bert,
+    "vit": vit,
+    "radio": radio,
+    "hybrid": hybrid,
+}
+
+
+def loss_of(family: str, model: Any) -> torch.Tensor:
+    """A scalar of fixed data. Not of RADIO, whose forward needs the package einops."""
+    tokens = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) * 7 % VOCABULARY
+    labels = tokens.roll(-1, 1)
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    hidden = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), diagonal=1)[None, None]
+    seen = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
+    if family == "t5":
+        output = model(tokens, tokens.flip(1), seen, hidden, seen, lm_labels=labels)
+    elif family == "bert":
+        output, binary = model(tokens, torch.ones(BATCH, LENGTH), positions % 2, lm_labels=labels)
+        return output.mean() + binary.square().mean()
+    elif family == "hybrid":
+        output = model(tokens, positions, hidden, labels=labels)
+    else:
+        generator = torch.Generator().manual_seed(3)
+        images = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)
+        output = model(images, None)
+        return (output * torch.linspace(-1, 1, output.shape[-1])).square().mean()
+    return output.mean()

@@ -1,0 +1,68 @@
+"""The table of docs/families.md is what the code does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dyt.mcore.kept import KEPT
+from megatron_dyt.mcore.norm import dyt_sites
+from tests import families
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+BUILT = ("t5", "bert", "radio")
+
+
+def table() -> dict[str, dict[str, str]]:
+    """{family: {site: what it becomes}}"""
+    rows: dict[str, dict[str, str]] = {}
+    for family, site, becomes in re.findall(
+        r"^\| (\w+) \| ([\w.]+) \| (\w+) \|$", DOCUMENT.read_text(), re.M
+    ):
+        rows.setdefault(family, {})[site] = becomes
+    return rows
+
+
+def sites(model: Any) -> dict[str, str]:
+    return {re.sub(r"\.\d+\.", ".N.", name): site.role for name, site in dyt_sites(model)}
+
+
+@pytest.mark.parametrize("family", BUILT)
+@pytest.mark.usefixtures("world")
+def test_a_family_has_exactly_the_sites_of_the_table(family: str) -> None:
+    assert sites(families.build(family, families.config_for(family))) == table()[family]
+
+
+@pytest.mark.usefixtures("world")
+def test_vision_subtypes_have_the_sites_of_the_table_between_them() -> None:
+    config = families.config_for("vit")
+    found = {subtype: sites(families.vit(config, subtype)) for subtype in ("clip", "siglip", "internvit")}
+    assert found["clip"] | found["siglip"] == table()["vit"]
+    assert "ln_post" not in found["clip"]
+    assert "ln_pre" not in found["siglip"]
+    assert not {"ln_pre", "ln_post"} & found["internvit"].keys()
+
+
+@pytest.mark.usefixtures("world")
+def test_a_hybrid_of_local_layers_has_the_sites_of_the_table() -> None:
+    expected = table()["hybrid"]
+    # Their layers need CUDA packages: test_hybrid.py has the spec.
+    for elsewhere in ("norm", "mixer.norm", "self_attention.out_norm"):
+        del expected[f"decoder.layers.N.{elsewhere}"]
+    assert sites(families.build("hybrid", families.config_for("hybrid"))) == expected
+
+
+def test_gpt_has_the_sites_of_the_table(
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
+) -> None:
+    assert sites(build_gpt(make_config(qk_layernorm=True))) == table()["gpt"]
+
+
+def test_every_norm_that_stays_is_documented() -> None:
+    text = DOCUMENT.read_text()
+    for kept in KEPT:
+        assert f"`{kept.owner}.{kept.slot}`" in text
