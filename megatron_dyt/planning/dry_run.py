@@ -1,0 +1,204 @@
+"""A dry run: `python -m megatron_dyt.planning.dry_run --nodes 128 --gpus-per-node 8 -- MEGATRON FLAGS`.
+
+Passes the flags of a launch through Megatron's own parser and validation under a simulated world of that
+many ranks, and builds the model of every pipeline stage on the meta device, where tensors have shapes and
+no storage. It needs neither GPUs nor the memory of the model. Reported: parameters a rank, and that those
+of all ranks add up to one model. A flag that Megatron would refuse on the cluster is refused here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.mcore import compat
+from megatron_dyt.runtime import device, wheel
+
+# Flags that would write or connect somewhere, and what they become. A dry run leaves no trace.
+_HARMLESS = {
+    "save": None,
+    "load": None,
+    "tensorboard_dir": None,
+    "wandb_project": None,
+    "wandb_exp_name": "",
+    "data_cache_path": None,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank of a pipeline stage holds.
+
+    Attributes:
+        split: parameters of which each tensor parallel rank has a part of its own.
+        replicated: parameters of which each has a copy, such as those of DyT.
+        norms: DyT or RMSNorm sites.
+    """
+
+    index: int
+    split: int
+    replicated: int
+    norms: int
+
+    @property
+    def parameters(self) -> int:
+        return self.split + self.replicated
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; raises UserError for what could not run on that cluster."""
+    given = sys.argv[1:] if argv is None else argv
+    split = given.index("--") if "--" in given else len(given)
+    own, flags = given[:split], given[split + 1 :]
+    parser = argparse.ArgumentParser(prog="megatron-dyt dry-run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--vocab-size", type=int, required=True, help="entries of the tokenizer")
+    options = parser.parse_args(own)
+    if not flags:
+        raise UserError(
+            "no flags to try: give Megatron's flags after `--`, as the launch script prints them."
+        )
+    began = time.monotonic()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    world = options.nodes * options.gpus_per_node
+    args, stages = simulate(flags, world, options.vocab_size)
+    for line in report(args, stages, world):
+        print(line)
+    print(f"dry run: fine, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def simulate(flags: list[str], world_size: int, vocab_size: int) -> tuple[Any, list[Stage]]:
+    """Megatron's validated arguments and every pipeline stage, in a world that is only said to exist.
+
+    Raises:
+        UserError: flags that Megatron does not accept for this number of ranks.
+    """
+    import megatron_dyt
+
+    device.activate(["--device", "cpu"])
+    megatron_dyt.register()
+    compat.check_training_version()
+    wheel.skip_helper_build()
+    with _environment(world_size), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = _validated(flags, vocab_size)
+        stages = [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]
+    return args, stages
+
+
+@contextlib.contextmanager
+def _environment(world_size: int) -> Iterator[None]:
+    """What a launcher sets, as rank 0 of a world of that size sees it."""
+    before = dict(os.environ)
+    os.environ.update(WORLD_SIZE=str(world_size), RANK="0", LOCAL_RANK="0")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _validated(flags: list[str], vocab_size: int) -> Any:
+    from megatron.training import arguments, global_vars
+
+    errors, report = io.StringIO(), io.StringIO()
+    own, sys.argv = sys.argv, [sys.argv[0], *flags]
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(report):
+            args = arguments.parse_args()
+            for name, value in _HARMLESS.items():
+                setattr(args, name, value)
+            arguments.validate_args(args)
+    except SystemExit as refusal:
+        last = (errors.getvalue().strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"Megatron's parser refuses the flags: {last}") from refusal
+    except UserError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as refusal:
+        raise UserError(f"Megatron refuses the flags: {refusal or type(refusal).__name__}") from refusal
+    finally:
+        sys.argv = own
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = -(-vocab_size // multiple) * multiple
+    args.perform_initialization = False  # There is nothing to fill.
+    global_vars._GLOBAL_ARGS = args  # No tokenizer, no loggers: only what the model's builder reads.
+    return args
+
+
+def _stage(args: Any, index: int) -> Stage:
+    """Build the model chunks of one pipeline stage and count them."""
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # Ranks count tensor parallel fastest, pipeline slowest.
+    rank = index * (args.world_size // args.pipeline_model_parallel_size)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        config = gpt_config_from_args(args)
+        builder = config.get_builder_cls()(config)
+        with torch.device("meta"):
+            chunks = build_virtual_pipeline_stages(
+                builder.build_model,
+                ProcessGroupCollection.use_mpu_process_groups(),
+                args.virtual_pipeline_model_parallel_size,
+                ModelType.encoder_or_decoder,
+            )
+        return _counted(index, chunks)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _counted(index: int, chunks: list[torch.nn.Module]) -> Stage:
+    split = replicated = 0
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if getattr(parameter, "tensor_model_parallel", False):
+            split += parameter.numel()
+        else:
+            replicated += parameter.numel()
+    norms = sum("Norm" in type(module).__name__ for chunk in chunks for module in chunk.modules())
+    return Stage(index, split, replicated, norms)
+
+
+def report(args: Any, stages: list[Stage], world_size: int) -> list[str]:
+    """Lines for a reader."""
+    tp = args.tensor_model_parallel_size
+    total = sum(tp * stage.split + stage.replicated for stage in stages)
+    lines = [
+        f"dry run: {world_size} ranks, TP {tp} x PP {len(stages)} x DP {args.data_parallel_size}; Megatron "
+        "accepts the flags",
+        f"  one model: {total:,} parameters ({total / 1e9:.2f}B), padded vocabulary {args.padded_vocab_size}",
+    ]
+    return lines + [
+        f"  stage {stage.index}: {stage.parameters:,} parameters a rank ({stage.replicated:,} of them on "
+        f"every tensor parallel rank), {stage.norms} norms"
+        for stage in stages
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,131 @@
+"""Bytes that a rank of a layout needs: weights, gradients, optimizer state, activations.
+
+bf16 training with fp32 gradients and Megatron's distributed optimizer. Activations are counted tensor by
+tensor, as flash attention, SwiGLU and an unfused DyT keep them for the backward pass (the method of
+arXiv 2205.05198, for LLaMA's layer). These are estimates: the allocator's slack, NCCL's buffers and the
+CUDA context are in `RESERVE`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_dyt.planning.layout import VOCAB_MULTIPLE, Layout
+from megatron_dyt.recipes import Recipe
+
+BF16, FP32 = 2, 4
+# Adam's fp32 weight, first and second moment, spread over the data parallel ranks.
+OPTIMIZER = 3 * FP32
+# Bytes a rank that no tensor of the model explains: CUDA context, NCCL, cuBLAS workspaces.
+RESERVE = 3 * 2**30
+# Of a GPU's memory, what the caching allocator can be expected to use without fragmenting.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank, `stage` being its pipeline stage."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + RESERVE
+
+
+def padded_vocab(recipe: Recipe, tp: int) -> int:
+    """Rows of the embedding, as Megatron pads them."""
+    multiple = VOCAB_MULTIPLE * tp
+    return math.ceil(recipe.vocab_size / multiple) * multiple
+
+
+def layer_parameters(recipe: Recipe, tp: int) -> int:
+    """Parameters of one transformer layer on a tensor parallel rank, two DyT included."""
+    hidden = recipe.hidden_size
+    # With fewer query groups than ranks, ranks share one.
+    groups = max(1, recipe.num_query_groups // tp)
+    qkv = hidden * (hidden // tp + 2 * groups * recipe.head_dim)
+    return (
+        qkv + hidden * hidden // tp + 3 * hidden * recipe.ffn_hidden_size // tp + 2 * norm_parameters(recipe)
+    )
+
+
+def norm_parameters(recipe: Recipe) -> int:
+    """Parameters of one DyT: gamma, alpha and, where the recipe has it, beta."""
+    return recipe.hidden_size * (2 if recipe.bias else 1) + 1
+
+
+def stage_parameters(recipe: Recipe, layout: Layout, stage: int) -> int:
+    """Parameters on one rank of a pipeline stage."""
+    count = recipe.num_layers // layout.pp * layer_parameters(recipe, layout.tp)
+    embedding = padded_vocab(recipe, layout.tp) // layout.tp * recipe.hidden_size
+    first, last = stage == 0, stage == layout.pp - 1
+    if first:
+        count += embedding + 1  # the embedding scale
+    if last:
+        count += norm_parameters(recipe)
+        if not (recipe.tie_embeddings and first):
+            count += embedding
+    return count
+
+
+def layer_activations(recipe: Recipe, layout: Layout) -> float:
+    """Bytes that a layer keeps for the backward pass of one micro-batch, on one rank."""
+    tokens = layout.micro_batch * recipe.seq_length
+    hidden, ffn = recipe.hidden_size, recipe.ffn_hidden_size
+    kv = recipe.num_query_groups * recipe.head_dim
+    if layout.recompute == "full":
+        return BF16 * tokens * hidden / layout.tp
+    # DyT's input and its output (the linear layer's input), twice; q, k, v and attention's output.
+    elements = 4 * hidden + (hidden + 2 * kv) + hidden
+    if layout.recompute == "selective":
+        elements -= 2 * hidden  # Both outputs of DyT are computed again, and the MLP inside.
+    else:
+        elements += 3 * ffn  # SwiGLU's two inputs and its output.
+    softmax_statistics = FP32 * tokens * recipe.num_attention_heads
+    return (BF16 * tokens * elements + softmax_statistics) / layout.tp
+
+
+def chunks_in_flight(recipe: Recipe, layout: Layout, stage: int) -> int:
+    """Most forward passes of a model chunk that wait for their backward pass on a stage (1F1B)."""
+    micro_batches, behind = layout.micro_batches(recipe), layout.pp - stage - 1
+    if layout.vpp == 1:
+        return min(behind + 1, micro_batches)
+    return min(2 * behind + (layout.vpp - 1) * layout.pp + 1, micro_batches * layout.vpp)
+
+
+def stage_memory(recipe: Recipe, layout: Layout, stage: int) -> Memory:
+    """Bytes on a rank of a pipeline stage."""
+    parameters = stage_parameters(recipe, layout, stage)
+    kept = layout.layers_a_chunk(recipe) * layer_activations(recipe, layout)
+    activations = kept * chunks_in_flight(recipe, layout, stage)
+    if layout.recompute == "full":  # One layer is held in full while it is worked on.
+        activations += layer_activations(recipe, Layout(layout.tp, 1, 1, 1, layout.micro_batch))
+    elif layout.recompute == "selective":
+        ffn = 3 * recipe.ffn_hidden_size / layout.tp
+        activations += BF16 * layout.micro_batch * recipe.seq_length * ffn
+    logits = 0.0
+    if stage == layout.pp - 1:
+        # bf16 logits, their fp32 softmax and its gradient, vocabulary split over the ranks.
+        tokens = layout.micro_batch * recipe.seq_length
+        logits = (BF16 + 2 * FP32) * tokens * padded_vocab(recipe, layout.tp) / layout.tp
+    return Memory(
+        stage=stage,
+        weights=BF16 * parameters,
+        gradients=FP32 * parameters,
+        optimizer=OPTIMIZER * parameters / layout.dp,
+        activations=activations,
+        logits=logits,
+    )
+
+
+def fullest(recipe: Recipe, layout: Layout) -> Memory:
+    """Memory of the stage that needs most: the first (activations) or the last (logits)."""
+    stages = {0, layout.pp - 1}
+    return max((stage_memory(recipe, layout, stage) for stage in stages), key=lambda each: each.total)

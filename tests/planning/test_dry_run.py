@@ -1,0 +1,66 @@
+"""Dry runs of the recipes: Megatron takes the flags, and the ranks' parameters add up to one model."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.planning import dry_run, memory
+from megatron_dyt.planning.choose import Speeds, ranked
+from megatron_dyt.planning.layout import Cluster
+from megatron_dyt.recipes import load
+
+RUN = ["--bf16", "--tokenizer-type", "NullTokenizer", "--vocab-size", "31999"]
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    yield
+    from megatron.training import global_vars
+
+    from megatron_dyt.runtime import cpu
+
+    global_vars._GLOBAL_ARGS = None
+    cpu.disable()
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("7b", 64), ("13b", 64), ("34b", 128), ("70b", 128)])
+def test_the_papers_sizes(name: str, nodes: int) -> None:
+    recipe = load(name)
+    layout = ranked(recipe, Cluster(nodes, 8, 80e9), Speeds())[0].layout
+    args, stages = dry_run.simulate([*recipe.flags(), *layout.flags(), *RUN], 8 * nodes, recipe.vocab_size)
+    assert args.padded_vocab_size == memory.padded_vocab(recipe, layout.tp)
+    assert [stage.parameters for stage in stages] == [
+        memory.stage_parameters(recipe, layout, stage) for stage in range(layout.pp)
+    ]
+    padding = 2 * (args.padded_vocab_size - recipe.vocab_size) * recipe.hidden_size
+    norms = (2 * recipe.num_layers + 1) * (recipe.hidden_size + 1)
+    total = sum(layout.tp * stage.split + stage.replicated for stage in stages)
+    assert total == recipe.parameters_without_norms + padding + norms + 1
+    assert sum(stage.norms for stage in stages) == 2 * recipe.num_layers + 1
+
+
+def test_the_rmsnorm_twin_has_no_alpha() -> None:
+    recipe = load("125m")
+    flags = [*recipe.flags("RMSNorm"), *RUN, "--micro-batch-size", "8"]
+    _args, (stage,) = dry_run.simulate(flags, 8, recipe.vocab_size)
+    norms = (2 * recipe.num_layers + 1) * recipe.hidden_size
+    assert stage.parameters == recipe.parameters_without_norms + norms + 1  # its embedding scale
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-model-parallel-size", "3"], r"Megatron refuses the flags: .*3"),
+        (["--no-such-flag"], "parser refuses the flags: .*--no-such-flag"),
+        (["--dyt-alpha-init-attn", "0"], "--dyt-alpha-init-attn is 0"),
+    ],
+)
+def test_what_megatron_refuses_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dry_run.simulate([*load("125m").flags(), *RUN, "--micro-batch-size", "1", *flags], 8, 32000)
+
+
+def test_flags_are_needed() -> None:
+    with pytest.raises(UserError, match="give Megatron's flags after `--`"):
+        dry_run.main(["--vocab-size", "32000"])
