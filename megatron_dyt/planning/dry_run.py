@@ -24,7 +24,7 @@ import torch
 
 from megatron_dyt.errors import UserError, run_main
 from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import device, wheel
+from megatron_dyt.runtime import device
 
 # Flags that would write or connect somewhere, and what they become. A dry run leaves no trace.
 _HARMLESS = {
@@ -92,7 +92,6 @@ def simulate(flags: list[str], world_size: int, vocab_size: int) -> tuple[Any, l
     device.activate(["--device", "cpu"])
     megatron_dyt.register()
     compat.check_training_version()
-    wheel.skip_helper_build()
     with _environment(world_size), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = _validated(flags, vocab_size)
