@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_dyt.config import DyTConfig
 from megatron_dyt.mcore import compat
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 2
@@ -33,13 +34,16 @@ SIZES: dict[str, Any] = {
 
 
 def config_for(family: str, normalization: str = "DyT", **overrides: Any) -> Any:
-    """A TransformerConfig for a family."""
+    """A TransformerConfig for a family; DyT has a bias."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     own: dict[str, Any] = {}
     if family == "hybrid":
         own = {"num_layers": len(DENSE_PATTERN), "add_bias_linear": False}
-    return TransformerConfig(**(SIZES | own | {"normalization": normalization} | overrides))
+    config = TransformerConfig(**(SIZES | own | {"normalization": normalization} | overrides))
+    if normalization == "DyT":
+        config.dyt = DyTConfig.paper(config.hidden_size, bias=True)
+    return config
 
 
 def build(family: str, config: Any) -> Any:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases, record
+from tests.distributed import cases, family_cases, record
 
-WORKER = Path(__file__).with_name("worker.py")
+HERE = Path(__file__).parent
 # A launch that hangs must fail; give more on a machine that has other work.
 TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "120"))
 
-Launch = Callable[[str, int, list[dict[str, Any]]], None]
+Launch = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -29,24 +29,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def launch(results: Path) -> Launch:
-    """`launch(name, processes, cases)` runs cases, once for a name; failing to is a test failure."""
+    """`launch(name, processes, cases, worker)` runs cases, once for a name; failing to is a test failure."""
     problems: dict[str, str | None] = {}
 
-    def start(name: str, processes: int, todo: list[dict[str, Any]]) -> None:
+    def start(name: str, processes: int, todo: list[dict[str, Any]], worker: str = "worker.py") -> None:
         if name not in problems:
-            problems[name] = _run(results, name, processes, todo)
+            problems[name] = _run(results, name, processes, todo, worker)
         if problems[name]:
             pytest.fail(f"launch {name} of {processes} processes: {problems[name]}", pytrace=False)
 
     return start
 
 
-def _run(results: Path, name: str, processes: int, todo: list[dict[str, Any]]) -> str | None:
+def _run(results: Path, name: str, processes: int, todo: list[dict[str, Any]], worker: str) -> str | None:
     """Run the worker; returns what went wrong, or None."""
     job, log = results / f"{name}.json", results / f"{name}.log"
     job.write_text(json.dumps({"output": str(results), "cases": todo}), encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(job)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / worker), str(job)]
     settings = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     settings["MEGATRON_DYT_DEVICE"] = os.environ.get("MEGATRON_DYT_DEVICE", "cpu")
     with log.open("w") as output:
@@ -80,6 +80,12 @@ def one(launch: Launch) -> None:
 def two(launch: Launch, one: None) -> None:
     """The runs of two processes."""
     launch("two", 2, cases.TWO_PROCESSES)
+
+
+@pytest.fixture(scope="session")
+def family_runs(launch: Launch) -> None:
+    """The runs of models other than GPT; of two processes, the references as well."""
+    launch("families", 2, family_cases.ALL, worker="family_worker.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,81 @@
+"""First-step gradients of models that the wheel has no training script for, with megatron.core alone.
+
+Started like `worker.py`, with a job of the cases of `family_cases.py`. A case without tensor parallelism
+runs on every rank with the same data: each rank then has what one process has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_dyt.patching import Patches
+from megatron_dyt.runtime import device
+from tests import families
+from tests.distributed import record
+from tests.distributed.worker import unmarking
+
+
+def main(job_file: str) -> None:
+    """Run every case of a job."""
+    warnings.filterwarnings("ignore")
+    device.activate([])
+
+    import megatron_dyt
+
+    megatron_dyt.register()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=100))
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    output = Path(job["output"])
+    for case in job["cases"]:
+        print(f"case {case['name']}", flush=True)
+        weights = record.load(output, case["like"]).full("initial") if case["like"] else None
+        patches = Patches()
+        patches.apply(unmarking(case["unmarked"]))
+        try:
+            result = run(case["family"], case["config"], weights)
+        finally:
+            patches.undo()
+        record.save(result, output, case["name"], dist.get_rank())
+        dist.barrier()  # The next case may read this one's files.
+    dist.destroy_process_group()
+
+
+def run(family: str, settings: dict[str, Any], weights: Any) -> dict[str, Any]:
+    """One forward and backward pass; returns what this rank has seen."""
+    import importlib
+
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    # The package has a function of this name, which hides the module.
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    parallel_state.initialize_model_parallel(settings.get("tensor_model_parallel_size", 1))
+    model_parallel_cuda_manual_seed(1)
+    try:
+        config = families.config_for(family, **settings)
+        plain = families.build(family, config).to(torch.cuda.current_device())
+        model = DistributedDataParallel(config, DistributedDataParallelConfig(), plain)
+        record.set_weights([model], weights)
+        result: dict[str, Any] = {"initial": record.shards([model])}
+        loss = families.loss_of(family, model)
+        loss.backward()
+        finalize.finalize_model_grads([model])
+        return result | {"losses": [float(loss)], "gradient": record.gradient_shards([model])}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
