@@ -22,6 +22,7 @@ from megatron_dyt.config import (
     resolve_embedding_scale,
 )
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.fields import DyTFields, default_init_std
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.names import Backend, Function, OnBadAlpha, Preset, Role, WeightInit
 from megatron_dyt.ops.dyt import choose_implementation
@@ -188,8 +189,9 @@ def _validate_scale_of_other_norm(args: Any) -> None:
 
 
 def _refuse_stray_flags(args: Any) -> None:
-    given = [name for name in DYT_ARGS if getattr(args, name) is not None]
-    if args.dyt_stats_interval:
+    # What concerns the training loop alone is not among a config's fields.
+    given = [name for name in DYT_ARGS if getattr(args, name, None) is not None]
+    if getattr(args, "dyt_stats_interval", 0):
         given.append("dyt_stats_interval")
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
@@ -204,6 +206,27 @@ def _refuse_stray_flags(args: Any) -> None:
 
 def _resolve(args: Any) -> None:
     """Replace the DyT flags that were not given by the preset's values."""
+    config = _checked_config(args)
+    if config.name == "unit" and isinstance(args.init_method_std, _Unset):
+        if args.embedding_init_method_std is None:
+            args.embedding_init_method_std = float(args.init_method_std)
+        args.init_method_std = config.linear_init_std(args.hidden_size)
+    args.dyt_preset = config.name
+    for role in get_args(Role):
+        setattr(args, f"dyt_alpha_init_{role}", config.alpha(role))
+    args.dyt_bias = config.bias
+    args.dyt_embedding_scale = args.embedding_scale = parse_embedding_scale(config.embedding_scale)
+    args.dyt_function = config.function
+    args.dyt_weight_init = config.weight_init
+    args.dyt_backend = config.backend
+    args.dyt_on_bad_alpha = args.dyt_on_bad_alpha or "stop"
+
+
+def _checked_config(args: Any) -> DyTConfig:
+    """The DyTConfig that the flags, or the fields of the same names, ask for.
+
+    An embedding scale that was given under the other name is copied over.
+    """
     if args.embedding_scale is not None:
         if args.dyt_embedding_scale not in (None, args.embedding_scale):
             raise UserError(
@@ -225,19 +248,7 @@ def _resolve(args: Any) -> None:
             f"--dyt-alpha-init-qk {qk} was given without --qk-layernorm, so there is no DyT on queries "
             "and keys. Add --qk-layernorm, or take the flag away."
         )
-    if config.name == "unit" and isinstance(args.init_method_std, _Unset):
-        if args.embedding_init_method_std is None:
-            args.embedding_init_method_std = float(args.init_method_std)
-        args.init_method_std = config.linear_init_std(args.hidden_size)
-    args.dyt_preset = config.name
-    for role in get_args(Role):
-        setattr(args, f"dyt_alpha_init_{role}", config.alpha(role))
-    args.dyt_bias = config.bias
-    args.dyt_embedding_scale = args.embedding_scale = parse_embedding_scale(config.embedding_scale)
-    args.dyt_function = config.function
-    args.dyt_weight_init = config.weight_init
-    args.dyt_backend = config.backend
-    args.dyt_on_bad_alpha = args.dyt_on_bad_alpha or "stop"
+    return config
 
 
 def _check_backend(backend: str) -> None:
@@ -318,10 +329,26 @@ def wrap_post_init(original: Callable[..., None]) -> Callable[..., None]:
     def __post_init__(self: Any) -> None:
         if self.normalization == NORMALIZATION:
             refuse_unsupported(self)
+        if isinstance(self, DyTFields):
+            _use_fields(self)
         original(self)
         attach(self)
 
     return __post_init__
+
+
+def _use_fields(config: Any) -> None:
+    """Set `config.dyt`, and the init stds of the preset `unit`, from the config's own fields."""
+    if config.normalization != NORMALIZATION:
+        _refuse_stray_flags(config)
+        _validate_scale_of_other_norm(config)
+        return
+    config.dyt = _checked_config(config)
+    std = config.dyt.linear_init_std(config.hidden_size)
+    if std is not None and config.init_method_std == default_init_std(config):
+        if config.embedding_init_method_std is None:
+            config.embedding_init_method_std = config.init_method_std
+        config.init_method_std = std
 
 
 def attach(config: Any) -> None:
@@ -329,7 +356,8 @@ def attach(config: Any) -> None:
 
     They come from Megatron's command line. Users of `megatron.core`, who have none, set `config.dyt` to
     a DyTConfig before they build the model; otherwise the paper's settings for the width are taken. It is
-    a plain attribute: `copy.deepcopy` keeps it, `dataclasses.replace` does not.
+    a plain attribute: `copy.deepcopy` keeps it, `dataclasses.replace` does not. A config with `DyTFields`
+    keeps its settings through both.
     """
     if config.normalization != NORMALIZATION or getattr(config, "dyt", None) is not None:
         return

@@ -13,7 +13,7 @@ LAYERS = {
     1: ("ops",),
     2: ("nn", "config"),
     3: ("mcore", "runtime", "recipes"),
-    4: ("pretrain", "run", "evaluation", "hf", "data", "diagnostics", "planning"),
+    4: ("pretrain", "run", "bridge", "evaluation", "hf", "data", "diagnostics", "planning"),
     5: ("cli", "__main__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
