@@ -1,5 +1,5 @@
-"""The DyT operator: `dyt`, its reference math and its backends."""
+"""The DyT operators, `dyt` and `dyt_residual`, their reference math and their backends."""
 
-from megatron_dyt.ops.dyt import dyt
+from megatron_dyt.ops.dyt import dyt, dyt_residual
 
-__all__ = ["dyt"]
+__all__ = ["dyt", "dyt_residual"]

@@ -134,5 +134,24 @@ def dyt_backward(
     return dx, dalpha, dweight, dbias, dshift
 
 
+def dyt_residual_forward(
+    x: Tensor,
+    residual: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    function: str = "tanh",
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(DyT of r, r) with r = x + residual, rounded to the dtype that torch gives this sum.
+
+    With dr the gradient that reaches r by other ways than DyT, that of x and of residual is
+    dr + dyt_backward(dy, r, ...)[0].
+    """
+    total = x + residual
+    return dyt_forward(total, alpha, weight, bias, function=function, shift=shift), total
+
+
 def _sum_rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]).sum(0)

@@ -1,7 +1,9 @@
 """The op: values, gradients and every way torch runs it, against the fp64 reference."""
 
+import importlib
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -9,100 +11,25 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_dyt.ops import cpu_dyt, dyt
+from megatron_dyt.ops import cpu_dyt, dyt, dyt_residual
 from megatron_dyt.ops.dyt import choose_implementation
-from megatron_dyt.ops.reference import FUNCTIONS, dyt_backward, dyt_forward
+from megatron_dyt.ops.reference import FUNCTIONS
+from tests.ops.cases import (
+    NAMES,
+    TOLERANCE,
+    add_residual,
+    assert_near,
+    call,
+    call_residual,
+    check_against_exact,
+    check_residual_against_exact,
+    exact,
+    make_inputs,
+    upstream,
+)
 
-NAMES = ("x", "alpha", "weight", "bias", "shift")
-# Relative error of one rounding to the dtype, with room for fp32's own error in sums.
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.bfloat16: 2**-8,
-    torch.float16: 2**-11,
-}
-
-
-def make_inputs(
-    shape: tuple[int, ...] = (6, 10),
-    *,
-    function: str = "tanh",
-    bias: bool = True,
-    dtype: torch.dtype = torch.float32,
-    parameter_dtype: torch.dtype | None = None,
-    alpha: float = 0.6,
-) -> dict[str, Tensor]:
-    """Leaf tensors by name that require gradients; x is about N(0, 4), so that f saturates in part."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    inputs = {
-        "x": (2 * random(*shape)).to(dtype),
-        "alpha": torch.tensor([alpha]),
-        "weight": 1 + random(shape[-1]),
-    }
-    if bias:
-        inputs["bias"] = random(shape[-1])
-    if function == "erf":
-        inputs["shift"] = torch.tensor([0.2])
-    for name in inputs.keys() - {"x"}:
-        inputs[name] = inputs[name].to(parameter_dtype or dtype)
-    return {name: t.requires_grad_() for name, t in inputs.items()}
-
-
-def call(inputs: dict[str, Tensor], function: str = "tanh", **options: Any) -> Tensor:
-    positional = (inputs["x"], inputs["alpha"], inputs["weight"], inputs.get("bias"))
-    return dyt(*positional, function=function, shift=inputs.get("shift"), **options)
-
-
-def upstream(y: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-
-
-def exact(inputs: dict[str, Tensor], dy: Tensor, function: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """y and the gradients by name from the reference in fp64."""
-    t = {name: tensor.detach().double() for name, tensor in inputs.items()}
-    shift = t.get("shift")
-    y = dyt_forward(t["x"], t["alpha"], t["weight"], t.get("bias"), function=function, shift=shift)
-    gradients = dyt_backward(
-        dy.double(),
-        t["x"],
-        t["alpha"],
-        t["weight"],
-        has_bias="bias" in t,
-        function=function,
-        shift=shift,
-    )
-    return y, {n: g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    # Relative to the tensor's size: where terms cancel, an element may be small by chance.
-    scale = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual.double(),
-        expected,
-        rtol=tolerance,
-        atol=min(tolerance, 2e-6) * scale,
-        msg=lambda text: f"{name}: {text}",
-    )
-
-
-def check_against_exact(inputs: dict[str, Tensor], function: str, dy: Tensor | None = None) -> None:
-    y = call(inputs, function)
-    dy = upstream(y) if dy is None else dy
-    gradients = dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy), strict=True))
-    exact_y, exact_gradients = exact(inputs, dy, function)
-    assert y.dtype == inputs["x"].dtype
-    assert y.is_contiguous()
-    assert_near(y, exact_y, TOLERANCE[y.dtype], "y")
-    assert gradients.keys() == exact_gradients.keys()
-    for name, gradient in gradients.items():
-        assert gradient.dtype == inputs[name].dtype
-        assert_near(gradient, exact_gradients[name], TOLERANCE[gradient.dtype], name)
+# The name `megatron_dyt.ops.dyt` is the function.
+dyt_module = importlib.import_module("megatron_dyt.ops.dyt")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -371,9 +298,37 @@ def test_is_deterministic() -> None:
 def test_the_backend_is_chosen_by_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_implementation("auto", cpu) == choose_implementation("torch", cpu) == "cpu"
-    assert choose_implementation("auto", cuda) == choose_implementation("torch", cuda) == "reference"
+    assert choose_implementation("auto", cuda) == choose_implementation("triton", cuda) == "triton"
+    assert (
+        choose_implementation("torch", cuda)
+        == choose_implementation("auto", torch.device("mps"))
+        == "reference"
+    )
     inputs = make_inputs()
     assert torch.equal(call(inputs, backend="torch"), call(inputs))
+
+
+@pytest.mark.parametrize(("function", "dtype"), [("hardtanh", torch.bfloat16), ("tanh", torch.float64)])
+def test_what_our_kernels_lack_is_compiled_on_cuda(function: str, dtype: torch.dtype) -> None:
+    cuda = torch.device("cuda")
+    assert choose_implementation("auto", cuda, function, dtype) == "compiled"
+    assert choose_implementation("triton", cuda, function, dtype) == "compiled"
+    assert choose_implementation("torch", cuda, function, dtype) == "reference"
+
+
+def test_cuda_without_triton_warns_once_and_runs_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dyt_module, "triton_is_installed", lambda: False)
+    dyt_module._warn_without_triton.cache_clear()
+    cuda = torch.device("cuda")
+    with pytest.warns(UserWarning, match="triton is not installed, so DyT runs as plain torch code"):
+        assert choose_implementation("auto", cuda) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_implementation("auto", cuda) == choose_implementation("torch", cuda) == "reference"
+        assert choose_implementation("auto", torch.device("cpu")) == "cpu"
+    with pytest.raises(ValueError, match="need a CUDA or ROCm device, and the package triton, which is not"):
+        choose_implementation("triton", cuda)
+    dyt_module._warn_without_triton.cache_clear()
 
 
 def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +382,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "erf without shift": ((X, ONE, FOUR), {"function": "erf"}, "no shift was given"),
     "tanh with shift": ((X, ONE, FOUR), {"shift": ONE}, "a shift was given with function='tanh'"),
     "unknown backend": ((X, ONE, FOUR), {"backend": "cuda"}, "backend is 'cuda'; .*auto, triton"),
-    "triton": ((X, ONE, FOUR), {"backend": "triton"}, "not in this version yet, .* CUDA .*'auto'"),
+    "triton": ((X, ONE, FOUR), {"backend": "triton"}, "backend 'triton' cannot run on cpu: .* CUDA .*'auto'"),
 }
 
 
@@ -435,3 +390,127 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 def test_bad_input(args: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dyt(*args, **options)
+
+
+RESIDUAL_DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "residual_dtype"), RESIDUAL_DTYPES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_residual(function: str, dtype: torch.dtype, residual_dtype: torch.dtype, bias: bool) -> None:
+    inputs = make_inputs((5, 3, 24), function=function, bias=bias, dtype=dtype)
+    # Three roundings of dx to bf16, as in the code without fusion: of DyT's share, of the sum, of its copy.
+    tolerance = TOLERANCE | {torch.bfloat16: 3 * 2**-8}
+    check_residual_against_exact(
+        add_residual(inputs, residual_dtype), function, tolerance=tolerance, slack=2**-9
+    )
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_residual_equals_add_then_dyt(implementation: str) -> None:
+    inputs = add_residual(make_inputs((4, 3, 10)))
+    inputs["x"] = inputs["x"].detach().transpose(0, 1).requires_grad_()
+    inputs["residual"] = inputs["residual"].detach().transpose(0, 1).requires_grad_()
+    x, alpha, weight, bias, residual = inputs.values()
+    y, total = torch.ops.megatron_dyt.dyt_residual(
+        x, residual, alpha, weight, bias, None, "tanh", implementation
+    )
+    plain_total = x + residual
+    plain_y = torch.ops.megatron_dyt.dyt(plain_total, alpha, weight, bias, None, "tanh", implementation)
+    dy, dsum = upstream(y), upstream(y) - 1
+    actual = torch.autograd.grad((y, total), list(inputs.values()), (dy, dsum))
+    expected = torch.autograd.grad((plain_y, plain_total), list(inputs.values()), (dy, dsum))
+    for name, a, e in zip(
+        ("y", "sum", *inputs), (y, total, *actual), (plain_y, plain_total, *expected), strict=True
+    ):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, msg=name)
+
+
+def test_residual_with_one_result_unused() -> None:
+    inputs = add_residual(make_inputs())
+    dy = upstream(inputs["x"])
+    y, total = call_residual(inputs)
+    _, expected = exact({**inputs, "x": total}, dy, "tanh")
+    for name, gradient in zip(
+        NAMES[:4], torch.autograd.grad(y, [inputs[n] for n in NAMES[:4]], dy), strict=True
+    ):
+        assert_near(gradient, expected[name], 2e-6, name)
+    _, total = call_residual(inputs)
+    total.backward(dy)
+    for name in ("x", "residual"):
+        assert torch.equal(inputs[name].grad, dy)
+    assert inputs["x"].grad is not inputs["residual"].grad
+    assert inputs["weight"].grad is None
+
+
+@pytest.mark.parametrize("needed", [("x",), ("residual",), ("weight",), ("x", "alpha"), ("residual", "bias")])
+def test_residual_with_frozen_inputs(needed: tuple[str, ...]) -> None:
+    inputs = add_residual(make_inputs())
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in needed)
+    y, total = call_residual(inputs)
+    dy = upstream(y)
+    torch.autograd.backward([y] + [total] * total.requires_grad, [dy] + [dy] * total.requires_grad)
+    _, expected = exact({**inputs, "x": total}, dy, "tanh")
+    expected["x"] = expected["residual"] = expected["x"] + dy
+    for name, tensor in inputs.items():
+        if name in needed:
+            assert_near(tensor.grad, expected[name], 2e-6, name)
+        else:
+            assert tensor.grad is None
+
+
+def test_residual_keeps_only_the_sum_for_backward() -> None:
+    inputs = add_residual(make_inputs((16, 10)))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        _, total = call_residual(inputs)
+    kept = {t.data_ptr() for t in saved if t.numel() > 10}
+    assert kept == {total.data_ptr()}
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_residual_opcheck(implementation: str) -> None:
+    inputs = add_residual(make_inputs((4, 3, 10)))
+    x, residual = inputs["x"].transpose(0, 1), inputs["residual"].transpose(0, 1)
+    args = (x, residual, inputs["alpha"], inputs["weight"], inputs["bias"], None, "tanh", implementation)
+    torch.library.opcheck(torch.ops.megatron_dyt.dyt_residual.default, args)
+    plain = [inputs[name].detach() for name in ("alpha", "weight")]
+    torch.library.opcheck(
+        torch.ops.megatron_dyt.dyt_backward.default,
+        (upstream(x), x.detach(), *plain, None, "tanh", [True] * 4 + [False], implementation, upstream(x)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (torch.ones(3, 4), r"residual has shape \(3, 4\); for x of shape \(2, 4\) it must be \(2, 4\)"),
+        (torch.ones(4), r"residual has shape \(4,\)"),
+        (X.int(), "residual has dtype torch.int32"),
+        (X.to("meta"), "residual is on meta but x is on cpu"),
+    ],
+    ids=["rows", "broadcast", "dtype", "device"],
+)
+def test_bad_residual(residual: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dyt_residual(X, residual, ONE, FOUR)
+
+
+@pytest.mark.parametrize("function", ["hardtanh", "identity"])
+def test_functions_without_a_kernel_can_be_compiled(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced by Dynamo as for CUDA, run without code generation.
+    def compile_without_codegen(f: Any) -> Any:
+        return torch.compile(f, dynamic=True, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(dyt_module, "_compiled", compile_without_codegen)
+    monkeypatch.setattr(dyt_module, "choose_implementation", lambda *args: "compiled")
+    for shape in ((6, 10), (9, 10)):
+        check_against_exact(make_inputs(shape, function=function), function)
+    check_residual_against_exact(add_residual(make_inputs(function=function)), function)

@@ -1,0 +1,144 @@
+"""How the Triton kernels are cut into programs: a table by chip and element size, and the arithmetic on it.
+
+There is no tuning at run time: the same shape gets the same programs on every run, so results are
+reproducible, and the first step of a CUDA graph is no different from the others. The table's numbers
+come from the compiled code (registers) and are held to it by tests/ops/test_triton_compiled.py; they
+have not been tuned by timing.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+# Widest tile of columns. Narrow rows are stacked instead, so that a tile always keeps every thread busy.
+_MAX_BLOCK_N = 1024
+# A row program adds 16 bytes of partial sums a column (written, then read) to the 8 or so of each of its
+# rows, mostly in L2. It gets at least this many rows.
+_MIN_ROWS_PER_PROGRAM = 16
+# Forward tiles become smaller until there are this many programs for each processor.
+_MIN_PROGRAMS_PER_PROCESSOR = 4
+
+FINALIZE_BLOCK_P = 32
+FINALIZE_BLOCK_N = 32
+FINALIZE_WARPS = 4
+
+
+class Chip(NamedTuple):
+    """A device: its row in the table, its SMs or CUs, the threads of a warp, and whether it takes PTX."""
+
+    family: str
+    processors: int
+    warp_size: int
+    ptx: bool
+
+
+class Plan(NamedTuple):
+    """One row of the table.
+
+    warps: of one program.
+    forward_vectors: 16-byte accesses that a thread makes to each operand in forward.
+    backward_vectors: the same in one turn of the backward loop, all in flight together.
+    resident: backward programs that fit on a processor, by registers.
+    """
+
+    warps: int
+    forward_vectors: int
+    backward_vectors: int
+    resident: int
+
+
+# (family, bytes of an element) -> plan. Backward takes 165 registers a thread for 2-byte elements and
+# 118 for 4-byte ones on NVIDIA chips, of 512 a lane: 168 and 128 as allotted.
+PLANS: dict[tuple[str, int], Plan] = {
+    ("sm80", 2): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
+    ("sm80", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=4),
+    ("sm90", 2): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
+    ("sm90", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=4),
+    ("sm100", 2): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
+    ("sm100", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=4),
+    ("gfx9", 2): Plan(warps=4, forward_vectors=4, backward_vectors=2, resident=2),
+    ("gfx9", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
+}
+
+INTERPRETER = Chip("sm90", processors=1, warp_size=32, ptx=False)
+
+
+@functools.cache
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind a torch device; a CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    warp_size = getattr(properties, "warp_size", 64 if torch.version.hip else 32)
+    if torch.version.hip:
+        return Chip("gfx9", properties.multi_processor_count, warp_size, ptx=False)
+    families = dict.fromkeys(range(9), "sm80") | {9: "sm90"}
+    family = families.get(properties.major, "sm100")
+    return Chip(family, properties.multi_processor_count, warp_size, ptx=True)
+
+
+class Tile(NamedTuple):
+    """A program's tile, UNROLL times BLOCK_M rows of BLOCK_N columns, and its warps."""
+
+    unroll: int
+    block_m: int
+    block_n: int
+    warps: int
+
+    @property
+    def rows(self) -> int:
+        return self.unroll * self.block_m
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _block_n(hidden: int, limit: int) -> int:
+    """The widest power of two up to `limit` that wastes at most 5 % of its columns, else the least."""
+    widest = min(limit, next_power_of_2(hidden))
+    candidates = [widest >> i for i in range(4) if widest >> i >= min(widest, 128)]
+    padded = {n: ceil_div(hidden, n) * n for n in candidates}
+    good = [n for n in candidates if padded[n] <= 1.05 * hidden]
+    return good[0] if good else min(candidates, key=lambda n: padded[n])
+
+
+def _vector(itemsize: int, stride_unit: int) -> int:
+    """Elements of one access: 16 bytes, or fewer when rows do not start at multiples of 16 bytes."""
+    return min(16 // itemsize, stride_unit)
+
+
+def forward_tile(chip: Chip, rows: int, hidden: int, itemsize: int) -> Tile:
+    """The forward kernel's tile for rows x hidden elements of `itemsize` bytes."""
+    plan = PLANS[chip.family, itemsize]
+    elements = plan.warps * chip.warp_size * plan.forward_vectors * (16 // itemsize)
+    block_n = _block_n(hidden, _MAX_BLOCK_N)
+    block_m = elements // block_n
+    tiles = ceil_div(hidden, block_n)
+    wanted = _MIN_PROGRAMS_PER_PROCESSOR * chip.processors
+    while block_m > 1 and ceil_div(rows, block_m) * tiles < wanted:
+        block_m //= 2
+    return Tile(1, block_m, block_n, plan.warps)
+
+
+def backward_tile(chip: Chip, hidden: int, itemsize: int, stride_unit: int) -> Tile:
+    """The backward kernel's tile: one access a thread and operand, UNROLL times."""
+    plan = PLANS[chip.family, itemsize]
+    threads = plan.warps * chip.warp_size
+    elements = threads * (16 // itemsize)
+    block_n = _block_n(hidden, min(_MAX_BLOCK_N, elements))
+    # Rows that need several accesses for 16 bytes have as many in flight without unrolling.
+    aligned = _vector(itemsize, stride_unit) == 16 // itemsize
+    return Tile(plan.backward_vectors if aligned else 1, elements // block_n, block_n, plan.warps)
+
+
+def row_programs(chip: Chip, tile: Tile, rows: int, hidden: int, itemsize: int) -> int:
+    """How many backward programs share the rows: one wave on the chip, or fewer for few rows."""
+    tiles = ceil_div(hidden, tile.block_n)
+    wave = chip.processors * PLANS[chip.family, itemsize].resident // tiles
+    return max(1, min(wave, ceil_div(rows, tile.rows), rows // _MIN_ROWS_PER_PROGRAM))
