@@ -141,7 +141,8 @@ def compare(model: set[str], checkpoint: set[str], checkpoint_dir: Any, norms_on
 
 
 def _is_norm(key: str) -> bool:
-    return "norm" in key.lower() or _is_dyt(key)
+    # ln_pre, ln_post: of vision transformers.
+    return "norm" in key.lower() or "ln_p" in key or _is_dyt(key)
 
 
 def _is_dyt(key: str) -> bool:

@@ -111,6 +111,8 @@ def test_architecture_differences_are_told_unless_strictness_was_chosen() -> Non
     checkpoint.compare(model, saved, "c", norms_only=True)
     with pytest.raises(UserError, match=r"Not in the model: norm\.weight"):
         checkpoint.compare({"a"}, {"a", "norm.weight"}, "c", norms_only=True)
+    with pytest.raises(UserError, match=r"Missing in the checkpoint: vision_model\.ln_pre\.bias"):
+        checkpoint.compare({"vision_model.ln_pre.bias"}, set(), "c", norms_only=True)
     checkpoint.compare(saved, saved, "c")
 
 

@@ -62,6 +62,27 @@ def test_gpt_has_the_sites_of_the_table(
     assert sites(build_gpt(make_config(qk_layernorm=True))) == table()["gpt"]
 
 
+def test_latent_attention_has_the_sites_of_the_table(
+    make_latent_config: Callable[..., Any], build_gpt: Callable[..., Any]
+) -> None:
+    found = sites(build_gpt(make_latent_config(qk_layernorm=True, q_lora_rank=16)))
+    without_qk = {site: role for site, role in table()["gpt"].items() if role != "qk"}
+    assert found == without_qk | table()["gpt_mla"]
+
+
+def test_prediction_layers_have_the_sites_of_the_table(
+    make_config: Callable[..., Any], make_spec: Callable[..., Any], build_gpt: Callable[..., Any]
+) -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    config = make_config(mtp_num_layers=1)
+    block = get_gpt_mtp_block_spec(config, make_spec(config), use_transformer_engine=False)
+    found = sites(build_gpt(config, mtp_block_spec=block))
+    # The prediction layer's own norms, not those of the layer in it.
+    own = {site: role for site, role in found.items() if re.fullmatch(r"mtp\.layers\.N\.\w+", site)}
+    assert own == table()["gpt_mtp"]
+
+
 def test_every_norm_that_stays_is_documented() -> None:
     text = DOCUMENT.read_text()
     for kept in KEPT:

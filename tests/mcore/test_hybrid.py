@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import compat, hybrid, kept
+from megatron_dyt.mcore import compat, hybrid, kept, safety_net
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
-from megatron_dyt.mcore.spec import submodules_of
+from megatron_dyt.mcore.spec import rewrite_block, submodules_of
 from tests import families
 
 TE = ("TEColumnParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear", "TENorm")
@@ -191,3 +191,76 @@ def test_another_norm_leaves_the_stack_alone(
 
     hybrid.wrap_stack_init(original)(seen, make_config("RMSNorm"), submodules=stock)
     assert seen.submodules is stock
+
+
+def test_multi_token_prediction_of_a_stack_is_dyt(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(stock, "mtp_block_spec"):
+        pytest.skip("this Megatron has no multi-token prediction in its hybrid stack")
+    monkeypatch.setattr(families, "DENSE_PATTERN", "*-*-/*-")
+    config = families.config_for("hybrid", num_layers=4, mtp_num_layers=1)
+    model = stock_model(config, stock, monkeypatch)
+    mtp = {name: site.role for name, site in dyt_sites(model.mtp)}
+    assert mtp == {
+        "layers.0.enorm": "ffn",
+        "layers.0.hnorm": "ffn",
+        "layers.0.mtp_model_layer.layers.0.input_layernorm": "attn",
+        "layers.0.mtp_model_layer.layers.1.pre_mlp_layernorm": "ffn",
+        "layers.0.final_layernorm": "final",
+    }
+    assert not list(safety_net.other_norms(model))
+
+
+def test_latent_attention_in_a_stack_is_dyt(stock: Any, te_stubs: Any) -> None:
+    if not hasattr(stock, "mla_layer"):
+        pytest.skip("this Megatron has no multi-latent attention in its hybrid stack")
+    config = families.config_for("hybrid")
+    layer = stock.mla_layer
+    attention = layer.submodules.self_attention
+    fused = dataclasses.replace(
+        attention.submodules, linear_kv_up_proj=te_stubs.TELayerNormColumnParallelLinear
+    )
+    odd = dataclasses.replace(
+        layer,
+        submodules=dataclasses.replace(
+            layer.submodules, self_attention=dataclasses.replace(attention, submodules=fused)
+        ),
+    )
+    rewritten = hybrid.rewrite_stack(config, dataclasses.replace(stock, mla_layer=odd)).mla_layer.submodules
+    assert rewritten.input_layernorm.params == {"role": "attn"}
+    parts = rewritten.self_attention.submodules
+    assert parts.linear_kv_up_proj is te_stubs.TEColumnParallelLinear
+    assert parts.kv_layernorm.params["role"] == "qk"
+
+
+def experimental_block(config: Any, monkeypatch: pytest.MonkeyPatch, te_stubs: Any) -> Any:
+    """Megatron's block spec of GPT with an experimental attention variant, rewritten."""
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+    # Without TE the module lacks the name.
+    monkeypatch.setattr(specs, "TESpecProvider", te_stubs.TESpecProvider, raising=False)
+    monkeypatch.setattr(te_stubs.TESpecProvider, "linear", lambda _self: nn.Linear, raising=False)
+    return rewrite_block(config, specs.get_transformer_block_with_experimental_attention_variant_spec(config))
+
+
+def test_gpt_with_gated_delta_net_is_dyt(
+    make_config: Callable[..., Any], te_stubs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        transformer_impl="transformer_engine",
+        experimental_attention_variant="gated_delta_net",
+        linear_attention_freq=2,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+    )
+    delta, attention = (
+        layer.submodules for layer in experimental_block(config, monkeypatch, te_stubs).layer_specs
+    )
+    assert delta.input_layernorm.params == attention.input_layernorm.params == {"role": "attn"}
+    assert delta.self_attention.submodules.in_proj is te_stubs.TEColumnParallelLinear
+    assert delta.self_attention.submodules.out_norm.module is kept.KeptRMSNorm
+    assert delta.pre_mlp_layernorm.params == {"role": "ffn"}
+    keys = [layer.sharded_state_dict_keys_map["input_layernorm."] for layer in (delta, attention)]
+    assert keys == ["self_attention.in_proj.layer_norm_", "self_attention.linear_qkv.layer_norm_"]
