@@ -98,16 +98,15 @@ def vit(config: Any, subtype: str = "clip") -> Any:
     )
 
 
-def radio(config: Any) -> Any:
+def radio(config: Any, norm: Any = torch.nn.LayerNorm) -> Any:
     from megatron.core.models.vision.radio import RADIOViTModel
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-    from torch import nn
 
     return RADIOViTModel(
         config,
         get_vit_layer_with_local_spec(),
-        ln_pre_impl=nn.LayerNorm,
-        ln_post_impl=nn.LayerNorm,
+        ln_pre_impl=norm,
+        ln_post_impl=norm,
         patch_dim=PATCH,
         img_h=IMAGE,
         img_w=IMAGE,

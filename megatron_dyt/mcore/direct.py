@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import safety_net
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.spec import dyt_spec, is_norm
@@ -37,6 +38,10 @@ def wrap_vision_init(original: Callable[..., None]) -> Callable[..., None]:
     """`CLIPViTModel.__init__` and `RADIOViTModel.__init__` with DyT for ln_pre and ln_post.
 
     Which of the two a model has is the model's decision.
+
+    Raises:
+        UserError: with sequence parallelism. These models hand the whole sequence to layers that expect a
+            part of it: the loss stays right and the gradients come out twice too large.
     """
     signature = inspect.signature(original)
 
@@ -46,6 +51,12 @@ def wrap_vision_init(original: Callable[..., None]) -> Callable[..., None]:
         given.apply_defaults()
         dyt = given.arguments["transformer_config"].normalization == "DyT"
         if dyt:
+            if given.arguments["transformer_config"].sequence_parallel:
+                raise UserError(
+                    f"{type(self).__name__} has sequence_parallel in its config, but it does not split its "
+                    "input over the ranks, so gradients would be too large. Set sequence_parallel = False in "
+                    "the vision model's config."
+                )
             norms = {name: given.arguments[name] for name in VISION_NORMS}
             given.arguments |= {name: dyt_spec("final") for name, norm in norms.items() if is_norm(norm)}
         original(*given.args, **given.kwargs)

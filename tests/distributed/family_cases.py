@@ -19,8 +19,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": SEQUENCE_PARALLEL,
 }
 EXPERTS = {"num_moe_experts": 2, "moe_router_load_balancing_type": "none", "moe_ffn_hidden_size": 64}
-# Family, fields of its config, layouts. Megatron's vision transformer does not scatter its input, so it
-# knows no sequence parallelism; MoE under tensor parallelism wants it.
+# Family, fields of its config, layouts. Megatron's vision transformer knows no sequence
+# parallelism (`direct.wrap_vision_init`); MoE under tensor parallelism wants it.
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "t5": ("t5", {}, ("tp2", "tp2_sp")),
     "bert": ("bert", {}, ("tp2", "tp2_sp")),

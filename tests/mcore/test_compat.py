@@ -50,6 +50,12 @@ def test_the_commit_of_the_working_directory_is_no_part_of_the_version(
     assert compat.megatron_version() == "0.19.2"
 
 
+@pytest.mark.parametrize(("version", "stack"), [("0.17.1", "MambaStack"), ("0.18.0", "HybridStack")])
+def test_the_hybrid_stack_of_a_version(monkeypatch: pytest.MonkeyPatch, version: str, stack: str) -> None:
+    monkeypatch.setattr(compat, "megatron_version", lambda: version)
+    assert compat.hybrid_stack()[1] == stack
+
+
 def test_the_entry_points_name_the_training_loop_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.check_training_version()
     monkeypatch.setattr(compat, "megatron_version", lambda: "0.18.2")

@@ -74,6 +74,16 @@ def test_the_vision_norms_that_were_not_asked_for_stay_away() -> None:
     config = families.config_for("vit")
     assert families.vit(config, "clip").ln_post is None
     assert families.vit(config, "siglip").ln_pre is None
+    radio = families.radio(config, norm=None)
+    assert radio.ln_pre is radio.ln_post is None
+
+
+@pytest.mark.parametrize("family", ["vit", "radio"])
+def test_a_vision_model_with_sequence_parallelism_is_refused(family: str) -> None:
+    config = families.config_for(family)
+    config.sequence_parallel = True
+    with pytest.raises(UserError, match="does not split its input over the ranks"):
+        families.build(family, config)
 
 
 @pytest.mark.parametrize("family", RUNNABLE)
