@@ -28,12 +28,14 @@ class EmbeddingScale(nn.Module):
 
     Attributes:
         is_copy: whether another pipeline stage has the parameter of which this one is a copy.
+        tp_group: the embedding's tensor parallel group, over which the parameter is replicated.
     """
 
     def __init__(self, initial: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.initial = initial
         self.is_copy = False
+        self.tp_group: Any = None
         self.scale = nn.Parameter(torch.empty(1, dtype=dtype))
         self.reset_parameters()
 
@@ -53,10 +55,16 @@ class EmbeddingScale(nn.Module):
             ensure_metadata_has_dp_cp_group,
             make_sharded_tensors_for_checkpoint,
         )
+        from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
-        group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        # Given one group alone, Megatron takes every rank for the first of the other.
         state = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True), prefix, {}, sharded_offsets, dp_cp_group=group
+            self.state_dict(keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=get_tensor_model_parallel_group_if_none(self.tp_group),
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
         for tensor in state.values():
             tensor.replica_id = (int(self.is_copy), *tensor.replica_id[1:])
@@ -75,6 +83,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         if initial is None:
             return
         self.embedding_scale = EmbeddingScale(initial, dtype=config.params_dtype)
+        self.embedding_scale.tp_group = self.tp_group
         # The scale acts after the scatter, on this rank's part of the sequence only.
         sharded = config.sequence_parallel and self.scatter_to_sequence_parallel
         mark_sequence_parallel(self.embedding_scale, sharded)
