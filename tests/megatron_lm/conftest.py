@@ -10,16 +10,25 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scripts import fork_patches
+from tests.conftest import TINY_LLAMA
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RELEASES = sorted(path.stem for path in fork_patches.PATCHES.glob("*.patch"))
 TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "300"))
+STEPS, SAVED = 6, 3
 
-# Starts and trains a script: (folder of the checkout, words after torchrun's own) -> what it printed.
+ARGV = [
+    *TINY_LLAMA.split(),
+    *("--normalization", "DyT", "--dyt-preset", "unit", "--train-iters", str(STEPS)),
+    *("--tensor-model-parallel-size", "2", "--sequence-parallel", "--make-vocab-size-divisible-by", "16"),
+]
+
+# (folder of the checkout, what torchrun starts with its arguments) -> what was printed.
 Train = Callable[[Path, list[str]], str]
 
 
@@ -32,22 +41,24 @@ def clone() -> Path:
     return Path(given).resolve()
 
 
+@pytest.fixture(scope="session", params=RELEASES)
+def release(request: pytest.FixtureRequest, clone: Path) -> str:
+    """The tag of a release that has a patch."""
+    tag: str = request.param
+    if tag not in fork_patches.tags_of(clone):
+        pytest.skip(f"{clone} has no tag {tag}: git fetch --tags")
+    return tag
+
+
 @pytest.fixture(scope="session")
-def checkout_of(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkout_of(tag)` is a folder with that release's files, its own for every call."""
-    tags = fork_patches.tags_of(clone)
-
-    def export(tag: str) -> Path:
-        if tag not in tags:
-            pytest.skip(f"{clone} has no tag {tag}: git fetch --tags")
-        folder = tmp_path_factory.mktemp(tag)
-        command = ["git", "-C", str(clone), "archive", tag, "--", ":/*.py", "megatron"]
-        archive = subprocess.run(command, check=True, capture_output=True).stdout
-        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(folder, filter="data")
-        return folder
-
-    return export
+def checkout(release: str, clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the release's scripts and package."""
+    folder = tmp_path_factory.mktemp(release)
+    command = ["git", "-C", str(clone), "archive", release, "--", ":/*.py", "megatron"]
+    archive = subprocess.run(command, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +86,16 @@ def train() -> Train:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def unmodified(checkout: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """pretrain_gpt.py under `megatron_dyt.run`: its log, its losses, and the checkpoints it saved."""
+    save = tmp_path_factory.mktemp("save")
+    saving = ["--save", str(save), "--save-interval", str(SAVED)]
+    script = str(checkout / "pretrain_gpt.py")
+    log = train(checkout, ["-m", "megatron_dyt.run", script, *ARGV, *saving])
+    return SimpleNamespace(log=log, losses=losses(log), save=save)
 
 
 def losses(log: str) -> list[str]:
