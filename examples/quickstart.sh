@@ -30,7 +30,7 @@ say() { printf '\n== %s (%d s so far)\n' "$*" "$(elapsed)"; }
 # The model: 2.4M parameters in the matrices, LLaMA's parts. The two runs differ in NORM alone.
 HIDDEN=192
 MODEL=(
-  --num-layers 4 --hidden-size $HIDDEN --ffn-hidden-size 512 --num-attention-heads 6
+  --num-layers 4 --hidden-size "$HIDDEN" --ffn-hidden-size 512 --num-attention-heads 6
   --group-query-attention --num-query-groups 2 --swiglu --disable-bias-linear
   --position-embedding-type rope --untie-embeddings-and-output-weights
   --attention-dropout 0 --hidden-dropout 0 --max-position-embeddings 256

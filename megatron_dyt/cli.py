@@ -12,6 +12,7 @@ from megatron_dyt.errors import UserError, run_main
 
 # Command -> (module, what it does).
 COMMANDS = {
+    "recipe": ("megatron_dyt.recipes", "a LLaMA size and how it is trained, as text or as flags"),
     "plan": ("megatron_dyt.planning", "parallel layout, memory and days of a recipe on a cluster"),
     "dry-run": (
         "megatron_dyt.planning.dry_run",

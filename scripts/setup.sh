@@ -190,7 +190,7 @@ install() {
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
         pip_install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
     fi
-    pip_install --no-build-isolation -e "$root[$extras]"
+    pip_install --no-build-isolation -e "${root}[$extras]"
 }
 
 main() {

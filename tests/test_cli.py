@@ -33,5 +33,5 @@ def test_a_command_gets_its_arguments(
 
 def test_an_unknown_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["megatron-dyt", "train"])
-    with pytest.raises(UserError, match="no command 'train'; there are plan, dry-run"):
+    with pytest.raises(UserError, match="no command 'train'; there are recipe, plan, dry-run"):
         cli.main()

@@ -26,16 +26,6 @@ from megatron_dyt.errors import UserError, run_main
 from megatron_dyt.mcore import compat
 from megatron_dyt.runtime import device
 
-# Flags that would write or connect somewhere, and what they become. A dry run leaves no trace.
-_HARMLESS = {
-    "save": None,
-    "load": None,
-    "tensorboard_dir": None,
-    "wandb_project": None,
-    "wandb_exp_name": "",
-    "data_cache_path": None,
-}
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -119,8 +109,6 @@ def _validated(flags: list[str], vocab_size: int) -> Any:
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(report):
             args = arguments.parse_args()
-            for name, value in _HARMLESS.items():
-                setattr(args, name, value)
             arguments.validate_args(args)
     except SystemExit as refusal:
         last = (errors.getvalue().strip().splitlines() or ["no message"])[-1]
