@@ -7,6 +7,7 @@ A case is a plain dictionary, because it travels to the worker as JSON:
     config      fields of its TransformerConfig
     like        case whose initial weights it starts from; None draws them
     unmarked    as in `cases.py`
+    save, load  name of a checkpoint of the model to write, or to take the weights from
 """
 
 from __future__ import annotations
@@ -42,14 +43,21 @@ def case(model: str, layout: str = "", **options: Any) -> dict[str, Any]:
         "config": config | LAYOUTS.get(layout, {}),
         "like": f"family-{model}" if layout else None,
         "unmarked": {},
+        "save": f"checkpoint-{model}" if layout and layout == MODELS[model][2][-1] else None,
+        "load": None,
     } | options
 
 
 def mutant(model: str) -> dict[str, Any]:
     name = f"family-{model}-unmarked"
-    return case(model, "tp2_sp", name=name, unmarked={"norm": DYT_PARAMETERS})
+    return case(model, "tp2_sp", name=name, unmarked={"norm": DYT_PARAMETERS}, save=None)
+
+
+def reload(model: str) -> dict[str, Any]:
+    """What two processes have saved, in one."""
+    return case(model, name=f"family-{model}-reload", load=f"checkpoint-{model}")
 
 
 REFERENCES = [case(model) for model in MODELS]
 PARALLEL = [case(model, layout) for model, (_, _, layouts) in MODELS.items() for layout in layouts]
-ALL = [*REFERENCES, *PARALLEL, *(mutant(model) for model in MUTANTS)]
+ALL = [*REFERENCES, *PARALLEL, *(mutant(model) for model in MUTANTS), *map(reload, MODELS)]

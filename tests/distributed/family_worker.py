@@ -6,6 +6,7 @@ runs on every rank with the same data: each rank then has what one process has.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import warnings
@@ -43,7 +44,7 @@ def main(job_file: str) -> None:
         patches = Patches()
         patches.apply(unmarking(case["unmarked"]))
         try:
-            result = run(case["family"], case["config"], weights)
+            result = run(case, weights, output)
         finally:
             patches.undo()
         record.save(result, output, case["name"], dist.get_rank())
@@ -51,16 +52,15 @@ def main(job_file: str) -> None:
     dist.destroy_process_group()
 
 
-def run(family: str, settings: dict[str, Any], weights: Any) -> dict[str, Any]:
-    """One forward and backward pass; returns what this rank has seen."""
-    import importlib
-
-    from megatron.core import parallel_state
+def run(case: dict[str, Any], weights: Any, output: Path) -> dict[str, Any]:
+    """One forward and backward pass, a checkpoint where asked; returns what this rank has seen."""
+    from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     # The package has a function of this name, which hides the module.
     finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    family, settings = case["family"], case["config"]
     parallel_state.initialize_model_parallel(settings.get("tensor_model_parallel_size", 1))
     model_parallel_cuda_manual_seed(1)
     try:
@@ -68,6 +68,13 @@ def run(family: str, settings: dict[str, Any], weights: Any) -> dict[str, Any]:
         plain = families.build(family, config).to(torch.cuda.current_device())
         model = DistributedDataParallel(config, DistributedDataParallelConfig(), plain)
         record.set_weights([model], weights)
+        if case["load"]:
+            state = {"model": plain.sharded_state_dict()}
+            plain.load_state_dict(dist_checkpointing.load(state, str(output / case["load"]))["model"])
+        if case["save"]:
+            directory = output / case["save"]
+            directory.mkdir(exist_ok=True)
+            dist_checkpointing.save({"model": plain.sharded_state_dict()}, str(directory))
         result: dict[str, Any] = {"initial": record.shards([model])}
         loss = families.loss_of(family, model)
         loss.backward()

@@ -32,6 +32,13 @@ def test_a_reference_has_dyt_where_the_family_has_norms(model: str, run_of: Call
     assert len(alphas) == expected[model]
 
 
+@pytest.mark.parametrize("model", family_cases.MODELS)
+def test_a_checkpoint_of_two_processes_is_the_model_of_one(model: str, run_of: Callable[[str], Run]) -> None:
+    loaded, reference = run_of(family_cases.reload(model)["name"]), run_of(f"family-{model}")
+    assert set(loaded.errors("initial", reference).values()) == {0.0}
+    assert loaded.series("losses") == reference.series("losses")
+
+
 @pytest.mark.parametrize("model", family_cases.MUTANTS)
 def test_without_the_mark_the_gradients_of_exactly_these_are_wrong(
     model: str, run_of: Callable[[str], Run]
