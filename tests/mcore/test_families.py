@@ -55,6 +55,19 @@ def test_t5_without_transformer_engine_has_its_final_norms_with_dyt_only() -> No
         assert getattr(stock, part).final_layernorm is None
 
 
+def test_t5_of_single_layer_specs_has_the_same_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.models.T5 import t5_spec
+
+    expected = {name: site.role for name, site in dyt_sites(families.build("t5", families.config_for("t5")))}
+    for part in ("encoder", "decoder"):
+        layer = getattr(t5_spec, f"{part}_model_with_local_spec")
+        monkeypatch.setattr(
+            t5_spec, f"get_t5_{part}_with_local_block_spec", lambda _layers, layer=layer: layer()
+        )
+    found = {name: site.role for name, site in dyt_sites(families.build("t5", families.config_for("t5")))}
+    assert found == expected
+
+
 def test_one_embedding_scale_serves_encoder_and_decoder() -> None:
     model = families.build("t5", families.config_for("t5"))
     scales = [name for name, _ in model.named_parameters() if name.endswith("embedding_scale.scale")]

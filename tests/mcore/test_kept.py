@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 from megatron_dyt.mcore import kept
@@ -53,5 +54,11 @@ def test_one_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import parallel_state
 
     assert kept._speaks()
-    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 1)
+    with monkeypatch.context() as another_rank:
+        another_rank.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 1)
+        assert not kept._speaks()
+    # Users of process groups of their own may not have initialized Megatron's.
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
+    assert kept._speaks()
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert not kept._speaks()
