@@ -22,6 +22,7 @@ from megatron_dyt.config import (
     resolve_embedding_scale,
 )
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import handshake
 from megatron_dyt.mcore.fields import DyTFields, default_init_std
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.names import Backend, Function, OnBadAlpha, Preset, Role, WeightInit
@@ -140,12 +141,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`arguments.validate_args` preceded by ours."""
+    """`arguments.validate_args` preceded by ours; then all ranks compare what they run."""
 
     @functools.wraps(original)
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        validate(args)
-        return original(args, *rest, **kwargs)
+        try:
+            validate(args)
+            result = original(args, *rest, **kwargs)
+        except Exception as error:
+            handshake.leave(args, error)
+            raise
+        handshake.compare_ranks(args)
+        return result
 
     return validate_args
 

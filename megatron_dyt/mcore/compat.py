@@ -20,6 +20,15 @@ def megatron_version() -> str:
     Raises:
         UserError: megatron-core is not installed.
     """
+    return megatron_build().partition("+")[0]
+
+
+def megatron_build() -> str:
+    """The version with what Megatron appends inside a git repository, its commit: "0.19.2+0123abc".
+
+    Raises:
+        UserError: megatron-core is not installed.
+    """
     try:
         from megatron.core.package_info import __version__
     except ImportError as error:
@@ -27,8 +36,7 @@ def megatron_version() -> str:
             "megatron-core is not installed (or does not import: "
             f"{error}). Install it with: pip install 'megatron-dyt[train]'."
         ) from error
-    # Inside a git repository Megatron appends that repository's commit: "0.19.2+0123abc".
-    return str(__version__).partition("+")[0]
+    return str(__version__)
 
 
 def check_version() -> str:

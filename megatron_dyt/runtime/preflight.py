@@ -1,6 +1,7 @@
 """Input checked before training starts, so that what is wrong is said at once and clearly.
 
-Only rank 0 looks at the files. Paths in object stores ("s3://...") are left to Megatron.
+Rank 0 looks at the files, and tells the others, which wait for it. Paths in object stores ("s3://...")
+are left to Megatron.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from typing import Any
 import numpy as np
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime import checkpoint_dir
+from megatron_dyt.runtime import checkpoint_dir, meeting
 from megatron_dyt.runtime.report import say
 
 
 def check(args: Namespace) -> None:
-    """Raise `UserError` when the data, tokenizer or checkpoint that `args` names cannot work.
+    """Raise `UserError`, on every rank, when the data, tokenizer or checkpoint of `args` cannot work.
 
     `args` are Megatron's parsed arguments, before its own validation. Leftovers of an interrupted
     save in the --save directory are removed.
     """
-    if int(os.environ.get("RANK", "0")) != 0 or getattr(args, "yaml_cfg", None):
-        return
+    if not getattr(args, "yaml_cfg", None):
+        meeting.on_rank_0("preflight", lambda: check_files(args), meeting.time_out(args))
+
+
+def check_files(args: Namespace) -> None:
+    """All checks, on this rank alone."""
     check_tokenizer(args)
     check_data(args)
     check_save(args)

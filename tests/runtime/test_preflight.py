@@ -79,11 +79,6 @@ def test_good_input_passes(dataset: str, sentencepiece_model: str, tmp_path: Pat
     assert os.path.isdir(save)
 
 
-def test_other_ranks_leave_it_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    preflight.check(arguments())
-
-
 def test_missing_halves_of_a_dataset(dataset: str) -> None:
     os.rename(f"{dataset}.bin", f"{dataset}.other")
     with pytest.raises(UserError, match=r"corpus\.bin does not exist"):

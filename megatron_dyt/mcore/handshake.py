@@ -1,0 +1,109 @@
+"""All ranks of a DyT run have the same plugin, Megatron, PyTorch and DyT settings, or none starts.
+
+Ranks that differ would build other parameters, which shows as a hang or, worse, not at all. They compare
+before the process group is made, with a time-out (`runtime/meeting.py`), so that a rank which runs without
+the plugin is named instead of waited for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import compat
+from megatron_dyt.runtime.meeting import Meeting, ranks, time_out
+from megatron_dyt.version import __version__
+
+TOPIC = "handshake"
+_ERROR = "error"
+
+
+def compare_ranks(args: Any) -> None:
+    """Raise UserError on every rank unless all of them run the same.
+
+    Args:
+        args: Megatron's args, validated.
+    """
+    meeting = _meeting(args)
+    if meeting is None:
+        return
+    meeting.write(json.dumps(identity(args)))
+    if meeting.rank > 0:
+        verdict = meeting.hear()
+    else:
+        try:
+            verdict = differences(meeting.collect())
+        except UserError as error:
+            verdict = str(error)
+        meeting.announce(verdict)
+    if verdict:
+        raise UserError(verdict)
+
+
+def leave(args: Any, reason: BaseException) -> None:
+    """Tell the other ranks that this one stops before it could compare."""
+    meeting = _meeting(args)
+    if meeting is not None:
+        meeting.seconds = min(meeting.seconds, 30.0)
+        text = " ".join(str(reason).split()) or type(reason).__name__
+        meeting.leave(json.dumps({_ERROR: text}) if meeting.rank > 0 else text)
+
+
+def _meeting(args: Any) -> Meeting | None:
+    if args.normalization != "DyT" or getattr(args, "fake_process_group", False):
+        return None
+    meeting = Meeting(TOPIC, time_out(args))
+    return meeting if meeting.world > 1 else None
+
+
+def identity(args: Any) -> dict[str, str]:
+    """What must be the same on all ranks, by the name that the message uses."""
+    settings = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in sorted(vars(args).items())
+        if name.startswith("dyt_") or name in ("embedding_scale", "normalization")
+    }
+    return settings | {
+        "megatron_dyt": f"{__version__} (code {code_digest()})",
+        "megatron-core": compat.megatron_build(),
+        "torch": str(torch.__version__),
+        "host": socket.gethostname(),
+    }
+
+
+@functools.cache
+def code_digest() -> str:
+    """Short hash of this package's source: two checkouts may have one version number."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def differences(texts: dict[int, str]) -> str:
+    """What differs between the ranks' identities, as a message; empty when nothing does."""
+    found = {rank: json.loads(text) for rank, text in texts.items()}
+    for rank, identity in found.items():
+        if _ERROR in identity:
+            return f"rank {rank} stopped: {identity[_ERROR]}"
+    hosts = {rank: identity.pop("host") for rank, identity in found.items()}
+    lines = []
+    for name in dict.fromkeys(name for identity in found.values() for name in identity):
+        by_value: dict[str, list[int]] = {}
+        for rank, identity in found.items():
+            by_value.setdefault(identity.get(name, "not there"), []).append(rank)
+        if len(by_value) > 1:
+            values = (f"{value} on {ranks(who)} ({hosts[who[0]]})" for value, who in by_value.items())
+            lines.append(f"{name} is {', '.join(values)}")
+    if not lines:
+        return ""
+    return f"the ranks differ: {'; '.join(lines)}. Give all of them the same flags and installation."

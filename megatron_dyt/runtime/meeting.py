@@ -1,0 +1,175 @@
+"""What ranks tell each other before they have a process group, through the key-value store of PyTorch.
+
+A collective hangs when a rank does not take part. A store answers: who has not written its key within the
+time-out is known by number. The store is the one that `init_process_group` will use (torchrun's, or rank
+0's own at MASTER_ADDR:MASTER_PORT), so nothing else has to be configured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dyt.errors import UserError
+
+# Seconds; instead of --distributed-timeout-minutes.
+VARIABLE = "MEGATRON_DYT_RANK_TIMEOUT"
+# How long a rank that has failed stays for the others to hear of it.
+_GRACE = 30.0
+# How much longer than rank 0 the others wait, which hear from it who is missing.
+_MARGIN = 30.0
+
+# Kept until the process ends: with it rank 0's server would go, which init_process_group takes over.
+_store: Any = None
+_held: dict[str, int] = {}
+
+
+class Meeting:
+    """One exchange of texts between all ranks, about one topic.
+
+    Attributes:
+        rank, world: this rank and how many there are; a world of one has nothing to exchange.
+        seconds: how long the others are waited for.
+    """
+
+    def __init__(self, topic: str, seconds: float) -> None:
+        """Raises UserError when the store at MASTER_ADDR:MASTER_PORT cannot be reached in time."""
+        self.seconds = seconds
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        else:
+            self.rank, self.world = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+        # The same on all ranks, which hold the same meetings in the same order.
+        _held[topic] = _held.get(topic, 0) + 1
+        self._prefix = f"megatron_dyt/{topic}/{_held[topic]}"
+        if self.world > 1:
+            self._store = _connect(self.rank, seconds)
+
+    def write(self, text: str) -> None:
+        """Leave this rank's text."""
+        self._store.set(f"{self._prefix}/{self.rank}", text)
+
+    def collect(self) -> dict[int, str]:
+        """The texts of all ranks. Raises UserError naming those that did not write in time."""
+        keys = [f"{self._prefix}/{rank}" for rank in range(self.world)]
+        try:
+            self._store.wait(keys, timedelta(seconds=self.seconds))
+        except RuntimeError as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if not missing:
+                raise
+            raise UserError(
+                f"{ranks(missing)} of {self.world} did not answer within {self.seconds:g} s. Such a rank "
+                "runs without megatron_dyt, with another script or --normalization, or has ended: look at "
+                "the end of its log."
+            ) from error
+        return {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
+
+    def announce(self, verdict: str) -> None:
+        """On rank 0: give the verdict; if it is not empty, stay until the others have heard it."""
+        self._store.set(f"{self._prefix}/verdict", verdict)
+        deadline = time.monotonic() + min(_GRACE, self.seconds)
+        while verdict and self._heard(0) < self.world - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def hear(self) -> str:
+        """On the other ranks: rank 0's verdict. Raises UserError when there is none in time."""
+        try:
+            self._store.wait([f"{self._prefix}/verdict"], timedelta(seconds=self.seconds + _MARGIN))
+            verdict: str = self._store.get(f"{self._prefix}/verdict").decode()
+            self._heard(1)
+        except RuntimeError as error:
+            raise UserError(
+                f"rank 0 did not answer within {self.seconds + _MARGIN:g} s, or has ended. It may run "
+                "without megatron_dyt, with another script or --normalization: look at the end of its log."
+            ) from error
+        return verdict
+
+    def leave(self, reason: str) -> None:
+        """On any rank: stop taking part, for a reason that the others shall hear."""
+        if self.rank == 0:
+            self.announce(f"rank 0: {reason}")
+        else:
+            self.write(reason)
+            self._heard(1)
+
+    def _heard(self, count: int) -> int:
+        return int(self._store.add(f"{self._prefix}/heard", count))
+
+
+def on_rank_0(topic: str, check: Callable[[], None], seconds: float) -> None:
+    """Run `check` on rank 0 alone; what it raises there is a `UserError` on every other rank."""
+    meeting = Meeting(topic, seconds)
+    if meeting.world == 1:
+        check()
+    elif meeting.rank > 0:
+        if verdict := meeting.hear():
+            raise UserError(verdict)
+    else:
+        try:
+            check()
+        except Exception as error:
+            meeting.announce(str(error))
+            raise
+        meeting.announce("")
+
+
+def time_out(args: Namespace) -> float:
+    """How many seconds a rank waits for the others: as long as for them in `init_process_group`."""
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        return 60.0 * (getattr(args, "distributed_timeout_minutes", None) or 10)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"{VARIABLE} is {given!r}; give a number of seconds > 0")
+    return seconds
+
+
+def ranks(numbers: list[int]) -> str:
+    """ "rank 3" or "ranks 3, 5 and 12 more"."""
+    shown = ", ".join(map(str, numbers[:8]))
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"rank{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+def _connect(rank: int, seconds: float) -> Any:
+    global _store
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if _store is None:
+        host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT", 0)
+        if not host or not port:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR or MASTER_PORT is not set. "
+                "Start the ranks with torchrun, or give every rank the address of rank 0"
+            )
+        by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            _store = dist.TCPStore(
+                host,
+                port,
+                is_master=rank == 0 and not by_torchrun,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,
+                use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {rank} found no rank 0 at MASTER_ADDR:MASTER_PORT = {host}:{port} in {seconds:g} s "
+                f"({' '.join(str(error).split())[:200]}). Is it running, and the port free?"
+            ) from error
+    return _store
+
+
+def _from_environment(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
