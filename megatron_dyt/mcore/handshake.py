@@ -7,10 +7,12 @@ the plugin is named instead of waited for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,19 @@ from megatron_dyt.version import __version__
 
 TOPIC = "handshake"
 _ERROR = "error"
+
+_suspended = False
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Where Megatron's flags are validated for a world that does not exist: nobody to compare with."""
+    global _suspended
+    before, _suspended = _suspended, True
+    try:
+        yield
+    finally:
+        _suspended = before
 
 
 def compare_ranks(args: Any) -> None:
@@ -57,7 +72,7 @@ def leave(args: Any, reason: BaseException) -> None:
 
 
 def _meeting(args: Any) -> Meeting | None:
-    if args.normalization != "DyT" or getattr(args, "fake_process_group", False):
+    if args.normalization != "DyT" or _suspended or getattr(args, "fake_process_group", False):
         return None
     meeting = Meeting(TOPIC, time_out(args))
     return meeting if meeting.world > 1 else None

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.mcore import compat
+from megatron_dyt.mcore import compat, handshake
 from megatron_dyt.runtime import device
 
 
@@ -82,7 +82,7 @@ def simulate(flags: list[str], world_size: int, vocab_size: int) -> tuple[Any, l
     device.activate(["--device", "cpu"])
     megatron_dyt.register()
     compat.check_training_version()
-    with _environment(world_size), warnings.catch_warnings():
+    with _environment(world_size), handshake.suspended(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = _validated(flags, vocab_size)
         stages = [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]

@@ -73,3 +73,11 @@ def test_who_need_not_compare(args: Namespace, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(handshake, "Meeting", lambda *_: pytest.fail("no meeting"))
     handshake.compare_ranks(args)
     handshake.leave(args, ValueError("x"))
+
+
+def test_nobody_compares_in_a_world_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "Meeting", lambda *_: pytest.fail("no meeting"))
+    with handshake.suspended(), handshake.suspended():
+        handshake.compare_ranks(Namespace(normalization="DyT"))
+    monkeypatch.setattr(handshake, "Meeting", lambda *_: Namespace(world=1))
+    handshake.compare_ranks(Namespace(normalization="DyT"))
