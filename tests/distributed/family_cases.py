@@ -12,6 +12,7 @@ A case is a plain dictionary, because it travels to the worker as JSON:
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -27,8 +28,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "bert": ("bert", {}, ("tp2", "tp2_sp")),
     "vit": ("vit", {}, ("tp2",)),
     "hybrid": ("hybrid", {}, ("tp2", "tp2_sp")),
-    "hybrid_moe": ("hybrid", EXPERTS, ("tp2_sp",)),
 }
+# The router of 0.16 multiplies with Transformer Engine's function, whether it is there or not.
+if not importlib.metadata.version("megatron-core").startswith("0.16."):
+    MODELS["hybrid_moe"] = ("hybrid", EXPERTS, ("tp2_sp",))
 DYT_PARAMETERS = ["alpha", "weight", "bias"]
 # With the marks taken off DyT's parameters their gradients are partial sums.
 MUTANTS = ("t5", "bert", "hybrid")
