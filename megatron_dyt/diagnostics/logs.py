@@ -189,26 +189,56 @@ class StatsRecord:
     embedding_scale: float | None
 
 
-def read_stats(path: Path) -> tuple[StatsRecord, ...]:
-    """The records of `dyt_stats.jsonl` in the order of iterations.
+def read_stats(*paths: Path) -> tuple[StatsRecord, ...]:
+    """The records of a run's statistics in the order of iterations.
 
     A line that is no complete record (a run killed while it wrote) is passed over.
 
+    Args:
+        paths: `dyt_stats.jsonl`, or the files of all pipeline stages, the oldest first. Iterations that
+            one of them lacks are left out.
+
     Raises:
-        UserError: there is no such file, or it holds no complete record.
+        UserError: a file is not there, or no iteration is complete.
     """
-    records: dict[int, StatsRecord] = {}
-    hint = "a DyT run writes it beside its checkpoint (--save, --dyt-stats-interval)"
-    for line in read_text(path, hint).splitlines():
+    merged: dict[int, dict[str, Any]] = {}
+    for path in paths:
+        for iteration, record in _stats_lines(path).items():
+            whole = merged.setdefault(iteration, {"iteration": iteration, "sites": {}})
+            whole["sites"] |= {site["name"]: site for site in record["sites"]}
+            if record.get("embedding_scale") is not None:
+                whole["embedding_scale"] = record["embedding_scale"]
+    names = {name for record in merged.values() for name in record["sites"]}
+    complete = [record for _, record in sorted(merged.items()) if record["sites"].keys() == names]
+    if not complete:
+        files = ", ".join(map(str, paths))
+        raise UserError(f"{files}: no complete record of DyT statistics; {_STATS_HINT}")
+    return tuple(_merged_record(record) for record in complete)
+
+
+_STATS_HINT = "a DyT run writes it beside its checkpoint (--save, --dyt-stats-interval)"
+
+
+def _stats_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """The complete lines of one file, without the abandoned part of a run that was resumed."""
+    records: dict[int, dict[str, Any]] = {}
+    for line in read_text(path, _STATS_HINT).splitlines():
         record = _stats_record(line)
         if record is None:
             continue
         if records and record.iteration <= next(reversed(records)):
             _drop_from(records, record.iteration)
-        records[record.iteration] = record
-    if not records:
-        raise UserError(f"{path} holds no complete record of DyT statistics; {hint}")
-    return tuple(records.values())
+        records[record.iteration] = json.loads(line)
+    return records
+
+
+def _merged_record(record: dict[str, Any]) -> StatsRecord:
+    """Sites of all stages in the order of layers; the final norm, which has none, is the last."""
+    sites = list(record["sites"].values())
+    sites.sort(key=lambda site: math.inf if site["layer"] is None else site["layer"])
+    whole = _stats_record(json.dumps(record | {"sites": sites}))
+    assert whole is not None, record
+    return whole
 
 
 def read_text(path: Path, hint: str) -> str:

@@ -1,7 +1,8 @@
 """A run's directory as data, and the numbers that compare runs.
 
 A directory holds `train.log` (Megatron's stdout), `eval.json` (written by
-`python -m megatron_dyt.evaluation`), for a DyT run `checkpoint/dyt_stats.jsonl`, and optionally
+`python -m megatron_dyt.evaluation`), for a DyT run `checkpoint/dyt_stats.jsonl`
+(with pipeline parallelism one `dyt_stats.stageN.jsonl` a stage), and optionally
 `run.json` with any of `command`, `learning_rate`, `sequence_length` and `seconds`.
 """
 
@@ -173,8 +174,13 @@ def evaluation_rows(runs: Iterable[Run]) -> dict[tuple[str, str], dict[str, floa
 
 def _load_stats(directory: Path, log: RunLog, allow_missing: bool) -> tuple[StatsRecord, ...]:
     path = directory / "checkpoint" / "dyt_stats.jsonl"
-    if path.is_file():
-        return read_stats(path)
+    files = sorted(
+        [*path.parent.glob("dyt_stats.stage*.jsonl"), *path.parent.glob(path.name)],
+        key=lambda file: file.stat().st_mtime,
+    )
+    if files:
+        _check_stages(path, files, log)
+        return read_stats(*files)
     if log.arguments.get("normalization") == "DyT" and not allow_missing:
         raise UserError(
             f"{path} is missing; `python -m megatron_dyt.pretrain --normalization DyT "
@@ -182,6 +188,19 @@ def _load_stats(directory: Path, log: RunLog, allow_missing: bool) -> tuple[Stat
             "--allow-missing-stats to report without it"
         )
     return ()
+
+
+def _check_stages(path: Path, files: Sequence[Path], log: RunLog) -> None:
+    """Each pipeline stage has written a file; without one of them layers would be missing unnoticed."""
+    count = log.arguments.get("pipeline_model_parallel_size", "1")
+    stages = int(count) if count.isdigit() else 1
+    wanted = [path.with_name(f"dyt_stats.stage{stage}.jsonl") for stage in range(stages)]
+    missing = [file.name for file in wanted if file not in files]
+    if stages > 1 and missing:
+        raise UserError(
+            f"{path.parent} lacks {', '.join(missing)} of a run with {stages} pipeline stages; copy the "
+            "files of all stages there (every stage's first rank writes one)"
+        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

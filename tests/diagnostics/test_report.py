@@ -361,6 +361,41 @@ def test_missing_stats_of_a_dyt_run(runs: Path) -> None:
     assert "Embedding scale" not in page_of(runs).text
 
 
+def split_stats(runs: Path) -> list[Path]:
+    """The DyT run's statistics as two pipeline stages write them: layers 1 and 2; layer 3 and the end."""
+    whole = runs / "dyt" / "checkpoint" / "dyt_stats.jsonl"
+    files = [whole.with_name(f"dyt_stats.stage{stage}.jsonl") for stage in (0, 1)]
+    for line in whole.read_text().splitlines():
+        record = json.loads(line)
+        sites = record["sites"]
+        parts = [record | {"sites": sites[:2]}, {"iteration": record["iteration"], "sites": sites[2:]}]
+        for file, part in zip(files, parts, strict=True):
+            with file.open("a") as output:
+                output.write(json.dumps(part) + "\n")
+    whole.unlink()
+    log = runs / "dyt" / "train.log"
+    text = log.read_text()
+    argument = "  pipeline_model_parallel_size .................... 2\n"
+    log.write_text(text.replace("  seq_length", f"{argument}  seq_length", 1))
+    return files
+
+
+def test_all_stages_of_a_pipeline_are_on_the_page(runs: Path) -> None:
+    whole = load_run("dyt", runs / "dyt").stats
+    split_stats(runs)
+    assert load_run("dyt", runs / "dyt").stats == whole
+    report(runs)
+    page = (runs / "out" / "report.html").read_text()
+    for layer in (1, 2, 3):
+        assert f"layer {layer}" in page
+
+
+def test_a_missing_stage_of_a_pipeline(runs: Path) -> None:
+    split_stats(runs)[1].unlink()
+    with pytest.raises(UserError, match=r"lacks dyt_stats\.stage1\.jsonl of a run with 2 pipeline stages"):
+        report(runs)
+
+
 def test_log_without_validation(runs: Path) -> None:
     log = runs / "dyt" / "train.log"
     log.write_text(log.read_text().replace("validation loss", "x"))
