@@ -42,8 +42,8 @@ format: setup ## sort imports and format the code
 	@$(PY) -m ruff check --fix-only --select I .
 	@$(PY) -m ruff format .
 
-bench: setup ## time the norms on the CPU
-	@$(PY) benchmarks/cpu_norms.py
+bench: setup ## time the kernels on the GPU, or the norms on the CPU where there is none
+	@$(PY) benchmarks/kernels.py
 
 clean: ## remove caches and build outputs; keeps .venv/ and quickstart/
 	@rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache

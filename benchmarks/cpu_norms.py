@@ -115,13 +115,13 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--rounds", type=int, default=100, help="timed rounds a shape (default 100)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 2:
         parser.error("--threads must be at least 1 and --rounds at least 2")
     torch.set_num_threads(args.threads)

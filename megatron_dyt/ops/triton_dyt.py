@@ -162,7 +162,7 @@ def _launch_backward(
     rows, hidden = x.shape
     chip = launch.chip_of(x.device)
     unit = _stride_unit(x, dy, dsum)
-    tile = launch.backward_tile(chip, hidden, x.itemsize, unit)
+    tile = launch.backward_tile(chip, hidden, x.itemsize, unit, function)
     tiles = launch.ceil_div(hidden, tile.block_n)
     programs = launch.row_programs(chip, tile, rows, hidden, x.itemsize)
 
@@ -201,6 +201,7 @@ def _launch_backward(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             num_warps=tile.warps,
+            **launch.backward_options(chip, x.itemsize),
         )
         if partial is not None:
             kernels.finalize_kernel[(launch.ceil_div(hidden, launch.FINALIZE_BLOCK_N),)](

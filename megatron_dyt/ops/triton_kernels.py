@@ -258,6 +258,8 @@ def backward_kernel(
         if NEEDS_BIAS:
             tl.store(out + columns, tl.sum(d_bias, 0), mask=in_row)
             out += HIDDEN
+        # Read again rather than kept in registers over the loop.
+        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
         factor = weight * _slope_factor(FUNCTION)
         if NEEDS_ALPHA:
             tl.store(out + tile, tl.sum(tl.sum(d_alpha, 0) * factor, 0))

@@ -37,28 +37,31 @@ class Plan(NamedTuple):
     """One row of the table.
 
     warps: of one program.
-    forward_vectors: 16-byte accesses that a thread makes to each operand in forward.
-    backward_vectors: the same in one turn of the backward loop, all in flight together.
+    forward: 16-byte accesses that a thread makes to each operand in forward.
+    tanh, erf: the same in one turn of the backward loop, by function, all in flight together.
     resident: backward programs that fit on a processor, by registers.
+    max_registers: what the compiler is held to so that they do, or None where it needs no telling.
     """
 
     warps: int
-    forward_vectors: int
-    backward_vectors: int
+    forward: int
+    tanh: int
+    erf: int
     resident: int
+    max_registers: int | None
 
 
-# (family, bytes of an element) -> plan. Backward takes 165 registers a thread for 2-byte elements and
-# 118 for 4-byte ones on NVIDIA chips, of 512 a lane: 168 and 128 as allotted.
+# (family, bytes of an element) -> plan. An NVIDIA SM has 65536 registers: 3 * 128 threads may have 168 each,
+# 4 * 128 threads 128. An AMD SIMD has 512 a lane, and a program of 4 waves puts one on each SIMD.
 PLANS: dict[tuple[str, int], Plan] = {
-    ("sm80", 2): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
-    ("sm80", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=4),
-    ("sm90", 2): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
-    ("sm90", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=4),
-    ("sm100", 2): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
-    ("sm100", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=4),
-    ("gfx9", 2): Plan(warps=4, forward_vectors=4, backward_vectors=2, resident=2),
-    ("gfx9", 4): Plan(warps=4, forward_vectors=4, backward_vectors=4, resident=3),
+    ("sm80", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
+    ("sm80", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
+    ("sm90", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
+    ("sm90", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
+    ("sm100", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
+    ("sm100", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
+    ("gfx9", 2): Plan(warps=4, forward=4, tanh=2, erf=2, resident=4, max_registers=None),
+    ("gfx9", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=3, max_registers=None),
 }
 
 INTERPRETER = Chip("sm90", processors=1, warp_size=32, ptx=False)
@@ -108,15 +111,10 @@ def _block_n(hidden: int, limit: int) -> int:
     return good[0] if good else min(candidates, key=lambda n: padded[n])
 
 
-def _vector(itemsize: int, stride_unit: int) -> int:
-    """Elements of one access: 16 bytes, or fewer when rows do not start at multiples of 16 bytes."""
-    return min(16 // itemsize, stride_unit)
-
-
 def forward_tile(chip: Chip, rows: int, hidden: int, itemsize: int) -> Tile:
     """The forward kernel's tile for rows x hidden elements of `itemsize` bytes."""
     plan = PLANS[chip.family, itemsize]
-    elements = plan.warps * chip.warp_size * plan.forward_vectors * (16 // itemsize)
+    elements = plan.warps * chip.warp_size * plan.forward * (16 // itemsize)
     block_n = _block_n(hidden, _MAX_BLOCK_N)
     block_m = elements // block_n
     tiles = ceil_div(hidden, block_n)
@@ -126,15 +124,21 @@ def forward_tile(chip: Chip, rows: int, hidden: int, itemsize: int) -> Tile:
     return Tile(1, block_m, block_n, plan.warps)
 
 
-def backward_tile(chip: Chip, hidden: int, itemsize: int, stride_unit: int) -> Tile:
+def backward_tile(chip: Chip, hidden: int, itemsize: int, stride_unit: int, function: str) -> Tile:
     """The backward kernel's tile: one access a thread and operand, UNROLL times."""
     plan = PLANS[chip.family, itemsize]
-    threads = plan.warps * chip.warp_size
-    elements = threads * (16 // itemsize)
+    elements = plan.warps * chip.warp_size * (16 // itemsize)
     block_n = _block_n(hidden, min(_MAX_BLOCK_N, elements))
-    # Rows that need several accesses for 16 bytes have as many in flight without unrolling.
-    aligned = _vector(itemsize, stride_unit) == 16 // itemsize
-    return Tile(plan.backward_vectors if aligned else 1, elements // block_n, block_n, plan.warps)
+    # Rows that take several accesses for 16 bytes have as many in flight without unrolling.
+    aligned = stride_unit * itemsize >= 16
+    unroll = plan.erf if function == "erf" else plan.tanh
+    return Tile(unroll if aligned else 1, elements // block_n, block_n, plan.warps)
+
+
+def backward_options(chip: Chip, itemsize: int) -> dict[str, int]:
+    """The compiler's options for the backward kernel."""
+    limit = PLANS[chip.family, itemsize].max_registers
+    return {} if limit is None else {"maxnreg": limit}
 
 
 def row_programs(chip: Chip, tile: Tile, rows: int, hidden: int, itemsize: int) -> int:
