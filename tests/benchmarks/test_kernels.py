@@ -3,7 +3,7 @@
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ HERE = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/kernels.py on the CPU."""
     monkeypatch.syspath_prepend(str(HERE))
     module = importlib.import_module("kernels")
@@ -23,7 +23,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     # Generating code takes longer than all the rest.
     monkeypatch.setattr(module, "PEERS", [p for p in module.PEERS if "compile" not in p.name])
-    yield module
+    return module
 
 
 class WallClock:
