@@ -3,7 +3,7 @@ import errno
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dyt.errors import UserError, describe, root_user_error, run_main
+from megatron_dyt.errors import TrainingFault, UserError, describe, root_user_error, run_main
 
 
 def ended(main: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -17,6 +17,13 @@ def test_a_user_error_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str])
         raise UserError("alpha is 0; give > 0")
 
     assert ended(main, capsys) == (2, "megatron_dyt: error: alpha is 0; give > 0\n")
+
+
+def test_a_fault_of_training_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise TrainingFault("step 3: alpha")
+
+    assert ended(main, capsys) == (1, "megatron_dyt: stopped: step 3: alpha\n")
 
 
 def test_a_user_error_that_megatron_wrapped_is_still_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_dyt.errors import TrainingFault
-from megatron_dyt.mcore.guard import SHOWN, Finding, merge
+from megatron_dyt.mcore.guard import SHOWN, Finding, Guard, merge
 from megatron_dyt.patching import Patches, Replacement
 
 Run = Callable[..., SimpleNamespace]
@@ -213,6 +213,34 @@ def spoiled_second_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
         return train_step(forward, data, model, *rest, **options)
 
     return step
+
+
+class Plain:
+    """An optimizer that computes no norm in its step, as Megatron's single ones with --clip-grad 0."""
+
+    def __init__(self, norm: float) -> None:
+        self.actual, self.updates = norm, 0
+
+    def get_grad_norm(self) -> float:
+        return self.actual
+
+    def clip_grad_norm(self, _limit: float) -> float:
+        return self.actual
+
+    def step_with_ready_grads(self) -> bool:
+        self.updates += 1
+        return True
+
+    def step(self) -> tuple[bool, None, None]:
+        return self.step_with_ready_grads(), None, None
+
+
+@pytest.mark.parametrize(("norm", "updates"), [(1.0, 1), (math.nan, 0)])
+def test_a_step_that_computes_no_norm_is_given_one(norm: float, updates: int) -> None:
+    optimizer = Plain(norm)
+    Guard([torch.nn.Linear(2, 2)], optimizer, strict=False).install()
+    assert optimizer.step() == (bool(updates), None, None)
+    assert optimizer.updates == updates
 
 
 def test_the_deepest_layer_comes_first_and_the_rest_is_counted() -> None:
