@@ -1,0 +1,192 @@
+"""A training run's tokenizer as files that transformers' AutoTokenizer loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_dyt.errors import UserError, describe
+from megatron_dyt.evaluation.checkpoint_model import check_tokenizer
+
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+# What a conversion gets wrong shows in spaces, digits, line ends, bytes outside the vocabulary, and scripts.
+PROBES = (
+    "Hello world, this is a test.",
+    "  two  spaces,\ttab and\n\nlines\r\n",
+    "x = 12345.67e-8; y[0] += f(1, 2)  # 100%",
+    " leading and trailing ",
+    "naïve café — “quotes” … £5 ½",
+    "日本語 и русский, العربية",
+    "🙂👩‍🚀 \u200b\ufeff\x00\x7f",
+    "▁ is SentencePiece's own space",
+    "",
+)
+
+
+class TokenizerFacts(NamedTuple):
+    """What the model's configuration needs of a tokenizer."""
+
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+def write_tokenizer(args: Namespace, directory: Path) -> TokenizerFacts:
+    """Write the tokenizer of the run with these stored arguments into `directory`.
+
+    AutoTokenizer then puts BOS in front of a text, as the training data has it, and gives otherwise the
+    ids that the run's own tokenizer gives; but a special token's name in a text becomes that token.
+
+    Raises:
+        UserError: a tokenizer that is missing, of a kind that cannot be exported, or whose conversion
+            gives other ids than the original.
+    """
+    check_tokenizer(vars(args))
+    if args.tokenizer_type in SENTENCEPIECE:
+        return _write_sentencepiece(Path(args.tokenizer_model), directory, args.max_position_embeddings)
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        return _copy(str(args.tokenizer_model), directory)
+    raise UserError(
+        f"the run's tokenizer is a {args.tokenizer_type}; exported are {', '.join(SENTENCEPIECE)} and "
+        "HuggingFaceTokenizer. Give --no-tokenizer to export the model without one"
+    )
+
+
+def _write_sentencepiece(model: Path, directory: Path, max_length: int) -> TokenizerFacts:
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+
+    original = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ids = {
+        "unk": original.unk_id(),
+        "bos": original.bos_id(),
+        "eos": original.eos_id(),
+        "pad": original.pad_id(),
+    }
+    known = {f"{name}_token": original.id_to_piece(piece) for name, piece in ids.items() if piece >= 0}
+    converted = PreTrainedTokenizerFast(
+        tokenizer_object=_backend(model, original),
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+        **known,
+    )
+    converted.save_pretrained(str(directory))
+    _complete_settings(directory / "tokenizer_config.json", "bos_token" in known)
+    shutil.copyfile(model, directory / "tokenizer.model")
+    _compare(original, directory, model)
+    bos, eos, pad = (ids[name] if ids[name] >= 0 else None for name in ("bos", "eos", "pad"))
+    return TokenizerFacts(original.get_piece_size(), bos, eos, pad)
+
+
+def _complete_settings(path: Path, bos: bool) -> None:
+    """Add what saving leaves out, and the class name that older versions of transformers know too."""
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos, "add_eos_token": False}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _backend(model: Path, original: Any) -> Any:
+    """The `tokenizers.Tokenizer` that does what a SentencePiece BPE model does.
+
+    transformers' LlamaTokenizer is not that: it adds no second space to a text that begins with one.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model.read_bytes())
+    _refuse_other_models(proto, model)
+    pieces = [piece.piece for piece in proto.pieces]
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=_merges(scores),
+            unk_token=pieces[original.unk_id()],
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    prefix = proto.normalizer_spec.add_dummy_prefix
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    unspaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*unspaces, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    special = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL)
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.piece, normalized=False, special=piece.type in special)
+            for piece in proto.pieces
+            if piece.type in (*special, proto.SentencePiece.USER_DEFINED)
+        ]
+    )
+    if original.bos_id() >= 0:
+        bos = pieces[original.bos_id()]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, original.bos_id())]
+        )
+    return tokenizer
+
+
+def _refuse_other_models(proto: Any, model: Path) -> None:
+    found = [
+        what
+        for what, there in (
+            ("is no BPE model", proto.trainer_spec.model_type != proto.trainer_spec.BPE),
+            ("normalizes characters", bool(proto.normalizer_spec.precompiled_charsmap)),
+            ("removes extra spaces", proto.normalizer_spec.remove_extra_whitespaces),
+            ("puts spaces behind words", proto.trainer_spec.treat_whitespace_as_suffix),
+        )
+        if there
+    ]
+    if found:
+        raise UserError(
+            f"the tokenizer {model} {' and '.join(found)}; exported are SentencePiece BPE models without "
+            "normalization, as LLaMA 2's. Give --no-tokenizer to export the model without one"
+        )
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The pairs that SentencePiece merges, best first: it prefers the pair whose piece scores highest."""
+    ranked = sorted(scores, key=lambda piece: -scores[piece])
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in ranked
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+
+
+def _compare(original: Any, directory: Path, model: Path) -> None:
+    """UserError unless AutoTokenizer on `directory` gives the original's ids."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(directory))
+    for text in PROBES:
+        expected = original.encode(text)
+        got = loaded(text, add_special_tokens=False)["input_ids"]
+        if got != expected:
+            raise UserError(
+                f"transformers cannot reproduce the tokenizer {model}: {text!r} becomes {got}, and should "
+                f"be {expected}. Give --no-tokenizer to export the model without one"
+            )
+
+
+def _copy(name: str, directory: Path) -> TokenizerFacts:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer {name} cannot be loaded ({describe(error)}). Give its place on this machine with "
+            "--tokenizer-model, or --no-tokenizer to export the model without one"
+        ) from error
+    tokenizer.save_pretrained(str(directory))
+    return TokenizerFacts(
+        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    )

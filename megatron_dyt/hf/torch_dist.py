@@ -1,0 +1,193 @@
+"""Tensors of a Megatron torch_dist checkpoint, read and written one at a time.
+
+Megatron's own load and save hold a whole rank's model in memory and need its model built. Here a part of
+one tensor is read straight from the files, whatever parallel layout wrote them, and a checkpoint is
+written from functions that make each tensor when its turn has come.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_dyt.errors import UserError, describe
+
+
+class TorchDistReader:
+    """The model tensors of one checkpoint directory (`.../iter_0000100`).
+
+    Attributes:
+        tensors: shape and dtype by key; the optimizer's and other state's are left out.
+
+    Raises:
+        UserError: the directory's metadata or a file cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            self._files = FileSystemReader(directory)
+            self._metadata = self._files.read_metadata()
+            self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except Exception as error:
+            raise self._damaged(error) from error
+        self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {
+            key: (entry.size, entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            and not key.startswith("optimizer.")
+            and ".optimizer." not in key
+        }
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """The tensor `key` on the CPU, or its part [layer] without the first dimension."""
+        size, dtype = self.tensors[key]
+        offsets, sizes = [0] * len(size), list(size)
+        if layer is not None:
+            offsets[0], sizes[0] = layer, 1
+        return self._read_box(key, offsets, sizes, dtype).view(sizes if layer is None else sizes[1:])
+
+    def _read_box(self, key: str, offsets: list[int], sizes: list[int], dtype: torch.dtype) -> Tensor:
+        target = torch.empty(sizes, dtype=dtype)
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        stored = cast(TensorStorageMetadata, self._metadata.state_dict_metadata[key])
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        covered = sum(torch.Size(item.lengths).numel() for item in items)
+        if covered != target.numel():
+            raise self._damaged(
+                ValueError(f"{key} has {covered} of {target.numel()} values at {tuple(offsets)}")
+            )
+        try:
+            self._files.read_data(LoadPlan(items), cast(LoadPlanner, _Into(target))).wait()
+        except Exception as error:
+            raise self._damaged(error) from error
+        return target
+
+    def _damaged(self, error: BaseException) -> UserError:
+        return UserError(
+            f"{self.directory} cannot be read ({describe(error)}). It is incomplete or damaged: choose "
+            f"another iteration with --ckpt-step, or copy it again"
+        )
+
+
+class _Into:
+    """The two calls of a LoadPlanner that reading tensors needs: everything goes into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def resolve_tensor(self, item: ReadItem) -> Tensor:
+        part = self.target
+        for dimension, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            part = part.narrow(dimension, start, length)
+        return part
+
+    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
+        """The part is a view of the target: nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor to be written: global shape, and one function a chunk along the first dimension.
+
+    `make[i]` returns chunk i, whose shape is `shape` with the first dimension divided by len(make).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: list[Callable[[], Tensor]]
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        return (self.shape[0] // len(self.make), *self.shape[1:])
+
+
+def write_torch_dist(directory: Path, tensors: dict[str, LazyTensor], common: dict[str, Any]) -> None:
+    """Write a torch_dist checkpoint directory that every supported Megatron version reads.
+
+    One chunk is in memory at a time. `metadata.json`, by which Megatron knows a complete checkpoint,
+    comes last.
+
+    Args:
+        directory: must not exist, or be empty.
+        tensors: by Megatron's key.
+        common: what Megatron stores unsharded (args, iteration, checkpoint_version).
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    directory.mkdir(parents=True, exist_ok=True)
+    items = [
+        _write_item(key, tensor, number)
+        for key, tensor in tensors.items()
+        for number in range(len(tensor.make))
+    ]
+    writer = FileSystemWriter(directory)
+    writer.set_up_storage_writer(is_coordinator=True)
+    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
+    results = writer.write_data(plan, cast(SavePlanner, _From(tensors))).wait()
+    writer.finish(Metadata({key: _stored(tensor) for key, tensor in tensors.items()}), [results])
+    torch.save(common, directory / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(directory))
+
+
+def _write_item(key: str, tensor: LazyTensor, number: int) -> WriteItem:
+    chunk = _chunks(tensor)[number]
+    data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape))
+    return WriteItem(MetadataIndex(key, chunk.offsets, number), WriteItemType.SHARD, tensor_data=data)
+
+
+def _chunks(tensor: LazyTensor) -> list[ChunkStorageMetadata]:
+    sizes = torch.Size(tensor.chunk)
+    rest = [0] * (len(sizes) - 1)
+    return [
+        ChunkStorageMetadata(torch.Size([number * sizes[0], *rest]), sizes)
+        for number in range(len(tensor.make))
+    ]
+
+
+def _stored(tensor: LazyTensor) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), _chunks(tensor)
+    )
+
+
+class _From:
+    """The call of a SavePlanner that writing needs: makes a chunk when it is written."""
+
+    def __init__(self, tensors: dict[str, LazyTensor]) -> None:
+        self.tensors = tensors
+
+    def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
+        tensor = self.tensors[item.index.fqn]
+        made = tensor.make[item.index.index or 0]()
+        if tuple(made.shape) != tensor.chunk or made.dtype != tensor.dtype:
+            raise ValueError(
+                f"{item.index.fqn}: {tuple(made.shape)} {made.dtype} was made, "
+                f"{tensor.chunk} {tensor.dtype} was announced"
+            )
+        return made.contiguous()
