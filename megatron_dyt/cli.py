@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare-data": ("megatron_dyt.data.prepare", "tokenize text into Megatron's indexed data sets"),
     "train-tokenizer": ("megatron_dyt.data.train_tokenizer", "make a SentencePiece tokenizer"),
     "eval": ("megatron_dyt.evaluation", "zero-shot evaluation of a checkpoint with lm-eval"),
+    "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
     "report": ("megatron_dyt.diagnostics.report", "compare runs: results.json and report.html"),
 }
 

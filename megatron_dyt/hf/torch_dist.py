@@ -8,6 +8,7 @@ written from functions that make each tensor when its turn has come.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dyt.errors import UserError, describe
+
+# Megatron's CheckpointingConfig; 0.19 ignores the common backend, earlier versions want it.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class TorchDistReader:
@@ -138,8 +147,6 @@ def write_torch_dist(directory: Path, tensors: dict[str, LazyTensor], common: di
         tensors: by Megatron's key.
         common: what Megatron stores unsharded (args, iteration, checkpoint_version).
     """
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-
     directory.mkdir(parents=True, exist_ok=True)
     items = [
         _write_item(key, tensor, number)
@@ -152,7 +159,7 @@ def write_torch_dist(directory: Path, tensors: dict[str, LazyTensor], common: di
     results = writer.write_data(plan, cast(SavePlanner, _From(tensors))).wait()
     writer.finish(Metadata({key: _stored(tensor) for key, tensor in tensors.items()}), [results])
     torch.save(common, directory / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(directory))
+    (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 
 
 def _write_item(key: str, tensor: LazyTensor, number: int) -> WriteItem:

@@ -118,7 +118,7 @@ def build_gpt(make_spec: Callable[..., Any]) -> Callable[..., Any]:
         return GPTModel(
             config,
             spec or make_spec(config),
-            vocab_size=64,
+            vocab_size=options.pop("vocab_size", 64),
             max_sequence_length=16,
             position_embedding_type=options.pop("position_embedding_type", "rope"),
             share_embeddings_and_output_weights=options.pop("tied", False),

@@ -1,0 +1,165 @@
+"""Megatron models with values everywhere, saved as torch_dist checkpoints with the arguments of their run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.data import train_tokenizer
+from megatron_dyt.evaluation.checkpoint_model import Checkpoint
+from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
+
+PADDED = 64
+POSITIONS = 16
+TOKENS = torch.arange(2 * POSITIONS).reshape(2, POSITIONS) * 7 % PADDED
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model, the arguments of its run, and its checkpoint."""
+
+    model: torch.nn.Module
+    args: Namespace
+    checkpoint: Checkpoint
+
+    def logits(self) -> torch.Tensor:
+        """fp32 (2, POSITIONS, PADDED) of Megatron on TOKENS."""
+        positions = torch.arange(POSITIONS).expand(2, POSITIONS)
+        mask = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool).triu(1)[None, None]
+        with torch.no_grad():
+            logits: torch.Tensor = self.model.eval()(TOKENS, positions, mask)
+        return logits
+
+
+@pytest.fixture
+def save_gpt(
+    make_config: Callable[..., Any],  # noqa: F811
+    build_gpt: Callable[..., Any],  # noqa: F811
+    tmp_path: Path,
+) -> Callable[..., Saved]:
+    """`save_gpt("DyT", dyt=..., model={...}, args={...}, **config)`: a model with random values, saved.
+
+    `model` are options of the GPTModel, `args` more of the run's arguments, `name` the directory's name.
+    """
+
+    def save(
+        normalization: str = "DyT",
+        *,
+        dyt: Any = None,
+        scale: str | None = None,
+        model: dict[str, Any] | None = None,
+        args: dict[str, Any] | None = None,
+        name: str = "checkpoint",
+        **overrides: Any,
+    ) -> Saved:
+        from megatron.core import dist_checkpointing
+
+        config = make_config(normalization, **overrides)
+        if dyt is not None:
+            config.dyt = dyt
+        if scale is not None:
+            config.embedding_scale = scale
+        built = build_gpt(config, **(model or {}))
+        randomize(built)
+        stored = run_arguments(config, model or {}, args or {})
+        root = tmp_path / name
+        directory = root / "iter_0000007"
+        directory.mkdir(parents=True)
+        (root / "latest_checkpointed_iteration.txt").write_text("7")
+        dist_checkpointing.save({"model": built.sharded_state_dict(), "args": stored}, str(directory))
+        return Saved(built, stored, Checkpoint(root, 7, directory))
+
+    return save
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Values that no two parameters share, so that a swapped or dropped tensor shows."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_matrix = parameter.dim() > 1
+            parameter.copy_(noise * 0.2 if is_matrix or name.endswith(("bias", "shift")) else 1 + 0.3 * noise)
+
+
+def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> Namespace:
+    """What Megatron's training loop stores for a model of this config."""
+    simple = (int, float, bool, str, type(None))
+    args = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if isinstance(getattr(config, field.name), simple)
+    }
+    args |= {
+        "swiglu": True,
+        "group_query_attention": True,
+        "padded_vocab_size": PADDED,
+        "max_position_embeddings": POSITIONS,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_base": model.get("rotary_base", 10000),
+        "use_rope_scaling": model.get("rope_scaling", False),
+        "rope_scaling_factor": 8.0,
+        "rotary_seq_len_interpolation_factor": model.get("seq_len_interpolation_factor"),
+        "untie_embeddings_and_output_weights": not model.get("tied", False),
+        "embedding_scale": getattr(config, "embedding_scale", None),
+        "tokenizer_type": "NullTokenizer",
+        "tokenizer_model": None,
+    }
+    dyt = getattr(config, "dyt", None)
+    if dyt is not None:
+        args |= {f"dyt_alpha_init_{role}": dyt.alpha(role) for role in ("attn", "ffn", "final", "qk")}
+        args |= {
+            f"dyt_{name}": getattr(dyt, name)
+            for name in ("bias", "embedding_scale", "function", "weight_init", "backend")
+        }
+        args |= {"dyt_preset": dyt.name, "embedding_scale": dyt.embedding_scale}
+    return Namespace(**(args | more))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece BPE model of 350 pieces."""
+    home = tmp_path_factory.mktemp("tokenizer")
+    text, model = home / "text.jsonl", home / "tokenizer.model"
+    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in TEXT.split("\n\n")))
+    model.write_bytes(train_tokenizer.train([text], 350, max_bytes=10**6))
+    return model
+
+
+@contextlib.contextmanager
+def without_cpu_runtime() -> Iterator[None]:
+    """Under it `torch.device("meta")`, with which transformers loads a model, has no effect."""
+    from megatron_dyt.runtime import cpu
+
+    cpu.disable()
+    yield
+    cpu.enable()
+
+
+def hf_model(directory: Path, **options: Any) -> Any:
+    """An exported directory loaded through AutoModelForCausalLM, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_dyt.hf import register_auto_classes
+
+    register_auto_classes()
+    with without_cpu_runtime():
+        return AutoModelForCausalLM.from_pretrained(str(directory), **options).eval()
+
+
+def hf_logits(directory: Path, **options: Any) -> torch.Tensor:
+    """Logits of an exported directory on TOKENS."""
+    with torch.no_grad():
+        logits: torch.Tensor = hf_model(directory, **options)(TOKENS).logits
+    return logits

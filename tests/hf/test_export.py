@@ -1,0 +1,245 @@
+"""An export computes what Megatron computes; it is complete or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dyt.config import DyTConfig
+from megatron_dyt.errors import UserError
+from megatron_dyt.hf import export as export_module
+from megatron_dyt.hf.export import Export, _size, export, main
+from megatron_dyt.hf.torch_dist import LazyTensor, TorchDistReader, write_torch_dist
+
+from .conftest import Saved, hf_logits
+
+Save = Callable[..., Saved]
+TOLERANCE = 1e-5
+
+
+def exported(saved: Saved, output: Path, **options: Any) -> Path:
+    export(Export(saved.checkpoint, saved.args, output, **options))
+    return output
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped queries, untied": {},
+    "as many keys as queries, tied": {"num_query_groups": 4, "model": {"tied": True}},
+    "bias": {"dyt": DyTConfig.unit(32, bias=True)},
+    "erf, bias, queries and keys": {
+        "dyt": DyTConfig.unit(32, bias=True, function="erf"),
+        "qk_layernorm": True,
+    },
+    "isru, no scale, linear bias": {
+        "dyt": DyTConfig.paper(32, function="isru", embedding_scale="none"),
+        "add_bias_linear": True,
+    },
+    "bias, tied, bias of q, k, v": {
+        "dyt": DyTConfig.unit(32, bias=True),
+        "model": {"tied": True},
+        "add_qkv_bias": True,
+    },
+    "wide heads, other rotary base": {"kv_channels": 16, "model": {"rotary_base": 500}},
+    "LLaMA 3's rotary scaling": {"model": {"rope_scaling": True}},
+    "interpolated positions": {"model": {"seq_len_interpolation_factor": 2}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("fold", [False, True])
+def test_dyt_logits(save_gpt: Save, tmp_path: Path, variant: str, fold: bool) -> None:
+    saved = save_gpt("DyT", **VARIANTS[variant])
+    ours = hf_logits(exported(saved, tmp_path / "out", fold_weight=fold))
+    theirs = saved.logits()
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
+
+
+RMS_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"layernorm_epsilon": 1e-2},
+    "scaled embedding": {"scale": "sqrt"},
+    "scaled and shared embedding": {"scale": "sqrt", "model": {"tied": True}},
+    "linear bias": {"add_bias_linear": True},
+}
+
+
+@pytest.mark.parametrize("variant", RMS_VARIANTS)
+def test_rmsnorm_logits_as_plain_llama(save_gpt: Save, tmp_path: Path, variant: str) -> None:
+    saved = save_gpt("RMSNorm", **RMS_VARIANTS[variant])
+    output = exported(saved, tmp_path / "out")
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not list(output.glob("*.py"))
+    theirs = saved.logits()
+    assert (hf_logits(output) - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
+
+
+def test_folding_removes_the_weights(save_gpt: Save, tmp_path: Path) -> None:
+    saved = save_gpt("DyT", dyt=DyTConfig.unit(32, bias=True), qk_layernorm=True)
+    names = tensor_names(exported(saved, tmp_path / "out", fold_weight=True))
+    norms = {name for name in names if "norm" in name and not name.endswith("alpha")}
+    # Between queries or keys and their product is no linear layer.
+    assert norms
+    assert all(re.search(r"[qk]_norm\.(weight|bias)$", name) for name in norms)
+    assert "lm_head.bias" in names
+    assert "model.layers.1.mlp.gate_proj.bias" in names
+
+
+def test_shared_output_layer_is_not_folded_into(save_gpt: Save, tmp_path: Path) -> None:
+    saved = save_gpt("DyT", model={"tied": True})
+    output = exported(saved, tmp_path / "out", fold_weight=True)
+    assert "model.norm.weight" in tensor_names(output)
+    assert json.loads((output / "config.json").read_text())["dyt_folded"] == ["attn", "ffn"]
+
+
+def tensor_names(output: Path) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in output.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def test_shards_and_dtype(save_gpt: Save, tmp_path: Path) -> None:
+    saved = save_gpt("DyT")
+    whole = exported(saved, tmp_path / "whole")
+    output = exported(saved, tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=10_000)
+    files = sorted(output.glob("*.safetensors"))
+    assert len(files) > 3
+    # A file is full, or holds a single tensor.
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in files}
+    assert set(index["weight_map"]) == tensor_names(whole)
+    assert index["metadata"]["total_size"] * 2 == (
+        (whole / "model.safetensors").stat().st_size - header_bytes(whole / "model.safetensors")
+    )
+    ours, theirs = hf_logits(output, dtype="auto"), saved.logits()
+    assert ours.dtype == torch.bfloat16
+    assert 1e-4 < (ours.float() - theirs).abs().max() / theirs.abs().max() < 0.05
+
+
+def header_bytes(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_layers_stored_one_by_one(save_gpt: Save, tmp_path: Path) -> None:
+    """What Megatron writes for layers that differ from each other."""
+    saved = save_gpt("DyT")
+    reader = TorchDistReader(saved.checkpoint.directory)
+    tensors: dict[str, LazyTensor] = {}
+    for key, (size, dtype) in reader.tensors.items():
+        layers = range(size[0]) if key.startswith("decoder.layers.") else [None]
+        for layer in layers:
+            name = key if layer is None else key.replace("layers.", f"layers.{layer}.")
+            value = reader.read(key, layer)
+            tensors[name] = LazyTensor(tuple(value.shape), dtype, [lambda value=value: value])
+    directory = tmp_path / "single" / "iter_0000007"
+    write_torch_dist(directory, tensors, {"args": saved.args})
+    single = replace(saved, checkpoint=replace(saved.checkpoint, directory=directory))
+    ours = hf_logits(exported(single, tmp_path / "out"))
+    assert torch.equal(ours, hf_logits(exported(saved, tmp_path / "usual")))
+
+
+# --- the whole command ----------------------------------------------------------------------------
+
+
+def test_command_with_tokenizer(
+    save_gpt: Save, tmp_path: Path, tokenizer_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with 64 padded tokens and a tokenizer of 350 is refused, and one that fits is exported."""
+    named: dict[str, Any] = {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": str(tokenizer_model),
+    }
+    saved = save_gpt("DyT", args=named)
+    output = tmp_path / "new" / "out"
+    argv = ["--load", str(saved.checkpoint.root), "--output", str(output)]
+    with pytest.raises(UserError, match=r"has 350 tokens, but the model in .* at most 64"):
+        main(argv)
+    assert not output.exists()
+    assert list(output.parent.iterdir()) == []
+
+    named["padded_vocab_size"] = 384
+    saved = save_gpt("DyT", args=named, model={"vocab_size": 384}, name="right")
+    main(["--load", str(saved.checkpoint.root), "--output", str(output), "--max-shard-size", "40KB"])
+    assert "exported" in capsys.readouterr().out
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "generation_config.json", "README.md", "modeling_llama_dyt.py"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} <= names
+    assert "model.safetensors.index.json" in names
+    config = json.loads((output / "config.json").read_text())
+    assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (350, 1, 2)
+    theirs = saved.logits()[..., :350]
+    assert (hf_logits(output) - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert "| vocabulary, positions | 350, 16 |" in (output / "README.md").read_text()
+
+
+def test_failure_leaves_nothing(save_gpt: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_gpt("DyT")
+    monkeypatch.setattr(export_module, "write_shards", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        exported(saved, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_output_in_use(save_gpt: Save, tmp_path: Path) -> None:
+    saved = save_gpt("DyT")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match=r"--output .*out is a directory that is not empty"):
+        exported(saved, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").exists()
+
+
+def test_no_room(save_gpt: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_gpt("DyT")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9_000, 0, 9_000))
+    with pytest.raises(UserError, match=r"are needed and 0\.0 GB are free"):
+        exported(saved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- what has no Hugging Face form ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_layers": 3}, r"Of another shape: .*\(2, .* instead of \(3, "),
+        ({"dyt_bias": True}, r"Missing: .*bias"),
+        ({"add_bias_linear": True}, r"Missing: .*linear_"),
+        ({"embedding_scale": "none"}, r"Unknown: embedding\.embedding_scale\.scale"),
+        ({"normalization": "RMSNorm"}, r"Unknown: .*alpha"),
+    ],
+)
+def test_tensors_that_the_arguments_do_not_describe(
+    save_gpt: Save, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    saved = save_gpt("DyT")
+    for name, value in changed.items():
+        setattr(saved.args, name, value)
+    with pytest.raises(UserError, match=message):
+        exported(saved, tmp_path / "out")
+
+
+def test_rmsnorm_cannot_be_folded(save_gpt: Save, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--fold-weight is for DyT"):
+        exported(save_gpt("RMSNorm"), tmp_path / "out", fold_weight=True)
+
+
+def test_size() -> None:
+    assert [_size(text) for text in ("5GB", "500 mb", "12")] == [5 * 10**9, 500 * 10**6, 12]
+    for wrong in ("5GiB", "0GB", "-1", "big"):
+        with pytest.raises(Exception, match="give a size such as"):
+            _size(wrong)

@@ -1,0 +1,53 @@
+"""An output directory is complete or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
+
+
+def test_takes_its_name_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    left = tmp_path / "a" / "out.partial"
+    left.mkdir(parents=True)
+    (left / "old").touch()
+    with whole_directory(target) as directory:
+        assert list(directory.iterdir()) == []
+        (directory / "new").touch()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert not left.exists()
+
+
+def test_fails_without_a_trace(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with whole_directory(tmp_path / "out") as directory:
+            (directory / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check_free("--output", empty)
+    with whole_directory(empty) as directory:
+        (directory / "new").touch()
+    with pytest.raises(UserError, match="not empty"):
+        check_free("--output", empty)
+    with pytest.raises(UserError, match="exists; give a new directory"):
+        check_free("--output", empty / "new")
+    check_free("--output", tmp_path / "none")
+
+
+def test_space(tmp_path: Path) -> None:
+    check_space("--output", tmp_path / "deep" / "er", 1)
+    with pytest.raises(UserError, match="GB are needed"):
+        check_space("--output", tmp_path / "deep" / "er", 10**18)

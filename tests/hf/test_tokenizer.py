@@ -1,0 +1,101 @@
+"""AutoTokenizer on an export gives the ids of the run's own tokenizer, with BOS in front."""
+
+from __future__ import annotations
+
+import io
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from megatron_dyt.data.train_tokenizer import SETTINGS
+from megatron_dyt.errors import UserError
+from megatron_dyt.hf import tokenizer as module
+from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
+
+from .conftest import TEXT
+
+CODE = Path(module.__file__).read_text()
+
+
+def train(path: Path, **settings: Any) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split("\n")), model_writer=model, **(SETTINGS | settings)
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def run_args(model: Path, kind: str = "SentencePieceTokenizer") -> Namespace:
+    return Namespace(tokenizer_type=kind, tokenizer_model=str(model), max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"add_dummy_prefix": True},  # LLaMA 2's own.
+        {"user_defined_symbols": ["<tab>", "[x]"], "pad_id": 3},
+    ],
+)
+def test_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    model = train(tmp_path / "t.model", vocab_size=350, **settings)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    facts = write_tokenizer(run_args(model), output)
+    assert facts == TokenizerFacts(350, 1, 2, settings.get("pad_id"))
+    original = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    loaded = AutoTokenizer.from_pretrained(str(output))
+    assert loaded.bos_token_id == 1
+    assert loaded.model_max_length == 64
+    for text in (CODE, TEXT, " two  leading", "ends with spaces  ", "<tab>[x] [x]y", "日本 🙂\x00"):
+        ids = original.encode(text)
+        assert loaded(text)["input_ids"] == [1, *ids]
+        assert loaded.decode(ids) == original.decode(ids)
+
+
+def test_other_sentencepiece_models(tmp_path: Path) -> None:
+    unigram = train(tmp_path / "u.model", vocab_size=400, model_type="unigram")
+    with pytest.raises(UserError, match=r"is no BPE model; exported are .*--no-tokenizer"):
+        write_tokenizer(run_args(unigram), tmp_path)
+    normal = train(tmp_path / "n.model", vocab_size=350, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(UserError, match="normalizes characters"):
+        write_tokenizer(run_args(normal), tmp_path)
+
+
+def test_conversion_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = train(tmp_path / "t.model", vocab_size=350)
+    right = module._merges
+    monkeypatch.setattr(module, "_merges", lambda scores: right(scores)[1:])
+    with pytest.raises(UserError, match="cannot reproduce the tokenizer"):
+        write_tokenizer(run_args(model), tmp_path)
+
+
+def test_hugging_face_tokenizer_is_copied(tmp_path: Path, tokenizer_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    facts = write_tokenizer(run_args(tokenizer_model), first)
+    again = write_tokenizer(run_args(first, "HuggingFaceTokenizer"), second)
+    assert again == facts
+    text = "Permission is granted, 12 times."
+    ours, theirs = (AutoTokenizer.from_pretrained(str(path))(text)["input_ids"] for path in (second, first))
+    assert ours == theirs
+
+
+def test_tokenizers_that_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a TikTokenizer; exported are"):
+        write_tokenizer(run_args(tmp_path, "TikTokenizer"), tmp_path)
+    with pytest.raises(UserError, match=r"nowhere.model.*is not there"):
+        write_tokenizer(run_args(tmp_path / "nowhere.model"), tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        write_tokenizer(run_args(tmp_path / "nowhere", "HuggingFaceTokenizer"), tmp_path)
