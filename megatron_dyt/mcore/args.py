@@ -122,7 +122,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dyt-fuse-residual",
         action=argparse.BooleanOptionalAction,
-        help="Residual add and DyT in one kernel. That kernel is not in this version: only 'no' works.",
+        help="Residual add and DyT in front of the MLP in one kernel, where the model allows it (it says so "
+        "where not). Default: no.",
     )
     group.add_argument(
         "--dyt-on-bad-alpha",
@@ -226,6 +227,7 @@ def _resolve(args: Any) -> None:
     args.dyt_function = config.function
     args.dyt_weight_init = config.weight_init
     args.dyt_backend = config.backend
+    args.dyt_fuse_residual = config.fuse_residual
     args.dyt_on_bad_alpha = args.dyt_on_bad_alpha or "stop"
 
 
@@ -243,11 +245,6 @@ def _checked_config(args: Any) -> DyTConfig:
         args.dyt_embedding_scale = args.embedding_scale
     config = config_from_args(args)
     _check_backend(config.backend)
-    if args.dyt_fuse_residual:
-        raise UserError(
-            "--dyt-fuse-residual: the kernel that adds the residual and applies DyT is not in this version. "
-            "Leave the flag out, or give --no-dyt-fuse-residual."
-        )
     qk = args.dyt_alpha_init_qk
     # Restored from a checkpoint it is there, at its default, without --qk-layernorm too.
     if qk not in (None, QK_ALPHA) and not getattr(args, "qk_layernorm", False):
@@ -276,7 +273,7 @@ def config_from_args(args: Any) -> DyTConfig:
         if value is not None:
             check_alpha(f"--dyt-alpha-init-{role}", value)
             overrides[f"alpha_{role}"] = value
-    for name in ("bias", "embedding_scale", "function", "weight_init", "backend"):
+    for name in ("bias", "embedding_scale", "function", "weight_init", "backend", "fuse_residual"):
         if getattr(args, f"dyt_{name}") is not None:
             overrides[name] = getattr(args, f"dyt_{name}")
     return DyTConfig.preset(args.dyt_preset or "paper", args.hidden_size, **overrides)

@@ -10,6 +10,8 @@ from megatron_dyt.errors import UserError
 SUPPORTED = ((0, 16, 1), (0, 20, 0))
 # First release whose `megatron.training` has the configuration containers that the entry points use.
 TRAINING_FROM = (0, 19, 0)
+# First release whose layers take (output, residual) from a norm.
+SUM_FROM_NORM_FROM = (0, 17, 0)
 # First release in which Mamba's stack is called a hybrid stack.
 HYBRID_FROM = (0, 18, 0)
 
@@ -80,6 +82,11 @@ def has_transformer_engine() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
+
+
+def takes_sum_from_norm() -> bool:
+    """Whether transformer layers take (output, residual) from a norm that returns both."""
+    return _parse(megatron_version()) >= SUM_FROM_NORM_FROM
 
 
 def _parse(version: str) -> tuple[int, ...]:

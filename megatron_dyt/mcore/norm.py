@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_dyt.config import check_choice
+from megatron_dyt.mcore.residual import DeferredSum
 from megatron_dyt.names import Role
 from megatron_dyt.nn import DynamicTanh
 
@@ -68,8 +69,16 @@ class DyTNorm(DynamicTanh):
         if averaged:
             mark_averaged(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape and dtype."""
+    def forward(self, x: torch.Tensor | DeferredSum) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape and dtype.
+
+        For a sum that is still to be made it returns (output, sum).
+        """
+        if isinstance(x, DeferredSum):
+            y, total = self.forward_residual(x.x, x.residual)
+            if self.probe is not None:
+                self.probe(self, total)
+            return y, total
         if self.probe is not None:
             self.probe(self, x)
         return super().forward(x)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import kept
+from megatron_dyt.mcore import kept, residual
 from megatron_dyt.mcore.norm import DyTNorm
 
 LAYER_ROLES = {"input_layernorm": "attn", "pre_cross_attn_layernorm": "attn", "pre_mlp_layernorm": "ffn"}
@@ -139,7 +139,9 @@ def rewrite_layer(config: Any, layer: Any) -> Any:
         # Both specs of multi-latent attention have this norm apart, under its own name.
         keys.pop("input_layernorm.", None)
     changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **keys}
-    return dataclasses.replace(layer, submodules=dataclasses.replace(parts, **changes))
+    parts = dataclasses.replace(parts, **changes)
+    parts = dataclasses.replace(parts, **residual.spec_changes(config, parts, _name))
+    return dataclasses.replace(layer, submodules=parts)
 
 
 def rewrite_attention(config: Any, attention: Any) -> tuple[Any, bool]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron_dyt.ops import dyt
+from megatron_dyt.ops import dyt, dyt_residual
 from megatron_dyt.ops.dyt import BACKENDS
 from megatron_dyt.ops.reference import FUNCTIONS
 
@@ -87,6 +87,19 @@ class DynamicTanh(nn.Module):
         """x (..., hidden_size) of any strides -> y of the same shape and dtype, contiguous."""
         return dyt(
             x,
+            self.alpha,
+            self.weight,
+            self.bias,
+            function=self.function,
+            shift=self.shift,
+            backend=self.backend,
+        )
+
+    def forward_residual(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(x + residual), x + residual), both contiguous, in one kernel where there is one."""
+        return dyt_residual(
+            x,
+            residual,
             self.alpha,
             self.weight,
             self.bias,

@@ -50,6 +50,7 @@ EP2 = "--expert-model-parallel-size 2"
 DIST_OPT = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm mlp"
+FUSED = "--dyt-fuse-residual"
 SELECTIVE_MOE = "--recompute-granularity selective --recompute-modules core_attn layernorm moe"
 
 
@@ -90,6 +91,9 @@ TWO_PROCESSES = [
     case("dense", "pp2_virtual", VPP2),
     case("dense", "dp2", steps=LONG),
     case("dense", "dp2_distributed_optimizer", DIST_OPT),
+    case("dense", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
+    case("dense", "pp2_fused_full_recompute", f"{PP2} {FUSED} {FULL}"),
+    case("dense", "dp2_fused_distributed_optimizer", f"{FUSED} {DIST_OPT}"),
     case("tied", "tp2_sp", TP2_SP),
     case("tied", "pp2", PP2),
     case("one_kv_head", "tp2", TP2),
@@ -99,6 +103,7 @@ TWO_PROCESSES = [
     case("moe", "ep2", EP2),
     case("moe", "ep2_distributed_optimizer", f"{EP2} {DIST_OPT}"),
     case("moe", "tp2_sp", TP2_SP),
+    case("moe", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
     case("moe", "tp2_sp_ep2", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1"),
 ]
 

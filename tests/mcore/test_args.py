@@ -210,10 +210,13 @@ def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any
         parse("--normalization DyT --dyt-backend triton")
 
 
-def test_residual_fusion_is_refused_until_its_kernel_is_there(parse: Callable[..., Any]) -> None:
-    with pytest.raises(UserError, match=r"--dyt-fuse-residual: the kernel .* is not in this version"):
-        parse("--normalization DyT --dyt-fuse-residual")
-    parse("--normalization DyT --no-dyt-fuse-residual")
+@pytest.mark.parametrize(
+    ("flag", "fused"), [("", False), ("--dyt-fuse-residual", True), ("--no-dyt-fuse-residual", False)]
+)
+def test_residual_fusion_is_a_setting_of_the_model(parse: Callable[..., Any], flag: str, fused: bool) -> None:
+    args = parse(f"--normalization DyT {flag}")
+    assert args.dyt_fuse_residual is fused
+    assert args_module.config_from_args(args).fuse_residual is fused
 
 
 def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Callable[..., Any]) -> None:
