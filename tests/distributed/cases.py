@@ -8,19 +8,21 @@ A case is a plain dictionary, because it travels to the worker as JSON:
     against     reference case that it is compared with
     load        whether the flags load a checkpoint, so that no weights are set
     unmarked    {"norm" or "embedding": [parameter names]} that lose their sequence-parallel mark
+    without     names of `worker.ABSENCES`: other special cases that the run has to do without
+
+"{output}" in a flag becomes the directory of the results.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-STEPS = 8
-LONG = 20  # Steps of the cases that are compared over a longer time, with a reference of its own.
+STEPS = LONG = 20
 SAVED_AT = 10
 
 # Everything a GPU run needs said too: local layers, no fused kernels, fp32.
 COMMON = (
-    "--hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
+    "--hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
     "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 8 "
     "--lr 1e-3 --lr-decay-style constant --lr-decay-iters 20 --adam-eps 1e-4 --swiglu "
     "--normalization DyT --dyt-preset unit --dyt-bias --position-embedding-type rope "
@@ -32,21 +34,33 @@ COMMON = (
 )
 
 UNTIED = "--untie-embeddings-and-output-weights"
+GROUPED = "--group-query-attention --num-query-groups 2"
+LATENT = (
+    "--multi-latent-attention --kv-lora-rank 24 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8 "
+    "--rope-type rope"
+)
 MODELS = {
-    "dense": f"--num-layers 4 --num-query-groups 2 {UNTIED}",
-    "tied": "--num-layers 2 --num-query-groups 2",
-    "one_kv_head": f"--num-layers 2 --num-query-groups 1 {UNTIED}",
-    "qk": f"--num-layers 2 --num-query-groups 2 {UNTIED} --qk-layernorm",
-    "moe": f"--num-layers 2 --num-query-groups 2 {UNTIED} --num-experts 4 --moe-router-topk 2 "
+    "dense": f"--num-layers 4 {GROUPED} {UNTIED}",
+    "tied": f"--num-layers 2 {GROUPED}",
+    "one_kv_head": f"--num-layers 2 --group-query-attention --num-query-groups 1 {UNTIED}",
+    "qk": f"--num-layers 2 {GROUPED} {UNTIED} --qk-layernorm",
+    "moe": f"--num-layers 2 {GROUPED} {UNTIED} --num-experts 4 --moe-router-topk 2 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
     "--moe-token-dispatcher-type alltoall --moe-shared-expert-intermediate-size 32",
+    "latent": f"--num-layers 2 {UNTIED} {LATENT} --q-lora-rank 16 --qk-layernorm",
+    "latent_without_norms": f"--num-layers 2 {UNTIED} {LATENT} --q-lora-rank 16",
+    "latent_without_q": f"--num-layers 2 {UNTIED} {LATENT}",
+    "mtp": f"--num-layers 4 {GROUPED} {UNTIED} --mtp-num-layers 2",
+    "mtp_tied": f"--num-layers 4 {GROUPED} --mtp-num-layers 1",
 }
 
 SP = "--sequence-parallel"
 TP2, TP2_SP = "--tensor-model-parallel-size 2", f"--tensor-model-parallel-size 2 {SP}"
 PP2 = "--pipeline-model-parallel-size 2"
+PP4 = "--pipeline-model-parallel-size 4"
 VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 EP2 = "--expert-model-parallel-size 2"
+ALLGATHER = "--moe-token-dispatcher-type allgather"
 DIST_OPT = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm mlp"
@@ -61,9 +75,10 @@ def case(model: str, name: str = "", flags: str = "", steps: int = STEPS, **opti
         "name": f"{model}-{name}" if name else model,
         "argv": argv,
         "like": model if name else None,
-        "against": f"{model}-{LONG}_steps" if steps == LONG else model,
+        "against": model,
         "load": False,
         "unmarked": {},
+        "without": [],
     } | options
 
 
@@ -71,7 +86,9 @@ def named(cases: list[dict[str, Any]]) -> list[str]:
     return [each["name"] for each in cases]
 
 
-REFERENCES = [*(case(model) for model in MODELS), case("dense", f"{LONG}_steps", steps=LONG)]
+REFERENCES = [case(model) for model in MODELS]
+
+LATENTS = [model for model in MODELS if model.startswith("latent")]
 
 ONE_PROCESS = [
     case("dense", "one_microbatch", "--micro-batch-size 8"),
@@ -80,16 +97,18 @@ ONE_PROCESS = [
     case("dense", "selective_recompute", SELECTIVE),
     case("moe", "full_recompute", FULL),
     case("moe", "selective_recompute", SELECTIVE_MOE),
+    case("latent", "full_recompute", FULL),
+    case("mtp", "full_recompute", FULL),
 ]
 
 TWO_PROCESSES = [
     case("dense", "tp2", TP2),
-    case("dense", "tp2_sp", TP2_SP, steps=LONG),
+    case("dense", "tp2_sp", TP2_SP),
     case("dense", "tp2_sp_full_recompute", f"{TP2_SP} {FULL}"),
     case("dense", "tp2_sp_selective_recompute", f"{TP2_SP} {SELECTIVE}"),
-    case("dense", "pp2", PP2, steps=LONG),
+    case("dense", "pp2", PP2),
     case("dense", "pp2_virtual", VPP2),
-    case("dense", "dp2", steps=LONG),
+    case("dense", "dp2"),
     case("dense", "dp2_distributed_optimizer", DIST_OPT),
     case("dense", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
     case("dense", "pp2_fused_full_recompute", f"{PP2} {FUSED} {FULL}"),
@@ -105,6 +124,17 @@ TWO_PROCESSES = [
     case("moe", "tp2_sp", TP2_SP),
     case("moe", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
     case("moe", "tp2_sp_ep2", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1"),
+    case("moe", "ep2_allgather", f"{EP2} {ALLGATHER}"),
+    case("moe", "tp2_sp_ep2_allgather", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1 {ALLGATHER}"),
+    *(case(model, "tp2", TP2) for model in LATENTS),
+    *(case(model, "tp2_sp", TP2_SP) for model in LATENTS),
+    case("latent", "pp2", PP2),
+    case("latent", "dp2_distributed_optimizer", DIST_OPT),
+    case("mtp", "tp2", TP2),
+    case("mtp", "tp2_sp", TP2_SP),
+    case("mtp", "pp2", f"{PP2} --save {{output}}/checkpoints/mtp_pp2 --save-interval 1000"),
+    case("mtp", "pp2_virtual", VPP2),
+    case("mtp", "dp2_distributed_optimizer", DIST_OPT),
 ]
 
 FOUR_PROCESSES = [
@@ -113,6 +143,11 @@ FOUR_PROCESSES = [
     case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}"),
     case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
     case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2} --expert-tensor-parallel-size 1"),
+    case("latent", "tp2_pp2", f"{TP2} {PP2}"),
+    case("mtp", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
+    case("mtp", "pp2_dp2_distributed_optimizer", f"{PP2} {DIST_OPT}"),
+    # Three stages have the word embedding, two of them the scale.
+    case("mtp_tied", "pp4_apart", f"{PP4} --pipeline-model-parallel-layout Et|tt|tm|L"),
 ]
 
 
@@ -136,17 +171,27 @@ def loading(layout: str, directory: str) -> dict[str, Any]:
     )
 
 
-# --- mutations: one mark taken away each, which the comparison must notice ----------------------------
+# --- mutations: one special case taken away each, which the comparison must notice --------------------
 
-MUTATIONS = {
+UNMARKED = {
     "norms": ("dense", {"norm": ["alpha", "weight", "bias"]}),
     "alpha": ("dense", {"norm": ["alpha"]}),
     "weight": ("dense", {"norm": ["weight"]}),
     "bias": ("dense", {"norm": ["bias"]}),
     "embedding_scale": ("dense", {"embedding": ["scale"]}),
     "moe_norms": ("moe", {"norm": ["alpha", "weight", "bias"]}),
+    "latent_norms": ("latent", {"norm": ["alpha", "weight", "bias"]}),
+    "mtp_norms": ("mtp", {"norm": ["alpha", "weight", "bias"]}),
 }
 MUTANTS = [
-    case(model, f"without_mark_on_{name}", TP2_SP, steps=1, unmarked=unmarked)
-    for name, (model, unmarked) in MUTATIONS.items()
+    *(
+        case(model, f"without_mark_on_{name}", TP2_SP, steps=1, unmarked=unmarked)
+        for name, (model, unmarked) in UNMARKED.items()
+    ),
+    case("latent", "without_averaging", TP2, steps=1, without=["averaging"]),
+    case("mtp", "without_sum_of_copies", PP2, steps=1, without=["sum_of_copies"]),
+    case("mtp", "without_shared", PP2, steps=1, without=["shared"]),
+]
+FOUR_PROCESS_MUTANTS = [
+    case("mtp", "without_bucket", f"{PP2} {DIST_OPT}", steps=1, without=["bucket"]),
 ]

@@ -98,7 +98,7 @@ def saves_and_mutants(launch: Launch, one: None, checkpoints: Path) -> None:
 @pytest.fixture(scope="session")
 def four(launch: Launch, one: None) -> None:
     """The runs of four processes."""
-    launch("four", 4, cases.FOUR_PROCESSES)
+    launch("four", 4, [*cases.FOUR_PROCESSES, *cases.FOUR_PROCESS_MUTANTS])
 
 
 @pytest.fixture(scope="session")

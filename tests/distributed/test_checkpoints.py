@@ -34,7 +34,7 @@ def test_logits_are_those_of_the_saved_model(layout: str, run_of: Callable[[str]
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_training_goes_on_as_without_a_stop(layout: str, run_of: Callable[[str], Run]) -> None:
     """The optimizer's state has come along: the next steps are those of an uninterrupted run."""
-    whole = run_of(f"dense-{cases.LONG}_steps").series("losses")
+    whole = run_of("dense").series("losses")
     first = run_of(f"dense-{layout}_saving").series("losses")
     second = run_of(f"dense-{layout}_loading").series("losses")
     assert len(first) == cases.SAVED_AT

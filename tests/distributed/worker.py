@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dyt import pretrain
 from megatron_dyt.patching import Patches, Replacement
-from megatron_dyt.runtime import cpu, device, launch
+from megatron_dyt.runtime import cpu, device, latent_attention, launch
 from tests.distributed import record
 
 TRAINING = "megatron.training.training"
@@ -71,10 +71,13 @@ def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: i
         [
             *observers(result, case, weights),
             *unmarking(case["unmarked"]),
+            *(ABSENCES[name] for name in case["without"]),
+            # The CPU runtime has these; on GPUs the local layers need them as well.
+            *([] if cpu.is_enabled() else latent_attention.rows()),
         ]
     )
     try:
-        pretrain.main(case["argv"])
+        pretrain.main([word.replace("{output}", str(output)) for word in case["argv"]])
     finally:
         patches.undo()
         forget()
@@ -96,9 +99,11 @@ def start_groups(store: Any, rank: int, world_size: int) -> None:
 
 def forget() -> None:
     """Put Megatron's global state and the process groups away."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training.training import destroy_global_state
 
     destroy_global_state()
+    MTPLossLoggingHelper.tracker = {}  # It has kept a process group.
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -167,6 +172,34 @@ def _mark_all_but(names: list[str]) -> Callable[[Any], Any]:
                 parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     return lambda _original: mark
+
+
+def _nothing(*_args: Any, **_options: Any) -> None:
+    pass
+
+
+def _without_attribute(name: str) -> Callable[[Any], Any]:
+    """A `make` for `mark_shared` that leaves one attribute away."""
+
+    def make(mark_shared: Callable[..., None]) -> Callable[..., None]:
+        def mark(scale: Any, is_copy: bool) -> None:
+            mark_shared(scale, is_copy)
+            if hasattr(scale.scale, name):
+                delattr(scale.scale, name)
+
+        return mark
+
+    return make
+
+
+# Special cases that a run can do without, each by the replacement that takes it away.
+EMBEDDING = "megatron_dyt.mcore.embedding"
+ABSENCES = {
+    "averaging": Replacement("megatron_dyt.mcore.norm", "mark_averaged", lambda _original: _nothing),
+    "sum_of_copies": Replacement(EMBEDDING, "sum_copies", lambda _original: _nothing),
+    "shared": Replacement(EMBEDDING, "mark_shared", _without_attribute("shared")),
+    "bucket": Replacement(EMBEDDING, "mark_shared", _without_attribute("shared_embedding")),
+}
 
 
 def random_tokens(dataset: Any, index: int) -> np.ndarray:
