@@ -178,18 +178,12 @@ def _nothing(*_args: Any, **_options: Any) -> None:
     pass
 
 
-def _without_attribute(name: str) -> Callable[[Any], Any]:
-    """A `make` for `mark_shared` that leaves one attribute away."""
+def _without_bucket(mark_shared: Callable[..., None]) -> Callable[..., None]:
+    def mark(scale: Any, is_copy: bool) -> None:
+        mark_shared(scale, is_copy)
+        del scale.scale.shared_embedding
 
-    def make(mark_shared: Callable[..., None]) -> Callable[..., None]:
-        def mark(scale: Any, is_copy: bool) -> None:
-            mark_shared(scale, is_copy)
-            if hasattr(scale.scale, name):
-                delattr(scale.scale, name)
-
-        return mark
-
-    return make
+    return mark
 
 
 # Special cases that a run can do without, each by the replacement that takes it away.
@@ -197,8 +191,7 @@ EMBEDDING = "megatron_dyt.mcore.embedding"
 ABSENCES = {
     "averaging": Replacement("megatron_dyt.mcore.norm", "mark_averaged", lambda _original: _nothing),
     "sum_of_copies": Replacement(EMBEDDING, "sum_copies", lambda _original: _nothing),
-    "shared": Replacement(EMBEDDING, "mark_shared", _without_attribute("shared")),
-    "bucket": Replacement(EMBEDDING, "mark_shared", _without_attribute("shared_embedding")),
+    "bucket": Replacement(EMBEDDING, "mark_shared", _without_bucket),
 }
 
 
