@@ -104,6 +104,18 @@ LIMITS = (
         ),
     ),
     Limit(
+        "qk_layernorm of multi-latent attention with Megatron-FSDP and tensor but no sequence parallelism",
+        "Megatron-FSDP forgets the mark that keeps the gradients of the query norm from being doubled",
+        "Add --sequence-parallel.",
+        lambda config: (
+            _on("use_megatron_fsdp")(config)
+            and _on("multi_latent_attention")(config)
+            and _on("qk_layernorm")(config)
+            and getattr(config, "tensor_model_parallel_size", 1) > 1
+            and not getattr(config, "sequence_parallel", False)
+        ),
+    ),
+    Limit(
         "mla_down_proj_fusion",
         "it fuses the norm in front of attention into the down-projection",
         "Remove --mla-down-proj-fusion.",
