@@ -65,12 +65,13 @@ def test_the_hybrid_script_computes_the_same(
         script = "pretrain_mamba.py"
     if pattern not in (checkout / "megatron/training/arguments.py").read_text():
         pattern = "--hybrid-override-pattern"
-    # 0.16 wants the number of layers beside the pattern; later releases count them, and want none given.
-    layers = ["--num-layers", "4"] if pattern == "--hybrid-override-pattern" else []
+    # 0.16 must be told what later releases find out: how many layers, and that half of them are MLPs, which
+    # decides the initial std of output layers.
+    told = ["--num-layers", "4", "--is-hybrid-model"] if pattern == "--hybrid-override-pattern" else []
     place = ARGV.index("--num-layers")
     words = ARGV[:place] + ARGV[place + 2 :]
     stack = [pattern, "*-*-", "--spec", "tests.megatron_lm.local_stack", "SPEC"]
-    log = train(checkout, ["-m", "megatron_dyt.run", str(checkout / script), *words, *layers, *stack])
+    log = train(checkout, ["-m", "megatron_dyt.run", str(checkout / script), *words, *told, *stack])
     assert losses(log) == unmodified.losses
 
 
