@@ -94,12 +94,20 @@ class Guard:
     def _guard_update(self, original: Callable[[], bool]) -> Callable[[], bool]:
         @functools.wraps(original)
         def step_with_ready_grads() -> bool:
-            if self.norm is None:  # --clip-grad 0.
-                self.optimizer.get_grad_norm()
+            self._complete_norms()
             self.refused = not all(map(math.isfinite, self._norms()))
             return False if self.refused else original()
 
         return step_with_ready_grads
+
+    def _complete_norms(self) -> None:
+        """Have Megatron compute the norms that it leaves out with --clip-grad 0."""
+        if self.norm is None:
+            self.optimizer.get_grad_norm()
+        # Of the MTP layers with --mtp-detach-heads, which the other norm does not count.
+        by_group = getattr(self.optimizer, "_compute_grad_norms_by_group", None)
+        if by_group is not None and not self.optimizer.config.clip_grad > 0:
+            by_group()
 
     def _norms(self) -> list[float]:
         # From 0.19 the MTP layers may be clipped by a norm of their own.

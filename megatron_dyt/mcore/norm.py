@@ -33,6 +33,8 @@ class DyTNorm(DynamicTanh):
 
     Attributes:
         role: "attn", "ffn", "final" or "qk".
+        output_dtype: the parameters' with `fp32_residual_connection`, where the input is fp32 and the
+            layer behind takes what Transformer Engine's norms return; else None, the input's.
         probe: called with (module, input) at each forward while a monitor is looking, else None.
     """
 
@@ -64,15 +66,17 @@ class DyTNorm(DynamicTanh):
             dtype=config.params_dtype,
         )
         self.role: Role = role
+        self.output_dtype = config.params_dtype if config.fp32_residual_connection else None
         self.probe: Callable[[DyTNorm, torch.Tensor], None] | None = None
         mark_sequence_parallel(self, config.sequence_parallel)
         if averaged:
             mark_averaged(self)
 
     def forward(self, x: torch.Tensor | DeferredSum) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape and dtype.
+        """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape, and x's dtype or
+        `output_dtype`.
 
-        For a sum that is still to be made it returns (output, sum).
+        For a sum that is still to be made, which an fp32 residual stream has none of, (output, sum).
         """
         if isinstance(x, DeferredSum):
             y, total = self.forward_residual(x.x, x.residual)
@@ -81,7 +85,8 @@ class DyTNorm(DynamicTanh):
             return y, total
         if self.probe is not None:
             self.probe(self, x)
-        return super().forward(x)
+        y = super().forward(x)
+        return y if self.output_dtype is None else y.to(self.output_dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, role={self.role}"

@@ -96,6 +96,19 @@ def test_without_megatrons_check_such_a_step_is_skipped(
         assert torch.equal(parameter, first[name]), name
 
 
+@pytest.mark.parametrize("clip", ["1.0", "0"])
+def test_a_norm_of_mtp_layers_apart_counts_too(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str
+) -> None:
+    def harm(model: Any) -> None:
+        model.mtp.layers[0].enorm.weight.main_grad[3] = math.nan
+
+    harm_in_step(1, harm)
+    flags = ["--mtp-num-layers", "1", "--mtp-detach-heads", "--clip-grad", clip]
+    with pytest.raises(TrainingFault, match=r"step 1: .* was not applied\. .*mtp\.layers\.0\.enorm\.weight"):
+        megatron_run([*tiny_llama, *DYT, *flags])
+
+
 def test_training_goes_on_after_a_skipped_step(
     megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
 ) -> None:

@@ -67,7 +67,12 @@ def test_the_digest_is_that_of_the_source(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(
-    "args", [Namespace(normalization="RMSNorm"), Namespace(normalization="DyT", fake_process_group=True)]
+    "args",
+    [
+        Namespace(normalization="RMSNorm"),
+        Namespace(normalization="DyT", fake_process_group=True),
+        Namespace(normalization="DyT", inprocess_restart=True),
+    ],
 )
 def test_who_need_not_compare(args: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "Meeting", lambda *_: pytest.fail("no meeting"))

@@ -49,6 +49,23 @@ def test_parameters_have_megatrons_dtype(make_config: Callable[..., Any]) -> Non
     assert {p.dtype for p in DyTNorm(config, 8, role="attn").parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("fp32_residual", [False, True])
+def test_an_fp32_residual_stream_leaves_the_norm_in_the_parameters_dtype(
+    make_config: Callable[..., Any], fp32_residual: bool
+) -> None:
+    """The linear layers behind it take nothing else."""
+    config = make_config(params_dtype=torch.bfloat16, fp32_residual_connection=fp32_residual)
+    norm = DyTNorm(config, 32, role="attn")
+    x = torch.randn(3, 2, 32, requires_grad=True)
+    y = norm(x)
+    assert y.dtype == (torch.bfloat16 if fp32_residual else torch.float32)
+    expected = torch.tanh(norm.alpha.float() * x) * norm.weight.float()
+    torch.testing.assert_close(y, expected.to(y.dtype))
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
 def test_forward_is_dyt_and_shows_its_input_to_a_probe(make_config: Callable[..., Any]) -> None:
     norm = DyTNorm(make_config(), 32, role="attn")
     x = torch.randn(3, 2, 32)
