@@ -48,6 +48,7 @@ class Meeting:
         # The same on all ranks, which hold the same meetings in the same order.
         _held[topic] = _held.get(topic, 0) + 1
         self._prefix = f"megatron_dyt/{topic}/{_held[topic]}"
+        self._said = [f"{self._prefix}/verdict", f"{self._prefix}/heard"]
         if self.world > 1:
             self._store = _connect(self.rank, seconds)
 
@@ -62,6 +63,7 @@ class Meeting:
             self._store.wait(keys, timedelta(seconds=self.seconds))
         except RuntimeError as error:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            self._forget(keys)
             if not missing:
                 raise
             raise UserError(
@@ -69,7 +71,9 @@ class Meeting:
                 "runs without megatron_dyt, with another script or --normalization, or has ended: look at "
                 "the end of its log."
             ) from error
-        return {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
+        texts = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
+        self._forget(keys)
+        return texts
 
     def announce(self, verdict: str) -> None:
         """On rank 0: give the verdict; if it is not empty, stay until the others have heard it."""
@@ -77,13 +81,16 @@ class Meeting:
         deadline = time.monotonic() + min(_GRACE, self.seconds)
         while verdict and self._heard(0) < self.world - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
+        if verdict and self._heard(0) >= self.world - 1:
+            self._forget(self._said)  # Who is late may still hear it otherwise.
 
     def hear(self) -> str:
         """On the other ranks: rank 0's verdict. Raises UserError when there is none in time."""
         try:
             self._store.wait([f"{self._prefix}/verdict"], timedelta(seconds=self.seconds + _MARGIN))
             verdict: str = self._store.get(f"{self._prefix}/verdict").decode()
-            self._heard(1)
+            if self._heard(1) == self.world - 1 and not verdict:
+                self._forget(self._said)
         except RuntimeError as error:
             raise UserError(
                 f"rank 0 did not answer within {self.seconds + _MARGIN:g} s, or has ended. It may run "
@@ -98,6 +105,12 @@ class Meeting:
         else:
             self.write(reason)
             self._heard(1)
+
+    def _forget(self, keys: list[str]) -> None:
+        """Take back what was said, once it was heard: after a restart of the ranks torchrun gives them the
+        same store, and its count of restarts is not the same on all nodes, so cannot tell old from new."""
+        for key in keys:
+            self._store.delete_key(key)
 
     def _heard(self, count: int) -> int:
         return int(self._store.add(f"{self._prefix}/heard", count))

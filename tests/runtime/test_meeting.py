@@ -124,6 +124,38 @@ def test_a_check_of_rank_0_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> No
             meeting.on_rank_0("files", run, 0.1)
 
 
+@pytest.mark.parametrize("verdict", ["", "bad"])
+def test_after_a_meeting_the_store_is_empty(together: Callable[..., list[Any]], verdict: str) -> None:
+    """torchrun --max-restarts starts new processes on the same store: they must hear nothing old."""
+    stores: list[Any] = []
+
+    def first(each: Meeting) -> None:
+        each.write("a")
+        each.collect()
+        each.announce(verdict)
+        stores.append(each._store)
+
+    def other(each: Meeting) -> str:
+        each.write("b")
+        return each.hear()
+
+    assert together(10, first, other, other) == [None, verdict, verdict]
+    assert stores[0].num_keys() == 0
+
+
+def test_who_answered_in_vain_leaves_nothing_either(together: Callable[..., list[Any]]) -> None:
+    stores: list[Any] = []
+
+    def first(each: Meeting) -> Any:
+        stores.append(each._store)
+        each.write("a")
+        return each.collect()
+
+    error, _ = together(0.3, first, say("b"), world=3)
+    assert isinstance(error, UserError)
+    assert stores[0].num_keys() == 0
+
+
 def test_one_rank_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(meeting, "_connect", lambda *_: pytest.fail("not needed"))
