@@ -22,6 +22,7 @@ COMMANDS = {
     "train-tokenizer": ("megatron_dyt.data.train_tokenizer", "make a SentencePiece tokenizer"),
     "eval": ("megatron_dyt.evaluation", "zero-shot evaluation of a checkpoint with lm-eval"),
     "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
+    "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
     "report": ("megatron_dyt.diagnostics.report", "compare runs: results.json and report.html"),
 }
 

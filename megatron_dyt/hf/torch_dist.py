@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -136,7 +137,12 @@ class LazyTensor:
         return (self.shape[0] // len(self.make), *self.shape[1:])
 
 
-def write_torch_dist(directory: Path, tensors: dict[str, LazyTensor], common: dict[str, Any]) -> None:
+def write_torch_dist(
+    directory: Path,
+    tensors: dict[str, LazyTensor],
+    common: dict[str, Any],
+    objects: dict[str, Any] | None = None,
+) -> None:
     """Write a torch_dist checkpoint directory that every supported Megatron version reads.
 
     One chunk is in memory at a time. `metadata.json`, by which Megatron knows a complete checkpoint,
@@ -146,6 +152,7 @@ def write_torch_dist(directory: Path, tensors: dict[str, LazyTensor], common: di
         directory: must not exist, or be empty.
         tensors: by Megatron's key.
         common: what Megatron stores unsharded (args, iteration, checkpoint_version).
+        objects: Megatron's sharded objects by their unique key (`name/shard_0_2`).
     """
     directory.mkdir(parents=True, exist_ok=True)
     items = [
@@ -153,13 +160,22 @@ def write_torch_dist(directory: Path, tensors: dict[str, LazyTensor], common: di
         for key, tensor in tensors.items()
         for number in range(len(tensor.make))
     ]
+    streams = {key: _pickled(value) for key, value in (objects or {}).items()}
+    items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in streams]
+    stored = {key: _stored(tensor) for key, tensor in tensors.items()}
     writer = FileSystemWriter(directory)
     writer.set_up_storage_writer(is_coordinator=True)
     (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
-    results = writer.write_data(plan, cast(SavePlanner, _From(tensors))).wait()
-    writer.finish(Metadata({key: _stored(tensor) for key, tensor in tensors.items()}), [results])
+    results = writer.write_data(plan, cast(SavePlanner, _From(tensors, streams))).wait()
+    writer.finish(Metadata({**stored, **dict.fromkeys(streams, BytesStorageMetadata())}), [results])
     torch.save(common, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+def _pickled(value: Any) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save([value], stream)  # Megatron wraps an object in a list.
+    return stream
 
 
 def _write_item(key: str, tensor: LazyTensor, number: int) -> WriteItem:
@@ -186,10 +202,13 @@ def _stored(tensor: LazyTensor) -> TensorStorageMetadata:
 class _From:
     """The call of a SavePlanner that writing needs: makes a chunk when it is written."""
 
-    def __init__(self, tensors: dict[str, LazyTensor]) -> None:
+    def __init__(self, tensors: dict[str, LazyTensor], streams: dict[str, io.BytesIO]) -> None:
         self.tensors = tensors
+        self.streams = streams
 
     def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
+        if item.type == WriteItemType.BYTE_IO:
+            return self.streams[item.index.fqn]
         tensor = self.tensors[item.index.fqn]
         made = tensor.make[item.index.index or 0]()
         if tuple(made.shape) != tensor.chunk or made.dtype != tensor.dtype:

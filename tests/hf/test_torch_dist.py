@@ -33,7 +33,7 @@ def write_blocks(
         )
 
     class From:
-        def __init__(self, _: object) -> None: ...
+        def __init__(self, *_: object) -> None: ...
 
         def resolve_data(self, item: WriteItem) -> torch.Tensor:
             return VALUES[blocks[item.index.index or 0]].contiguous()
