@@ -32,8 +32,7 @@ from megatron_dyt.hf.mapping import (
     OUTPUT,
     PROJ,
     QKV,
-    Shapes,
-    hf_parts,
+    hf_shapes,
     join_qkv,
     layer_norms,
     megatron_shapes,
@@ -193,9 +192,7 @@ def _dyt(config: dict[str, Any]) -> DyTConfig:
 
 
 def _check_tensors(shape: LlamaShape, source: SafetensorsReader, load: Path) -> None:
-    expected: Shapes = {}
-    for part in hf_parts(shape, source):
-        expected |= part.shapes
+    expected = hf_shapes(shape)
     found = {name: size for name, size in source.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
     if shape.tied:
         found.pop("lm_head.weight", None)

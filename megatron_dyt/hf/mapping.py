@@ -153,6 +153,19 @@ def hf_parts(shape: LlamaShape, source: Source, folded: Collection[str] = ()) ->
         yield _output(shape, source, folded, biases)
 
 
+def hf_shapes(shape: LlamaShape, folded: Collection[str] = ()) -> Shapes:
+    """Names and shapes of the tensors that `hf_parts` makes."""
+    parts = hf_parts(shape, _NoSource(), folded)
+    return {name: size for part in parts for name, size in part.shapes.items()}
+
+
+class _NoSource:
+    """Shapes are known without a value."""
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        raise AssertionError(f"{key} was read for its shape")
+
+
 def _unties(shape: LlamaShape) -> bool:
     """Whether folding the embedding scale away splits a shared embedding into two."""
     return shape.tied and shape.dyt is None and shape.embedding_scale is not None
