@@ -17,7 +17,7 @@ import torch
 
 from megatron_dyt.errors import run_main
 from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import dataset_helpers, datasets, device, launch, preflight
+from megatron_dyt.runtime import dataset_helpers, datasets, device, launch, preflight, training_api
 from megatron_dyt.runtime.datasets import mtp_on_this_rank
 
 if TYPE_CHECKING:
@@ -57,22 +57,18 @@ def main(argv: list[str] | None = None) -> None:
 def _pretrain(entry: float) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-    from megatron.training.arguments import parse_and_validate_args, parse_args
+    from megatron.training.arguments import parse_args
 
     preflight.check(parse_args())
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     with launch.clean_end():
-        run(
-            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        training_api.pretrain(
+            run,
             datasets.build,
             ModelType.encoder_or_decoder,
             forward_step,
+            {"tokenizer_type": "GPT2BPETokenizer"},
             store=store,
             get_embedding_ranks=get_embedding_ranks,
         )
@@ -126,12 +122,14 @@ def get_batch(
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
     args = get_args()
-    packed = args.sft or args.dataloader_inter_document_masking
+    packed = args.sft or getattr(args, "dataloader_inter_document_masking", False)
     has_mtp = mtp_on_this_rank(config, vp_stage)
     needs_tokens = is_first_or_last_pipeline_stage(vp_stage) or has_mtp
     nothing: dict[str, Any] = dict.fromkeys(_BATCH_TENSORS)
     if not needs_tokens and not packed:
         return nothing
+    if not compat.has("model_builders"):
+        return {**nothing, **training_api.get_unpacked_batch(data_iterator, has_mtp)}
 
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -213,7 +211,7 @@ def loss_func(
     from megatron.training import get_args
 
     args = get_args()
-    if args.logits_load_dir is not None:
+    if getattr(args, "logits_load_dir", None) is not None:
         loss, tokens, report = _distillation_loss(args)(loss_mask, output, model=model)
     else:
         mask = loss_mask.reshape(-1).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,27 @@ TINY_LLAMA = """
 """
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what the installed Megatron is too old for: `@pytest.mark.needs("training_loop")`."""
+    for mark in item.iter_markers("needs"):
+        _skip_without(mark.args[0])
+
+
+def _skip_without(feature: str) -> None:
+    from megatron_dyt.mcore import compat
+
+    # Not by `compat.megatron_version`: it imports Megatron, which the CPU runtime wants to do first.
+    version = importlib.metadata.version("megatron-core")
+    if not compat.has(feature, version):
+        pytest.skip(f"megatron-core {version}: {feature} came with {compat.SINCE[feature]}")
+
+
+@pytest.fixture(scope="session")
+def training_loop() -> None:
+    """Skips where Megatron has no training loop."""
+    _skip_without("training_loop")
+
+
 @pytest.fixture
 def tiny_llama() -> list[str]:
     """Arguments of a small model on mock data; a flag given again later wins."""
@@ -30,7 +52,9 @@ def tiny_llama() -> list[str]:
 
 
 @pytest.fixture
-def megatron_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
+def megatron_run(
+    training_loop: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., SimpleNamespace]]:
     """`megatron_run(argv)` trains by `megatron_dyt.pretrain` on CPU in this process.
 
     Returns `losses` (one exact float a step), `model` (Megatron's list of model chunks),

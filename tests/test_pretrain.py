@@ -22,6 +22,8 @@ from megatron_dyt import errors, pretrain
 from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches, Replacement
 
+pytestmark = pytest.mark.needs("training_loop")
+
 Run = Callable[[list[str]], SimpleNamespace]
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -122,6 +124,7 @@ def test_a_middle_stage_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(batch.values()) == {None}
 
 
+@pytest.mark.needs("model_builders")
 @pytest.mark.parametrize("padded", [None, [[0, 4, 8]]])
 def test_bounds_of_packed_sequences(monkeypatch: pytest.MonkeyPatch, padded: list[list[int]] | None) -> None:
     import megatron.training as training
@@ -145,6 +148,7 @@ def test_bounds_of_packed_sequences(monkeypatch: pytest.MonkeyPatch, padded: lis
     assert [real.tolist() for real in counted] == [[0, 3, 7]]
 
 
+@pytest.mark.needs("model_builders")
 def test_a_distillation_loss_takes_the_place_of_the_label_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

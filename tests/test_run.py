@@ -46,6 +46,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> object:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.needs("training_loop")
 def test_a_script_sees_what_it_would_see_alone(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.main(["--device", "cpu", str(script), "--normalization", "DyT", "--micro-batch-size", "1"])
     argv = [str(script), "--normalization", "DyT", "--micro-batch-size", "1"]
@@ -54,6 +55,7 @@ def test_a_script_sees_what_it_would_see_alone(script: Path, capsys: pytest.Capt
     assert cpu.is_enabled()
 
 
+@pytest.mark.needs("training_loop")
 def test_a_module(script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(script.parent))
     run.main(["--device=cpu", "-m", "train_it", "--micro-batch-size", "1"])

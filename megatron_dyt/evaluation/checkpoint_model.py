@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import dataset_helpers, launch
+from megatron_dyt.runtime import dataset_helpers, launch, training_api
 
 if TYPE_CHECKING:
     from megatron_dyt.evaluation.lm import MegatronDyTLM, TextTokenizer
@@ -284,7 +284,7 @@ def check_tokenizer(flags: dict[str, Any]) -> None:
 
 def _start_megatron(flags: dict[str, Any]) -> tuple[Namespace, TextTokenizer]:
     """Set up Megatron in this process; its arguments (`flags` and its defaults) and tokenizer."""
-    from megatron.training import arguments, get_tokenizer, initialize
+    from megatron.training import get_tokenizer
 
     def with_flags(parser: ArgumentParser) -> ArgumentParser:
         parser.set_defaults(**flags)
@@ -293,29 +293,19 @@ def _start_megatron(flags: dict[str, Any]) -> tuple[Namespace, TextTokenizer]:
     # Megatron parses sys.argv, which holds this program's own flags.
     own, sys.argv = sys.argv, sys.argv[:1]
     try:
-        args = arguments.parse_and_validate_args(extra_args_provider=with_flags)
+        args = training_api.start(with_flags)
     finally:
         sys.argv = own
-    initialize.initialize_megatron()
     return args, get_tokenizer()
 
 
 def build(args: Namespace) -> torch.nn.Module:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
-
     if args.hybrid_layer_pattern is not None:
         raise UserError(
             f"the checkpoint holds a hybrid model (--hybrid-layer-pattern "
             f"{args.hybrid_layer_pattern}); only GPT models can be evaluated"
         )
-    config = gpt_config_from_args(args)
-    (model,) = config.get_builder_cls()(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
-    return model
+    return training_api.build_whole_gpt(args)
 
 
 def _load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:

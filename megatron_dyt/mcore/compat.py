@@ -1,19 +1,41 @@
-"""The only reader of Megatron's version."""
+"""The only reader of Megatron's version: what is supported, what is tested, and what came when."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from megatron_dyt.errors import UserError
 
+if TYPE_CHECKING:
+    from packaging.version import Version
+
 # First supported release and first unsupported minor.
-SUPPORTED = ((0, 16, 1), (0, 20, 0))
-# First release whose `megatron.training` has the configuration containers that the entry points use.
-TRAINING_FROM = (0, 19, 0)
-# First release whose layers take (output, residual) from a norm.
-SUM_FROM_NORM_FROM = (0, 17, 0)
-# First release in which Mamba's stack is called a hybrid stack.
-HYBRID_FROM = (0, 18, 0)
+SUPPORTED = ("0.16.1", "0.20.0")
+# The releases that `make test-versions` runs the tests on; the last one is that of constraints.txt.
+TESTED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+
+# The minor release from which Megatron has it. Other files ask `has(NAME)` and compare no versions.
+SINCE = {
+    # core: `get_write_results_queue` without the underscore
+    "public_results_queue": "0.17",
+    # the wheel holds `megatron.training`
+    "training_loop": "0.17",
+    # layers take (output, residual) from a norm that returns both
+    "sum_from_norm": "0.17",
+    # Mamba's stack is called a hybrid stack
+    "hybrid_stack": "0.18",
+    # `pretrain` takes a container of configurations; arguments are parsed before it is called
+    "config_container": "0.18",
+    # core: `get_batch_on_this_tp_rank` and `get_batch_on_this_cp_rank` take what they need as arguments
+    "batch_in_core": "0.18",
+    # `mtp_on_this_rank` takes the pipeline layout instead of the config
+    "mtp_by_layout": "0.18",
+    # the model is built from a configuration (`gpt_config_from_args`), without a model provider
+    "model_builders": "0.19",
+    # --dataloader-inter-document-masking
+    "document_masking": "0.19",
+}
 
 
 def megatron_version() -> str:
@@ -42,16 +64,30 @@ def megatron_build() -> str:
 
 
 def check_version() -> str:
-    """The installed version, if this plugin supports it; UserError with the range otherwise."""
+    """The installed version, if this plugin supports it; UserError with the range otherwise.
+
+    A pre-release counts as the release before it at the lower end ("0.16.1rc0" is too old) and as its
+    own release at the upper end ("0.20.0rc0" is too new).
+    """
+    from packaging.version import Version
+
     version = megatron_version()
     low, high = SUPPORTED
-    if not low <= _parse(version) < high:
+    parsed = _parse(version)
+    if not (Version(low) <= parsed and parsed.release < Version(high).release):
         raise UserError(
-            f"megatron-core {version} is not supported: megatron_dyt works with "
-            f">= {_text(low)}, < {_text(high)}. Install one of these, for example: "
-            "pip install 'megatron-core[training]==0.19.2'."
+            f"megatron-core {version} is not supported: megatron_dyt works with >= {low}, < {high} "
+            f"(tested: {', '.join(TESTED)}). Install one of these, for example: "
+            f"pip install 'megatron-core[training]=={TESTED[-1]}'."
         )
     return version
+
+
+def has(feature: str, version: str | None = None) -> bool:
+    """Whether Megatron of `version` (default: the installed one) has `feature`, a key of `SINCE`."""
+    from packaging.version import Version
+
+    return _parse(version or megatron_version()).release[:2] >= Version(SINCE[feature]).release
 
 
 def has_training() -> bool:
@@ -60,19 +96,19 @@ def has_training() -> bool:
 
 
 def check_training_version() -> None:
-    """Raise UserError unless the installed training loop is one that our entry points are written for."""
-    version = megatron_version()
-    if _parse(version) < TRAINING_FROM:
+    """Raise UserError unless the installed Megatron has a training loop that our entry points know."""
+    if not has("training_loop") or not has_training():
         raise UserError(
-            f"megatron-core {version} is installed; python -m megatron_dyt.pretrain and .evaluation need "
-            f">= {_text(TRAINING_FROM)} with its training loop. Install 'megatron-core[training]==0.19.2', "
-            "or run your own script with python -m megatron_dyt.run."
+            f"megatron-core {megatron_version()} is installed, without a training loop that "
+            "megatron_dyt knows; python -m megatron_dyt.pretrain and .evaluation need "
+            f">= {SINCE['training_loop']}. Install 'megatron-core[training]=={TESTED[-1]}', or run your "
+            "own script with python -m megatron_dyt.run."
         )
 
 
 def hybrid_stack() -> tuple[str, str]:
     """(module, class) of the stack of layers by a pattern: Mamba, attention, MLP, MoE and others."""
-    if _parse(megatron_version()) < HYBRID_FROM:
+    if not has("hybrid_stack"):
         return "megatron.core.ssm.mamba_block", "MambaStack"
     return "megatron.core.models.hybrid.hybrid_block", "HybridStack"
 
@@ -84,22 +120,13 @@ def has_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
-def takes_sum_from_norm() -> bool:
-    """Whether transformer layers take (output, residual) from a norm that returns both."""
-    return _parse(megatron_version()) >= SUM_FROM_NORM_FROM
+def _parse(version: str) -> Version:
+    from packaging.version import InvalidVersion, Version
 
-
-def _parse(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split(".")[:3]:
-        digits = ""
-        for char in part:
-            if not char.isdigit():
-                break
-            digits += char
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+    try:
+        return Version(version)
+    except InvalidVersion as error:
+        raise UserError(
+            f"megatron-core calls itself version {version!r}, which is no version; install a release "
+            f">= {SUPPORTED[0]}, < {SUPPORTED[1]}."
+        ) from error

@@ -116,12 +116,21 @@ TRAINING = (
     Seam("megatron.training.training", "train_step", guard.wrap_train_step),
 )
 
+# 0.17 parses the arguments in `initialize`, which binds these names too. They come before the rows above:
+# the import of that module must find the originals.
+INITIALIZE_0_17 = (
+    Seam("megatron.training.initialize", "validate_args", args.wrap_validate),
+    Seam("megatron.training.initialize", "load_args_from_checkpoint", args.wrap_load_args),
+)
+
 _patches: Patches | None = None
 
 
 def seams() -> tuple[Seam, ...]:
     """The seams of what is installed: the training loop and Transformer Engine may be absent."""
-    training = TRAINING if compat.has_training() else ()
+    training: tuple[Seam, ...] = ()
+    if compat.has_training():
+        training = TRAINING if compat.has("config_container") else INITIALIZE_0_17 + TRAINING
     module, stack = compat.hybrid_stack()
     hybrids = (
         Seam(module, f"{stack}.__init__", hybrid.wrap_stack_init),

@@ -90,7 +90,7 @@ def obstacles(config: Any) -> list[str]:
         config.recompute_modules or ()
     )
     found = {
-        "megatron-core before 0.17": not compat.takes_sum_from_norm(),
+        "megatron-core before 0.17": not compat.has("sum_from_norm"),
         "--hidden-dropout": config.hidden_dropout > 0,
         "biases in linear layers (no --disable-bias-linear)": config.add_bias_linear,
         "--fp32-residual-connection": has("fp32_residual_connection"),

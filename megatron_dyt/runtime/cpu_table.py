@@ -175,12 +175,14 @@ def _megatron_core_rows() -> list[Replacement]:
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     norm = "megatron.core.transformer.torch_norm"
     optimizer = "megatron.core.optimizer.distrib_optimizer"
+    public = compat.has("public_results_queue")
+    queue_getter = "get_write_results_queue" if public else "_get_write_results_queue"
     return [
         *latent_attention.rows(),
         Replacement(random, "_set_cuda_rng_state", _always(stand_in.set_rng_state)),
         # Without --async-save a checkpoint is written by threads of this process, which need no
         # server process (Megatron starts one, and importing PyTorch there takes seconds).
-        Replacement(writer, "get_write_results_queue", _always(_results_queue())),
+        Replacement(writer, queue_getter, _always(_results_queue())),
         Replacement(random, "CheckpointWithoutOutput.__init__", _without_fp8),
         Replacement(dispatcher, "maybe_move_tensor_to_cpu", _as_numpy_on_cpu),
         Replacement(norm, "WrappedTorchNorm.__new__", _for_sequence_parallel),
@@ -239,6 +241,11 @@ def _for_sequence_parallel(new: Callable[..., Any]) -> Any:
 def _megatron_training_rows() -> list[Replacement]:
     # `training` binds these two names at its import, scripts take them from `initialize`.
     initialize, training = "megatron.training.initialize", "megatron.training.training"
+    # 0.17 parses the arguments in `initialize`, which binds this name too. That module's row is first:
+    # its import must find the original in `arguments`.
+    validating = ["megatron.training.arguments"]
+    if not compat.has("config_container"):
+        validating.insert(0, initialize)
     return [
         Replacement(initialize, "initialize_megatron", _without_cuda_check),
         Replacement(training, "initialize_megatron", _without_cuda_check),
@@ -246,7 +253,7 @@ def _megatron_training_rows() -> list[Replacement]:
         # flags such as --seq-length: on CPU they come from the same generator.
         Replacement(initialize, "set_jit_fusion_options", _always(stand_in.nothing)),
         Replacement(training, "set_jit_fusion_options", _always(stand_in.nothing)),
-        Replacement("megatron.training.arguments", "validate_args", _after_adjusting_flags),
+        *(Replacement(module, "validate_args", _after_adjusting_flags) for module in validating),
     ]
 
 

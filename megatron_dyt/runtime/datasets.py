@@ -6,6 +6,8 @@ import functools
 import json
 from typing import TYPE_CHECKING, Any
 
+from megatron_dyt.mcore import compat
+
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.transformer import TransformerConfig
@@ -84,11 +86,12 @@ def config(args: Any) -> GPTDatasetConfig:
         "create_attention_mask": args.create_attention_mask_in_dataloader,
         "fast_cache_load": args.dataloader_fast_cache_load,
         "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
-        "inter_document_masking": args.dataloader_inter_document_masking,
         "sequences_per_dataset": sequences_per_dataset,
         "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
         **{name: getattr(args, name) for name in _SAME_NAME_IN_DATASET_CONFIG},
     }
+    if compat.has("document_masking"):
+        options["inter_document_masking"] = args.dataloader_inter_document_masking
     if args.fim_data:
         return _fim_config(args, options)
     return GPTDatasetConfig(**options)
@@ -118,9 +121,10 @@ def mtp_on_this_rank(config: TransformerConfig, vp_stage: int | None) -> bool:
     """Whether this rank holds multi-token prediction layers, which read tokens too."""
     from megatron.core.transformer import multi_token_prediction as mtp
 
-    return mtp.mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
+    place: dict[str, Any] = {"config": config}
+    if compat.has("mtp_by_layout"):
+        place = {
+            "layout": config.pipeline_model_parallel_layout,
+            "mtp_num_layers": config.mtp_num_layers,
+        }
+    return mtp.mtp_on_this_rank(**place, ignore_virtual=False, vp_stage=vp_stage)

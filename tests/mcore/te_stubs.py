@@ -64,7 +64,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the stand-ins where Megatron and the plugin look for TE."""
     from megatron.core.extensions import transformer_engine
 
-    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider)
+    # Up to 0.17 the name is there with Transformer Engine only.
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider, raising=False)
     monkeypatch.setattr(transformer_engine, "TEColumnParallelLinear", TEColumnParallelLinear)
     # Names that these modules have taken from Megatron's own.
     monkeypatch.setattr(multi_latent_attention, "TEColumnParallelLinear", TEColumnParallelLinear)

@@ -13,7 +13,7 @@ REQUIRED = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-positi
 
 
 @pytest.fixture
-def parse(world: None) -> Callable[..., argparse.Namespace]:
+def parse(training_loop: None, world: None) -> Callable[..., argparse.Namespace]:
     """Megatron's own parser with the plugin's flags, then the plugin's validation."""
     from megatron.training.arguments import add_megatron_arguments
 

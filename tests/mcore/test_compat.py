@@ -1,5 +1,7 @@
 import builtins
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +14,24 @@ def test_the_installed_version_is_supported() -> None:
     assert compat.check_version() == compat.megatron_version()
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.16.2rc0", "0.19.2", "0.19.2+abc"])
+@pytest.mark.parametrize(
+    "version",
+    [*compat.TESTED, "0.16.2rc0", "0.19.2+abc", "0.19.3.dev0", "0.19.2.dev1+0123abc", "0.18.2.post1"],
+)
 def test_supported_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(compat, "megatron_version", lambda: version)
     assert compat.check_version() == version
 
 
-@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "1.0"])
+@pytest.mark.parametrize(
+    "version",
+    ["0.15.3", "0.16.0", "0.16.1rc0", "0.16.0+abc", "0.20.0", "0.20.0rc0", "0.20.0.dev0+0123abc", "1.0"],
+)
 def test_unsupported_versions_name_the_range(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(compat, "megatron_version", lambda: version)
     with pytest.raises(
-        UserError, match=rf"megatron-core {version} is not supported.*>= 0\.16\.1, < 0\.20\.0"
+        UserError,
+        match=rf"megatron-core {re.escape(version)} is not supported.*>= 0\.16\.1, < 0\.20\.0",
     ):
         compat.check_version()
 
@@ -56,8 +65,47 @@ def test_the_hybrid_stack_of_a_version(monkeypatch: pytest.MonkeyPatch, version:
     assert compat.hybrid_stack()[1] == stack
 
 
-def test_the_entry_points_name_the_training_loop_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "megatron_version", lambda: "main")
+    with pytest.raises(UserError, match=r"'main', which is no version; .*>= 0\.16\.1, < 0\.20\.0"):
+        compat.check_version()
+
+
+@pytest.mark.needs("training_loop")
+def test_the_entry_points_know_this_training_loop() -> None:
     compat.check_training_version()
-    monkeypatch.setattr(compat, "megatron_version", lambda: "0.18.2")
-    with pytest.raises(UserError, match=r"0\.18\.2 is installed; .*need >= 0\.19\.0"):
+
+
+@pytest.mark.parametrize(("version", "there"), [("0.16.1", True), ("0.19.2", False)])
+def test_the_entry_points_name_the_training_loop_they_need(
+    monkeypatch: pytest.MonkeyPatch, version: str, there: bool
+) -> None:
+    """Too old even in a checkout, which has one; a wheel of 0.19 that lost it."""
+    monkeypatch.setattr(compat, "megatron_version", lambda: version)
+    monkeypatch.setattr(compat, "has_training", lambda: there)
+    with pytest.raises(UserError, match=rf"{re.escape(version)} is installed, .*need >= 0\.17"):
         compat.check_training_version()
+
+
+@pytest.mark.parametrize(
+    ("feature", "version", "expected"),
+    [
+        ("config_container", "0.17.1", False),
+        ("config_container", "0.18.0rc1", True),
+        ("config_container", "0.18.2+abc", True),
+        ("model_builders", "0.18.2", False),
+        ("model_builders", "0.19.2", True),
+        ("model_builders", "1.0", True),
+    ],
+)
+def test_features_by_release(feature: str, version: str, expected: bool) -> None:
+    assert compat.has(feature, version) is expected
+
+
+def test_the_tested_releases_are_supported_and_end_with_the_pinned_one() -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert f"megatron-core=={compat.TESTED[-1]}\n" in (root / "constraints.txt").read_text()
+    low, high = compat.SUPPORTED
+    assert compat.TESTED[0] == low
+    # pyproject.toml says the upper bound without its last number.
+    assert f'>={low},<{high.removesuffix(".0")}"' in (root / "pyproject.toml").read_text()

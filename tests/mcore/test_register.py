@@ -1,4 +1,5 @@
 import importlib
+import re
 
 import pytest
 
@@ -47,16 +48,20 @@ def test_a_missing_seam_is_named_and_nothing_is_left_half_done(
     before = [current(seam) for seam in own_seams()]
     missing = module.Seam("megatron.core.dist_checkpointing", "lod", lambda original: original)
     monkeypatch.setattr(module, "seams", lambda: (*module.CORE, missing))
-    with pytest.raises(UserError, match=r"lacks a place .*megatron\.core\.dist_checkpointing\.lod"):
+    named = re.escape(f"megatron-core {module.compat.megatron_version()} lacks a place ")
+    with pytest.raises(UserError, match=rf"{named}.*megatron\.core\.dist_checkpointing\.lod"):
         megatron_dyt.register()
     monkeypatch.undo()
     assert not megatron_dyt.is_registered()
     assert [current(seam) for seam in own_seams()] == before
 
 
-def test_an_unsupported_version_is_refused(unregistered: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.compat, "megatron_version", lambda: "0.12.0")
-    with pytest.raises(UserError, match=r"megatron-core 0\.12\.0 is not supported"):
+@pytest.mark.parametrize("version", ["0.12.0", "0.20.0rc0"])
+def test_an_unsupported_version_is_refused(
+    unregistered: None, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(module.compat, "megatron_version", lambda: version)
+    with pytest.raises(UserError, match=rf"megatron-core {version} is not supported: .*>= 0\.16\.1, < 0\.20"):
         megatron_dyt.register()
     assert not megatron_dyt.is_registered()
 
@@ -68,3 +73,16 @@ def test_without_the_training_loop_only_the_core_is_touched(monkeypatch: pytest.
     assert not set(module.TRANSFORMER_ENGINE) & set(module.seams())
     monkeypatch.setattr(module.compat, "has_transformer_engine", lambda: True)
     assert {seam.attribute for seam in module.seams()} >= {"TENorm.__new__"}
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.2"])
+def test_an_older_training_loop_is_touched_where_it_binds_the_names(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """0.17 parses its arguments in `initialize`; that module is imported before `arguments` is changed."""
+    monkeypatch.setattr(module.compat, "has_training", lambda: True)
+    monkeypatch.setattr(module.compat, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(module.compat, "megatron_version", lambda: version)
+    validating = [seam.module for seam in module.seams() if seam.attribute == "validate_args"]
+    first = ["megatron.training.initialize"] if version == "0.17.1" else []
+    assert validating == [*first, "megatron.training.arguments"]

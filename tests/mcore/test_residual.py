@@ -150,7 +150,7 @@ def test_it_says_once_why_it_is_off(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(kept, "_said", set())
-    monkeypatch.setattr(compat, "takes_sum_from_norm", lambda: False)
+    monkeypatch.setattr(compat, "has", lambda _feature: False)
     config = make_config(hidden_dropout=0.1)
     config.dyt = DyTConfig.unit(32, fuse_residual=True)
     for _ in range(2):

@@ -167,9 +167,10 @@ def test_a_norm_hidden_in_a_partial_is_found(
     layer = make_spec(config)
     mlp = layer.submodules.mlp
     parts = dataclasses.replace(spec_module.submodules_of(mlp), activation_func=nn.LayerNorm)
-    hidden = dataclasses.replace(
-        layer.submodules, mlp=functools.partial(mlp.func, **{**mlp.keywords, "submodules": parts})
-    )
+    # A partial from 0.18 on, a ModuleSpec before.
+    build = mlp.func if isinstance(mlp, functools.partial) else mlp.module
+    partial = functools.partial(build, submodules=parts)
+    hidden = dataclasses.replace(layer.submodules, mlp=partial)
     block = TransformerBlockSubmodules(layer_specs=[dataclasses.replace(layer, submodules=hidden)])
     with pytest.raises(UserError, match=r"LayerNorm at .*mlp\.activation_func"):
         spec_module.rewrite_block(config, block)
