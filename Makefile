@@ -7,10 +7,13 @@ PY := .venv/bin/python
 # Passed through to pytest: make test PYTEST_ARGS="tests/ops -x --no-cov"
 PYTEST_ARGS ?=
 
+# Releases for test-versions; empty means all that are supported.
+VERSIONS ?=
+
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-megatron-lm check-patches lint format bench clean
+.PHONY: help setup quickstart test test-versions compatibility test-megatron-lm check-patches lint format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +27,13 @@ quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT
 # sysmon is coverage's cheap measurement: no trace function is called for a line already seen.
 test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)
 	@COVERAGE_CORE=sysmon $(PY) -m pytest --cov=megatron_dyt \
-		--cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
+		--cov-report=term-missing:skip-covered --cov-fail-under=90 --record-results build/results $(PYTEST_ARGS)
+
+test-versions: setup ## test other releases of megatron-core (VERSIONS="0.17.1 0.18.2"; default all)
+	@bash scripts/test-versions.sh $(VERSIONS)
+
+compatibility: setup ## make docs/compatibility.md of the results of test and test-versions
+	@$(PY) scripts/compatibility.py collect build/results
 
 check-patches: setup ## check patches/ (MEGATRON_LM=clone: against the releases too)
 	@$(PY) scripts/fork_patches.py check "$(MEGATRON_LM)"

@@ -7,10 +7,13 @@ import importlib.metadata
 import io
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests import results
 
 # A LLaMA small enough to train for some steps in a second; tests append what they vary.
 TINY_LLAMA = """
@@ -22,6 +25,20 @@ TINY_LLAMA = """
     --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 63
     --log-interval 1 --eval-interval 100 --eval-iters 0 --num-workers 0
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-results",
+        metavar="DIRECTORY",
+        help="write every test's outcome to DIRECTORY/MEGATRON_VERSION.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    directory = config.getoption("--record-results")
+    if directory:
+        config.pluginmanager.register(results.Recorder(Path(directory)), "recorder")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -52,6 +52,14 @@ def build(family: str, config: Any) -> Any:
     return FAMILIES[family](config)
 
 
+def gpt(config: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    return GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=LENGTH)
+
+
 def t5(config: Any) -> Any:
     from megatron.core.models.T5 import t5_spec
     from megatron.core.models.T5.t5_model import T5Model
@@ -167,6 +175,7 @@ def hybrid_spec() -> Any:
 
 
 FAMILIES: dict[str, Callable[[Any], Any]] = {
+    "gpt": gpt,
     "t5": t5,
     "bert": bert,
     "vit": vit,
@@ -187,7 +196,7 @@ def loss_of(family: str, model: Any) -> torch.Tensor:
     elif family == "bert":
         output, binary = model(tokens, torch.ones(BATCH, LENGTH), positions % 2, lm_labels=labels)
         return output.mean() + binary.square().mean()
-    elif family == "hybrid":
+    elif family in ("gpt", "hybrid"):
         output = model(tokens, positions, hidden, labels=labels)
     else:
         generator = torch.Generator().manual_seed(3)

@@ -24,6 +24,7 @@ EXPERTS = {"num_moe_experts": 2, "moe_router_load_balancing_type": "none", "moe_
 # Family, fields of its config, layouts. Megatron's vision transformer knows no sequence
 # parallelism (`direct.wrap_vision_init`); MoE under tensor parallelism wants it.
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "gpt": ("gpt", {"qk_layernorm": True}, ("tp2", "tp2_sp")),
     "t5": ("t5", {}, ("tp2", "tp2_sp")),
     "bert": ("bert", {}, ("tp2", "tp2_sp")),
     "vit": ("vit", {}, ("tp2",)),

@@ -59,7 +59,7 @@ def norm_sites(model: str) -> list[str]:
     return sites
 
 
-@pytest.mark.parametrize("model", cases.MODELS)
+@pytest.mark.parametrize("model", cases.named(cases.REFERENCES))
 @pytest.mark.usefixtures("one")
 def test_a_reference_has_every_dyt_parameter_and_trains(model: str, run_of: Callable[[str], Run]) -> None:
     """What is compared is there: DyT's parameters by name, the embedding scale, a loss that falls."""

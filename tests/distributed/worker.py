@@ -16,6 +16,7 @@ rank writes DIRECTORY/NAME.RANK.pt for a case (see `record.py`).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -106,6 +107,8 @@ def forget() -> None:
     MTPLossLoggingHelper.tracker = {}  # It has kept a process group.
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Models are cycles that hold process groups, and gloo has two threads polling for each of those.
+    gc.collect()
 
 
 # --- what is put between Megatron and the run --------------------------------------------------------

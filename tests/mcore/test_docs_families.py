@@ -62,6 +62,7 @@ def test_gpt_has_the_sites_of_the_table(
     assert sites(build_gpt(make_config(qk_layernorm=True))) == table()["gpt"]
 
 
+@pytest.mark.needs("latent_attention_without_te")
 def test_latent_attention_has_the_sites_of_the_table(
     make_latent_config: Callable[..., Any], build_gpt: Callable[..., Any]
 ) -> None:

@@ -11,6 +11,8 @@ from megatron_dyt.mcore import compat, kept, residual
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 from megatron_dyt.nn import dynamic_tanh
 
+pytestmark = pytest.mark.needs("sum_from_norm")
+
 Run = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 

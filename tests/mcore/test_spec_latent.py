@@ -15,6 +15,8 @@ from torch import nn
 from megatron_dyt.mcore import spec as spec_module
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 
+pytestmark = pytest.mark.needs("latent_attention_without_te")
+
 
 def te_spec(config: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

@@ -1,0 +1,162 @@
+"""Makes docs/compatibility.md of test results: what was tested with which Megatron, and how it went.
+
+    scripts/compatibility.py collect build/results    results of test runs -> docs/compatibility.json
+    scripts/compatibility.py render                    docs/compatibility.json -> docs/compatibility.md
+
+`make compatibility` does both. The results come from `pytest --record-results`, which `make test` and
+`make test-versions` use. Rows are what the tests are called: nothing here knows a family or a layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, PAGE = ROOT / "docs/compatibility.json", ROOT / "docs/compatibility.md"
+
+# Tests whose parameter is MODEL-LAYOUT.
+PARALLEL = re.compile(
+    r"test_(?:equivalence|families)\.py::test_(?:one|two|four)_process(?:es)?\[(?P<case>[^\]]+)\]"
+    r"|test_families\.py::test_gradients_and_loss_are_those_of_one_process\[family-(?P<family>[^\]]+)\]"
+)
+# Further groups of tests, by where they are: a name for the reader, and what their ids begin with or contain.
+GROUPS = {
+    "checkpoints from one layout to another": ("tests/distributed/test_checkpoint",),
+    "marks and special cases taken away are noticed": ("tests/distributed/test_mutations.py",),
+    "faults: kills, damage, bad numbers": ("tests/faults/", "tests/distributed/test_guard.py"),
+    "ranks that disagree": ("tests/distributed/test_handshake.py",),
+    "Transformer Engine's specs (stand-ins for its classes)": ("transformer_engine", "te_spec", "[te"),
+    "combinations that are refused": ("tests/mcore/test_limits.py",),
+    "other unit tests of what touches Megatron": ("tests/mcore/",),
+    "training and evaluation entry points": (
+        "tests/test_pretrain.py",
+        "tests/test_run.py",
+        "tests/evaluation/",
+    ),
+}
+HEAD = """# Compatibility
+
+Made by `make compatibility` of the results of `make test` and `make test-versions`; not typed. A test that
+has not run on a release has an empty field: releases other than that of `constraints.txt` run the core of
+the table. Nothing on this page ran on a GPU unless its run says so under device. What is refused with a
+clear error is in `megatron_dyt/mcore/limits.py` and [families.md](families.md).
+
+## Runs, by release of megatron-core
+"""
+EQUIVALENCE = """## Training is that of one process: family and layout
+
+First-step gradient of every parameter within 1e-5, losses and parameters after all steps within the
+tolerance of `tests/distributed/compare.py` (families outside the GPT training loop: gradient and loss of
+the first step). Families and layouts are those of `tests/distributed/cases.py` and
+`tests/distributed/family_cases.py`, where their flags stand.
+"""
+MARKS = {"passed": "yes", "failed": "**fails**", "skipped": "skipped"}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    if argv[:1] == ["collect"] and len(argv) == 2:
+        write(DATA, json.dumps(collect(Path(argv[1])), indent=1, sort_keys=True) + "\n")
+    elif argv != ["render"]:
+        print(__doc__, file=sys.stderr)
+        return 2
+    write(PAGE, render(json.loads(DATA.read_text(encoding="utf-8"))))
+    return 0
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def collect(directory: Path) -> dict[str, Any]:
+    """What the page shows, of the result files in a directory; raises SystemExit without any."""
+    files = sorted(directory.glob("*.json"), key=lambda path: _by_version(path.stem))
+    if not files:
+        raise SystemExit(f"{directory} has no results; run `make test` and `make test-versions` first.")
+    return {"runs": [summary(json.loads(path.read_text(encoding="utf-8"))) for path in files]}
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """One run: its head, the outcome of each family and layout, counts of the groups, reasons of skips."""
+    parallel: dict[str, str] = {}
+    groups: dict[str, Counter[str]] = {name: Counter() for name in GROUPS}
+    for test, outcome in record["outcomes"].items():
+        found = PARALLEL.search(test)
+        if found:
+            parallel[found["case"] or found["family"]] = outcome
+            continue
+        for name, marks in GROUPS.items():
+            if any(mark in test for mark in marks):
+                groups[name][outcome] += 1
+                break
+    heads = {key: record[key] for key in ("megatron", "torch", "python", "device", "date", "commit")}
+    return heads | {
+        "parallel": parallel,
+        "groups": {name: dict(counts) for name, counts in groups.items()},
+        "skipped": dict(Counter(record["reasons"].values())),
+    }
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page."""
+    runs = data["runs"]
+    versions = [run["megatron"] for run in runs]
+    head = ["", *versions]
+    about = [
+        [key, *(str(run[key]) for run in runs)] for key in ("date", "commit", "device", "torch", "python")
+    ]
+    cases = sorted({case for run in runs for case in run["parallel"]}, key=_family)
+    rows = [
+        [*_family(case), *(MARKS.get(run["parallel"].get(case, ""), "") for run in runs)] for case in cases
+    ]
+    groups = [[name, *(_counts(run["groups"].get(name, {})) for run in runs)] for name in GROUPS]
+    skips = sorted({(run["megatron"], why, n) for run in runs for why, n in run["skipped"].items()})
+    return "\n".join(
+        [
+            HEAD,
+            *_table(head, about),
+            "",
+            EQUIVALENCE,
+            *_table(["family", "layout", *versions], rows),
+            "",
+            "## Groups of tests: passed, of how many",
+            "",
+            *_table(head, groups),
+            "",
+            "## Not run, and why",
+            "",
+            *_table(["release", "reason", "tests"], [[release, why, str(n)] for release, why, n in skips]),
+            "",
+        ]
+    )
+
+
+def _family(case: str) -> tuple[str, str]:
+    family, _, layout = case.partition("-")
+    return family, layout
+
+
+def _by_version(text: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text)]
+
+
+def _counts(outcomes: dict[str, int]) -> str:
+    total = sum(outcomes.values())
+    return f"{outcomes.get('passed', 0)} of {total}" if total else ""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

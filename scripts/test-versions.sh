@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Tests the plugin on other releases of megatron-core: unit tests of what touches Megatron, and the core of the
+# equivalence tests (tests/distributed/cases.py). Each release is installed alone into .venv-versions/RELEASE
+# and put in front of .venv, so that all share one torch. The release in .venv is what `make test` covers.
+#
+#   scripts/test-versions.sh                    every supported release (megatron_dyt/mcore/compat.py: TESTED)
+#   scripts/test-versions.sh 0.18.2 [0.19.2]    these
+#
+# Environment: PYTEST_ARGS is passed through to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PY=.venv/bin/python
+[ -x "$PY" ] || { echo "test-versions: error: .venv is missing; run 'make setup' first." >&2; exit 1; }
+
+TESTED=$("$PY" -c 'from megatron_dyt.mcore.compat import TESTED; print(*TESTED)')
+UNIT=(tests/mcore tests/test_pretrain.py tests/test_run.py tests/evaluation/test_checkpoint_model.py)
+PARALLEL=(tests/distributed/test_equivalence.py tests/distributed/test_families.py)
+# 0.16 has no training loop: its parallel tests are those of megatron.core alone.
+PARALLEL_WITHOUT_LOOP=(tests/distributed/test_families.py)
+
+# A directory of the release that is complete: pip writes a package's RECORD last.
+install() {
+  local release=$1 place=.venv-versions/$1
+  [ -f "$place/megatron_core-$release.dist-info/RECORD" ] && return
+  echo "test-versions: installing megatron-core $release into $place"
+  rm -rf "$place" "$place.new"
+  mkdir -p .venv-versions
+  "$PY" -m pip --disable-pip-version-check install -q --no-deps --target "$place.new" "megatron-core==$release" ||
+    { echo "test-versions: error: pip could not install megatron-core $release (its message is above)." >&2; exit 1; }
+  mv "$place.new" "$place"
+}
+
+run() {
+  local release=$1 tests=("${UNIT[@]}") parallel=("${PARALLEL[@]}")
+  [ -d ".venv-versions/$release/megatron/training" ] || parallel=("${PARALLEL_WITHOUT_LOOP[@]}")
+  echo "test-versions: megatron-core $release"
+  # shellcheck disable=SC2086 # PYTEST_ARGS is a list of words.
+  PYTHONPATH=$PWD/.venv-versions/$release MEGATRON_DYT_CORE_CASES=1 \
+    "$PY" -m pytest --no-cov -q -W ignore -m "not slow" -p no:cacheprovider \
+    --record-results build/results ${PYTEST_ARGS:-} "${tests[@]}" "${parallel[@]}"
+}
+
+for release in "${@:-$TESTED}"; do
+  # shellcheck disable=SC2086 # without arguments it is the list of all
+  for each in $release; do
+    [[ " $TESTED " == *" $each "* ]] ||
+      { echo "test-versions: error: $each is not among the supported releases: $TESTED." >&2; exit 2; }
+    install "$each"
+    run "$each"
+  done
+done

@@ -1,0 +1,63 @@
+"""`pytest --record-results DIRECTORY`: the outcome of every test, in DIRECTORY/MEGATRON_VERSION.json.
+
+`scripts/compatibility.py` makes docs/compatibility.md of these files.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Recorder:
+    """Keeps the outcomes of a session and writes them when it ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.outcomes: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # A test that failed anywhere failed; one that was skipped says so in its set-up.
+        if report.when == "call" or report.outcome != "passed":
+            if self.outcomes.get(report.nodeid) != "failed":
+                self.outcomes[report.nodeid] = report.outcome
+            if report.skipped and isinstance(report.longrepr, tuple):
+                self.reasons[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
+
+    def pytest_sessionfinish(self) -> None:
+        if not self.outcomes:
+            return
+        import torch
+
+        version = importlib.metadata.version("megatron-core")
+        record: dict[str, Any] = {
+            "megatron": version,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, gloo",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "commit": _commit(),
+            "outcomes": self.outcomes,
+            "reasons": self.reasons,
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        target = self.directory / f"{version}.json"
+        temporary = target.with_suffix(".new")
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        os.replace(temporary, target)
+
+
+def _commit() -> str:
+    """The checkout's commit, marked when files differ from it; "" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
