@@ -57,7 +57,10 @@ def gpt(config: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    return GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=LENGTH)
+    # Without rotation a bias on the keys would change nothing, and its gradient be noise.
+    return GPTModel(
+        config, spec, vocab_size=VOCABULARY, max_sequence_length=LENGTH, position_embedding_type="rope"
+    )
 
 
 def t5(config: Any) -> Any:

@@ -44,6 +44,13 @@ _MODEL_FLAGS = {
     *("make_vocab_size_divisible_by", "spec", "hybrid_layer_pattern"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
 }
+# The tokenizer's flags where Megatron has no TokenizerConfig.
+_TOKENIZER_FLAGS = {
+    *("vocab_size", "padded_vocab_size", "vocab_file", "merge_file", "vocab_extra_ids"),
+    *("tokenizer_type", "tokenizer_model", "tokenizer_metadata", "tokenizer_special_tokens"),
+    *("tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens"),
+    *("tokenizer_sentencepiece_legacy", "tokenizer_hf_use_fast", "tokenizer_hf_include_special_tokens"),
+}
 # Fields of TransformerConfig that say how a run computes, not what the model is.
 _RUN_FLAGS = re.compile(
     "fusion|overlap|offload|recompute|cuda_graph|pipeline|inference|deepep|hybridep|paged_stash"
@@ -237,17 +244,24 @@ def model_flags(saved: Namespace) -> dict[str, Any]:
     """Those of the stored arguments that say what the model and its tokenizer are."""
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
-    from megatron.training.config import TokenizerConfig
 
     from megatron_dyt.mcore.args import MODEL_ARGS
 
     shape = _field_names(MLATransformerConfig) - _field_names(ModelParallelConfig)
     names = {name for name in shape if not _RUN_FLAGS.search(name)}
-    names |= _MODEL_FLAGS | _field_names(TokenizerConfig) | set(MODEL_ARGS)
+    names |= _MODEL_FLAGS | _tokenizer_flags() | set(MODEL_ARGS)
     flags = {name: value for name, value in vars(saved).items() if name in names}
     if importlib.util.find_spec("transformer_engine") is None:
         flags["transformer_impl"] = "local"
     return flags
+
+
+def _tokenizer_flags() -> set[str]:
+    if not compat.has("tokenizer_config"):
+        return _TOKENIZER_FLAGS
+    from megatron.training.config import TokenizerConfig
+
+    return _field_names(TokenizerConfig)
 
 
 def _field_names(config: type) -> set[str]:

@@ -29,12 +29,16 @@ SINCE = {
     "hybrid_stack": "0.18",
     # `pretrain` takes a container of configurations; arguments are parsed before it is called
     "config_container": "0.18",
+    # the tokenizer's flags are a dataclass, `TokenizerConfig`
+    "tokenizer_config": "0.18",
     # core: `get_batch_on_this_tp_rank` and `get_batch_on_this_cp_rank` take what they need as arguments
     "batch_in_core": "0.18",
     # `mtp_on_this_rank` takes the pipeline layout instead of the config
     "mtp_by_layout": "0.18",
     # the model is built from a configuration (`gpt_config_from_args`), without a model provider
     "model_builders": "0.19",
+    # --mtp-detach-heads: MTP layers are clipped by a norm of their own
+    "detached_mtp": "0.19",
     # --dataloader-inter-document-masking
     "document_masking": "0.19",
 }

@@ -96,6 +96,7 @@ def test_without_megatrons_check_such_a_step_is_skipped(
         assert torch.equal(parameter, first[name]), name
 
 
+@pytest.mark.needs("detached_mtp")
 @pytest.mark.parametrize("clip", ["1.0", "0"])
 def test_a_norm_of_mtp_layers_apart_counts_too(
     megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str
