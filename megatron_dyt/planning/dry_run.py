@@ -163,6 +163,7 @@ def _stage(args: Any, index: int) -> Stage:
 def _counted(index: int, chunks: list[torch.nn.Module]) -> Stage:
     split = replicated = 0
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        assert parameter.is_meta, "a dry run must not allocate the model"
         if getattr(parameter, "tensor_model_parallel", False):
             split += parameter.numel()
         else:

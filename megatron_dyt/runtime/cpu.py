@@ -51,6 +51,9 @@ def enable() -> None:
     _refuse_gpu_process()
     # torch._dynamo lists PyTorch's functions when it is imported, which must not find stand-ins.
     importlib.import_module("torch._dynamo")
+    # So does `with torch.device(...)` when it is first used.
+    with torch.device("meta"):
+        torch.empty(0)
     with contextlib.ExitStack() as undo_on_error:
         undo_on_error.callback(_undo)
         _hide_gpu_packages()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -204,3 +205,18 @@ def test_a_lone_process_gets_every_core(monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         cpu.disable()
         torch.set_num_threads(threads)
+
+
+def test_a_device_context_still_places_tensors() -> None:
+    """In a process of its own: PyTorch keeps what it finds at the first use of such a context."""
+    program = """
+import torch
+from megatron_dyt.runtime import cpu
+cpu.enable()
+with torch.device("meta"):
+    print(torch.empty(2).device, torch.nn.Linear(2, 2).weight.device)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split()[-2:] == ["meta", "meta"]
