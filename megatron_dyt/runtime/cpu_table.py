@@ -175,6 +175,7 @@ def _megatron_core_rows() -> list[Replacement]:
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     norm = "megatron.core.transformer.torch_norm"
     optimizer = "megatron.core.optimizer.distrib_optimizer"
+    p2p = "megatron.core.pipeline_parallel.p2p_communication"
     public = compat.has("public_results_queue")
     queue_getter = "get_write_results_queue" if public else "_get_write_results_queue"
     return [
@@ -186,6 +187,7 @@ def _megatron_core_rows() -> list[Replacement]:
         Replacement(random, "CheckpointWithoutOutput.__init__", _without_fp8),
         Replacement(dispatcher, "maybe_move_tensor_to_cpu", _as_numpy_on_cpu),
         Replacement(norm, "WrappedTorchNorm.__new__", _for_sequence_parallel),
+        Replacement(p2p, "_p2p_ops", _sending_its_own_view),
         Replacement(optimizer, "DistributedOptimizer.state_dict", torch_adam.with_state),
         Replacement(optimizer, "DistributedOptimizer.load_state_dict", torch_adam.with_own_steps),
         Replacement(
@@ -199,6 +201,21 @@ def _megatron_core_rows() -> list[Replacement]:
 def _results_queue() -> Callable[[], queue.Queue[Any]]:
     results: queue.Queue[Any] = queue.Queue()
     return lambda: results
+
+
+def _sending_its_own_view(start: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor on its way to another stage keeps its memory until it has arrived.
+
+    Up to 0.17 the schedule of virtual stages frees an output (`output.data = ...`) while it is being
+    sent, and the next stage receives garbage. A view holds the memory and the send holds the view.
+    """
+
+    @functools.wraps(start)
+    def start_with_views(*, tensor_send_prev: Any, tensor_send_next: Any, **rest: Any) -> Any:
+        views = [None if sent is None else sent.detach() for sent in (tensor_send_prev, tensor_send_next)]
+        return start(tensor_send_prev=views[0], tensor_send_next=views[1], **rest)
+
+    return start_with_views
 
 
 def _without_fp8(init: Callable[..., None]) -> Callable[..., None]:

@@ -93,7 +93,8 @@ def named(cases: list[dict[str, Any]]) -> list[str]:
 # `make test-versions` sets MEGATRON_DYT_CORE_CASES: these layouts then stand for all, on each release.
 CORE_ONLY = bool(os.environ.get("MEGATRON_DYT_CORE_CASES"))
 CORE = (
-    *("dense-tp2", "dense-tp2_sp", "dense-pp2", "dense-dp2_distributed_optimizer", "qk-tp2_sp"),
+    *("dense-tp2", "dense-tp2_sp", "dense-pp2", "dense-pp2_virtual", "dense-dp2_distributed_optimizer"),
+    "qk-tp2_sp",
     *("moe-ep2", "moe-tp2_sp", "latent-tp2", "latent-tp2_sp", "mtp-tp2_sp", "mtp-pp2"),
 )
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,29 @@ def test_named_random_states_are_independent(runtime: None, caplog: pytest.LogCa
     torch.manual_seed(1)
     assert torch.equal(torch.cat([drawn[0], drawn[2]]), torch.rand(4))
     assert "CPU RNG state changed" not in caplog.text
+
+
+def test_what_is_being_sent_outlives_its_tensor(runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron 0.17 frees an output while it is on its way to the next stage."""
+    from megatron.core.pipeline_parallel import p2p_communication as p2p
+
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "isend", lambda tensor, **_: sent.append(tensor))
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda _group: "gloo")
+    output, gradient = torch.arange(4.0), torch.arange(4.0, 8.0)
+    p2p._p2p_ops(
+        tensor_send_prev=gradient,
+        tensor_recv_prev=None,
+        tensor_send_next=output,
+        tensor_recv_next=None,
+        group=SimpleNamespace(size=lambda: 4, rank=lambda: 2),
+        prev_pipeline_rank=1,
+        next_pipeline_rank=3,
+    )
+    where = output.data_ptr()
+    output.data = torch.empty(1)
+    assert sent[0].data_ptr() == where  # Not a copy.
+    assert [tensor.tolist() for tensor in sent] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
