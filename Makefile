@@ -45,7 +45,7 @@ lint: setup ## ruff, mypy, shell syntax
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@for script in .ci/run scripts/*.sh $(wildcard examples/*.sh); do bash -n "$$script"; done
+	@for script in .ci/run scripts/*.sh $(wildcard examples/*.sh examples/*/*.sh); do bash -n "$$script"; done
 
 format: setup ## sort imports and format the code
 	@$(PY) -m ruff check --fix-only --select I .
