@@ -139,6 +139,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Every N steps append alpha, std of the input and saturation of each DyT to "
         "dyt_stats.jsonl in the --save directory. Default: 0, off.",
     )
+    _add_load_flags(group)
+
+
+def _add_load_flags(group: Any) -> None:
+    """Flags of loading, for every norm."""
+    group.add_argument(
+        "--dyt-verify-load",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Before a checkpoint is loaded, compare what is read with the checksums in it; each rank reads "
+        "a part. Default: yes, for every norm.",
+    )
+    group.add_argument(
+        "--dyt-load-fallback",
+        action="store_true",
+        help="If the checkpoint to load is damaged, say so and load the complete one before it; in the "
+        "--save directory the damaged one is renamed. Default: stop. For every norm.",
+    )
 
 
 def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:

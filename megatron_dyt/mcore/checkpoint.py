@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import checkpoint_damage
 from megatron_dyt.mcore.args import parsed_args
+from megatron_dyt.runtime.checkpoint_dir import OTHER_CHECKPOINT
 
 DEFAULT_STRICTNESS = "assume_ok_unexpected"
 SHOWN = 4
@@ -26,8 +28,13 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        model_keys = gather(set(model_tensor_keys(sharded_state_dict)))
+        group = kwargs.get("process_group")
+        model_keys = gather(set(model_tensor_keys(sharded_state_dict)), group)
         if model_keys:
+            wanted = gather(set(_stored_keys(sharded_state_dict)), group)
+            checkpoint_damage.verify(
+                checkpoint_dir, wanted, checkpoint_damage.checks_data(parsed_args()), group
+            )
             strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
             default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
             compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
@@ -68,18 +75,29 @@ def model_tensor_keys(sharded_state_dict: Any) -> Iterator[str]:
 
 
 def _tensor_keys(node: Any) -> Iterator[str]:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    return (item.key for item in _sharded(node) if isinstance(item, ShardedTensor))
+
+
+def _stored_keys(node: Any) -> Iterator[str]:
+    """The keys under which a checkpoint stores all that `node` asks for, objects too."""
+    return (getattr(item, "unique_key", item.key) for item in _sharded(node))
+
+
+def _sharded(node: Any) -> Iterator[Any]:
+    """All sharded tensors and objects of a state dict."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
     if isinstance(node, dict):
-        for item in node.values():
-            yield from _tensor_keys(item)
-    elif isinstance(node, (list, tuple)):
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
         for item in node:
-            yield from _tensor_keys(item)
+            yield from _sharded(item)
     elif isinstance(node, ShardedTensorFactory):
-        yield from _tensor_keys(node.build())
-    elif isinstance(node, ShardedTensor):
-        yield node.key
+        yield from _sharded(node.build())
+    elif isinstance(node, (ShardedObject, ShardedTensor)):
+        yield node
 
 
 def checkpoint_tensor_keys(checkpoint_dir: Any) -> set[str]:
@@ -98,26 +116,31 @@ def checkpoint_tensor_keys(checkpoint_dir: Any) -> set[str]:
 
 
 def _unreadable(checkpoint_dir: Any, error: BaseException) -> UserError:
+    """An error of one rank, so no `DamagedCheckpoint`, on which all ranks agree."""
     # CheckpointException holds one failure for each rank that had one.
     failures: dict[int, Any] = getattr(error, "failures", {})
     cause = next((failure[0] for failure in failures.values()), error)
     text = " ".join(str(cause).split()) or "no message"
-    return UserError(
-        f"the checkpoint {checkpoint_dir} cannot be read ({type(cause).__name__}: {text}). "
-        "It may be incomplete or damaged; load an earlier one with --ckpt-step."
-    )
+    what = f"the checkpoint {checkpoint_dir} cannot be read ({type(cause).__name__}: {text})."
+    if "shape mismatch" in text.lower():
+        return UserError(
+            f"{what} It was saved with another layout or architecture. The distributed optimizer's state "
+            "loads with other data-parallel sizes and the same --ddp-bucket-size only, unless it was saved "
+            "with --dist-ckpt-optim-fully-reshardable; --no-load-optim leaves it out."
+        )
+    return UserError(f"{what} It may be incomplete or damaged: {OTHER_CHECKPOINT}.")
 
 
 def _is_optimizer(key: str) -> bool:
     return key.startswith("optimizer.") or ".optimizer." in key
 
 
-def gather(keys: set[str]) -> set[str]:
-    """Union over all ranks: a pipeline stage has only its own layers."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+def gather(keys: set[str], group: Any = None) -> set[str]:
+    """Union over all ranks of `group` (None: all): a pipeline stage has only its own layers."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return keys
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, keys)
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, keys, group=group)
     return set().union(*parts)
 
 

@@ -13,6 +13,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import (
     args,
     checkpoint,
+    checkpoint_damage,
     compat,
     direct,
     embedding,
@@ -20,6 +21,7 @@ from megatron_dyt.mcore import (
     hybrid,
     monitor,
     recipe_flags,
+    reshardable_optimizer,
     safety_net,
     spec,
 )
@@ -79,6 +81,11 @@ CORE = (
     ),
     Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
     Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        reshardable_optimizer.wrap_sharded_state,
+    ),
+    Seam(
         "megatron.core.rerun_state_machine",
         "RerunStateMachine.should_run_forward_backward",
         guard.wrap_rerun,
@@ -105,6 +112,12 @@ TRAINING = (
     Seam("megatron.training.arguments", "add_megatron_arguments", recipe_flags.wrap_add_arguments),
     Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
+    Seam(
+        "megatron.training.checkpointing",
+        "load_args_from_checkpoint",
+        checkpoint_damage.wrap_load_args,
+    ),
+    Seam("megatron.training.training", "load_checkpoint", checkpoint_damage.wrap_load_checkpoint),
     Seam(
         "megatron.training.training",
         "get_standard_config_overrides",

@@ -1,12 +1,13 @@
 """A directory of Megatron checkpoints on disk: which are complete, which one is the last.
 
 Megatron writes `iter_NNNNNNN/`, then its `metadata.json`, then the tracker file with the number. A
-process that dies on the way leaves a directory without `metadata.json`, or in the worst moment an
+process that dies on the way leaves a directory without a whole `metadata.json`, or in the worst moment an
 empty tracker, with which Megatron later neither resumes nor fails but exits with code 0.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,10 +15,16 @@ from pathlib import Path
 
 from megatron_dyt.errors import UserError
 
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is there but not whole: an earlier one may be."""
+
+
 _TRACKER = "latest_checkpointed_iteration.txt"
+OTHER_CHECKPOINT = "load an earlier checkpoint with --ckpt-step N, or let --dyt-load-fallback find one"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 # What Megatron's torch_dist format writes before metadata.json; anything else is not ours to remove.
-_PARTS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt")
+_PARTS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json")
 
 
 def last_iteration(directory: str | Path) -> str | None:
@@ -55,8 +62,10 @@ def tidy(directory: str | Path) -> list[str]:
     for path in sorted(root.glob("iter_*")):
         # What the tracker names was complete once: if it is damaged now, that is not ours to remove.
         if _is_interrupted_save(path) and not (named.isdigit() and path == iteration_directory(root, named)):
-            shutil.rmtree(path)
-            done.append(f"removed the incomplete checkpoint {path}")
+            # Another rank may still be writing there; what it leaves is removed at the next start.
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                done.append(f"removed the incomplete checkpoint {path}")
     complete = _complete_iterations(root)
     if tracker.exists() and not named and complete:
         _write(tracker, str(max(complete)))
@@ -68,23 +77,48 @@ def check_readable(directory: str | Path, iteration: str) -> None:
     """Raise `UserError` unless the torch_dist files of a checkpoint are there at full length."""
     path = iteration_directory(directory, iteration)
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist; complete checkpoints there: {_listed(directory)}")
-    if not any(path.glob("*.distcp")) or _is_complete_dcp(path):
-        return  # Another format (--ckpt-format), which Megatron checks itself.
-    if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
-        raise UserError(
-            f"checkpoint {path} is incomplete: it has no metadata. Load another one with "
-            f"--ckpt-step; complete there: {_listed(directory)}"
+        raise DamagedCheckpoint(
+            f"checkpoint {path} does not exist; complete checkpoints there: {_listed(directory)}"
         )
+    check_files(path)
+
+
+def check_files(path: Path) -> None:
+    """Raise `DamagedCheckpoint` unless the torch_dist files of `iter_NNNNNNN` are there at full length."""
+    if (not any(path.glob("*.distcp")) and not (path / ".metadata").is_file()) or _is_complete_dcp(path):
+        return  # Another format (--ckpt-format), which Megatron checks itself.
+    other = f"{OTHER_CHECKPOINT}; complete there: {_listed(path.parent)}"
+    if not _has_config(path) or not (path / ".metadata").is_file():
+        raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no metadata. {other}")
     for name, length in _needed_lengths(path).items():
         file = path / name
         present = file.stat().st_size if file.is_file() else None
         if present is None or present < length:
             state = "missing" if present is None else f"truncated: {present} of {length} bytes"
-            raise UserError(
-                f"checkpoint file {file} is {state}. Restore it, or load another checkpoint with "
-                f"--ckpt-step; there: {_listed(directory)}"
-            )
+            raise DamagedCheckpoint(f"checkpoint file {file} is {state}. Restore it, or: {other}")
+
+
+def earlier_complete(path: Path) -> list[Path]:
+    """The complete checkpoints of the same directory with a lower iteration, the last one first."""
+    own = _ITERATION.fullmatch(path.name)
+    if own is None:
+        return []
+    earlier = [number for number in _complete_iterations(path.parent) if number < int(own[1])]
+    return [iteration_directory(path.parent, str(number)) for number in reversed(earlier)]
+
+
+def set_aside(path: Path, tracked: Path) -> Path:
+    """Rename a damaged checkpoint, and let the tracker name `tracked`; returns the new name."""
+    to = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while to.exists():
+        number += 1
+        to = path.with_name(f"{path.name}.damaged{number}")
+    match = _ITERATION.fullmatch(tracked.name)
+    assert match is not None
+    _write(path.parent / _TRACKER, str(int(match[1])))
+    os.replace(path, to)
+    return to
 
 
 def _needed_lengths(path: Path) -> dict[str, int]:
@@ -94,9 +128,8 @@ def _needed_lengths(path: Path) -> dict[str, int]:
     try:
         storage = FileSystemReader(path).read_metadata().storage_data
     except Exception as error:
-        raise UserError(
-            f"the metadata of checkpoint {path} cannot be read ({error}). Restore it, or load "
-            "another checkpoint with --ckpt-step"
+        raise DamagedCheckpoint(
+            f"the metadata of checkpoint {path} cannot be read ({error}). Restore it, or: {OTHER_CHECKPOINT}"
         ) from error
     lengths: dict[str, int] = {}
     for item in storage.values():
@@ -106,20 +139,34 @@ def _needed_lengths(path: Path) -> dict[str, int]:
 
 
 def _is_complete_dcp(path: Path) -> bool:
-    """A checkpoint of --ckpt-format torch_dcp or fsdp_dtensor: `.metadata`, written last, is all it has."""
-    return (path / ".metadata").is_file() and not any(
-        (path / name).exists() for name in ("common.pt", "metadata.json")
-    )
+    """A checkpoint of --ckpt-format torch_dcp or fsdp_dtensor: `.metadata`, written last, is all it has.
+
+    torch_dist has what is not sharded, too: as an item of its own from Megatron 0.19 on, before that as a
+    file.
+    """
+    metadata = path / ".metadata"
+    if not metadata.is_file() or any((path / name).exists() for name in ("common.pt", "metadata.json")):
+        return False
+    return b"common_state" not in metadata.read_bytes()
+
+
+def _has_config(path: Path) -> bool:
+    """Whether the file that Megatron writes last is there and whole."""
+    try:
+        return isinstance(json.loads((path / "metadata.json").read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _is_interrupted_save(path: Path) -> bool:
-    if not _ITERATION.fullmatch(path.name) or (path / "metadata.json").exists() or _is_complete_dcp(path):
+    if not _ITERATION.fullmatch(path.name) or _has_config(path) or _is_complete_dcp(path):
         return False
     return path.is_dir() and all(_PARTS.fullmatch(part.name) for part in path.iterdir())
 
 
 def _complete_iterations(root: Path) -> list[int]:
-    found = (_ITERATION.fullmatch(path.parent.name) for path in root.glob("iter_*/metadata.json"))
+    configs = root.glob("iter_*/metadata.json")
+    found = (_ITERATION.fullmatch(path.parent.name) for path in configs if _has_config(path.parent))
     return sorted(int(match[1]) for match in found if match)
 
 

@@ -14,14 +14,21 @@ from megatron_dyt.runtime.report import say
 
 @dataclass(frozen=True)
 class Flag:
-    """`args.name` becomes `value`, unless it has a value in `fine`; `shown` is how to write it."""
+    """`args.name` becomes `value`, unless it has a value in `fine`; `shown` is how to write it.
+
+    With `only_with`, the name of another flag, it matters when that one is given only.
+    """
 
     name: str
     value: Any
     shown: str
     fine: tuple[Any, ...] = ()
+    only_with: str = ""
 
-    def works(self, given: Any) -> bool:
+    def works(self, args: Namespace) -> bool:
+        if self.only_with and not getattr(args, self.only_with, None):
+            return True
+        given = getattr(args, self.name)
         return given == self.value or given in self.fine
 
 
@@ -37,7 +44,7 @@ FLAGS = (
     Flag("cross_entropy_fusion_impl", "native", "--cross-entropy-fusion-impl native"),
     Flag("cuda_graph_impl", "none", "--cuda-graph-impl none", fine=(None,)),
     Flag("tp_comm_overlap", False, "no --tp-comm-overlap"),
-    Flag("async_save", False, "no --async-save"),
+    Flag("async_strategy", "mcore", "--async-strategy mcore", only_with="async_save"),
     Flag("moe_grouped_gemm", False, "no --moe-grouped-gemm"),
     Flag("moe_permute_fusion", False, "no --moe-permute-fusion"),
 )
@@ -66,7 +73,7 @@ def adjust(args: Namespace) -> list[str]:
         )
     changed = []
     for flag in FLAGS:
-        if hasattr(args, flag.name) and not flag.works(getattr(args, flag.name)):
+        if hasattr(args, flag.name) and not flag.works(args):
             setattr(args, flag.name, flag.value)
             changed.append(flag.shown)
     threads = torch.get_num_threads()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from megatron_dyt.mcore import compat
 from megatron_dyt.patching import Replacement
-from megatron_dyt.runtime import cpu_flags, latent_attention, torch_adam
+from megatron_dyt.runtime import cpu_async, cpu_flags, latent_attention, torch_adam
 from megatron_dyt.runtime import cuda_stand_ins as stand_in
 
 
@@ -172,6 +171,7 @@ def _without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
 def _megatron_core_rows() -> list[Replacement]:
     random = "megatron.core.tensor_parallel.random"
     writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    caller = "megatron.core.dist_checkpointing.strategies.async_utils"
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     norm = "megatron.core.transformer.torch_norm"
     optimizer = "megatron.core.optimizer.distrib_optimizer"
@@ -181,9 +181,9 @@ def _megatron_core_rows() -> list[Replacement]:
     return [
         *latent_attention.rows(),
         Replacement(random, "_set_cuda_rng_state", _always(stand_in.set_rng_state)),
-        # Without --async-save a checkpoint is written by threads of this process, which need no
-        # server process (Megatron starts one, and importing PyTorch there takes seconds).
-        Replacement(writer, queue_getter, _always(_results_queue())),
+        Replacement(writer, queue_getter, cpu_async.results_queue),
+        Replacement(caller, "AsyncCallsQueue._get_async_caller", cpu_async.forking_caller),
+        Replacement(caller, "TemporalAsyncCaller.schedule_async_call", cpu_async.ending_with_its_rank),
         Replacement(random, "CheckpointWithoutOutput.__init__", _without_fp8),
         Replacement(dispatcher, "maybe_move_tensor_to_cpu", _as_numpy_on_cpu),
         Replacement(norm, "WrappedTorchNorm.__new__", _for_sequence_parallel),
@@ -193,14 +193,9 @@ def _megatron_core_rows() -> list[Replacement]:
         Replacement(
             optimizer,
             "DistributedOptimizer._set_main_param_and_optimizer_states",
-            torch_adam.without_grad,
+            torch_adam.into_torch_state,
         ),
     ]
-
-
-def _results_queue() -> Callable[[], queue.Queue[Any]]:
-    results: queue.Queue[Any] = queue.Queue()
-    return lambda: results
 
 
 def _sending_its_own_view(start: Callable[..., Any]) -> Callable[..., Any]:
@@ -270,6 +265,8 @@ def _megatron_training_rows() -> list[Replacement]:
         # flags such as --seq-length: on CPU they come from the same generator.
         Replacement(initialize, "set_jit_fusion_options", _always(stand_in.nothing)),
         Replacement(training, "set_jit_fusion_options", _always(stand_in.nothing)),
+        # The persistent writer process, started with the run, is not used: see cpu_async.
+        Replacement(initialize, "init_persistent_async_worker", _always(stand_in.nothing)),
         *(Replacement(module, "validate_args", _after_adjusting_flags) for module in validating),
     ]
 

@@ -154,7 +154,8 @@ def check_load(args: Namespace) -> None:
     """The checkpoint to load is there and whole.
 
     --load of a directory without any checkpoint starts from scratch when it is also the --save
-    directory (so that one command starts and resumes a run); otherwise it is an error.
+    directory (so that one command starts and resumes a run); otherwise it is an error. With
+    --dyt-load-fallback a damaged one is dealt with when it is loaded.
     """
     for flag in ("load", "pretrained_checkpoint"):
         directory = getattr(args, flag, None)
@@ -164,7 +165,8 @@ def check_load(args: Namespace) -> None:
         if flag == "load" and args.ckpt_step:
             iteration = str(args.ckpt_step)
         if iteration is not None:
-            checkpoint_dir.check_readable(directory, iteration)
+            if flag != "load" or not getattr(args, "dyt_load_fallback", False):
+                checkpoint_dir.check_readable(directory, iteration)
         elif args.exit_on_missing_checkpoint or not _is_fresh_start(args, flag):
             raise UserError(
                 f"--{flag.replace('_', '-')} {directory}: there is no checkpoint "

@@ -46,12 +46,17 @@ def with_own_steps(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def without_grad(set_states: Callable[..., Any]) -> Callable[..., Any]:
-    """The copy of loaded values into fp32 parameters, which are views of leaves, outside autograd."""
+def into_torch_state(set_states: Callable[..., Any]) -> Callable[..., Any]:
+    """The copy of loaded values into a parameter and its optimizer state.
+
+    Outside autograd, because fp32 parameters are views of leaves. The format that every layout can
+    load (`--dist-ckpt-optim-fully-reshardable`) has no step for each parameter, and Megatron looks for one
+    wherever the state has a tensor; what is not a tensor it skips.
+    """
 
     @functools.wraps(set_states)
-    def copy(*args: Any, **kwargs: Any) -> Any:
+    def copy(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
         with torch.no_grad():
-            return set_states(*args, **kwargs)
+            return set_states(optimizer, model_param, {"step": None, **tensors})
 
     return copy

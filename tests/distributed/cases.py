@@ -19,7 +19,6 @@ import os
 from typing import Any
 
 STEPS = LONG = 20
-SAVED_AT = 10
 
 # Everything a GPU run needs said too: local layers, no fused kernels, fp32.
 COMMON = (
@@ -175,26 +174,6 @@ FOUR_PROCESSES = [
     # Three stages have the word embedding, two of them the scale.
     case("mtp_tied", "pp4_apart", f"{PP4} --pipeline-model-parallel-layout Et|tt|tm|L"),
 ]
-
-
-# --- checkpoints: saved after SAVED_AT steps in one layout, continued in one process -------------------
-
-LAYOUTS = {"tp2_sp": TP2_SP, "pp2": PP2}
-
-
-def saving(layout: str, directory: str) -> dict[str, Any]:
-    flags = f"{LAYOUTS[layout]} --save {directory} --save-interval 1000"
-    return case("dense", f"{layout}_saving", flags, steps=SAVED_AT)
-
-
-def loading(layout: str, directory: str) -> dict[str, Any]:
-    return case(
-        "dense",
-        f"{layout}_loading",
-        f"--load {directory} --override-opt_param-scheduler",
-        steps=LONG,
-        load=True,
-    )
 
 
 # --- mutations: one special case taken away each, which the comparison must notice --------------------

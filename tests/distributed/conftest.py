@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases, family_cases, record
+from tests.distributed import cases, checkpoint_cases, family_cases, record
 
 HERE = Path(__file__).parent
 # A launch that hangs must fail; give more on a machine that has other work.
@@ -90,9 +90,10 @@ def family_runs(launch: Launch) -> None:
 
 @pytest.fixture(scope="session")
 def saves_and_mutants(launch: Launch, one: None, checkpoints: Path) -> None:
-    """The runs of two processes that save a checkpoint, and those with a mark taken away."""
-    saves = [cases.saving(layout, str(checkpoints / layout)) for layout in cases.LAYOUTS]
-    launch("saves_and_mutants", 2, [*saves, *cases.MUTANTS])
+    """The runs of two processes that save or load a checkpoint, and those with a mark taken away."""
+    saves = [checkpoint_cases.saving(saver, checkpoints) for saver in checkpoint_cases.SAVERS]
+    loads = [checkpoint_cases.loading(load, checkpoints) for load in checkpoint_cases.BY_TWO]
+    launch("saves_and_mutants", 2, [*saves, *loads, *cases.MUTANTS])
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +105,8 @@ def four(launch: Launch, one: None) -> None:
 @pytest.fixture(scope="session")
 def reloads(launch: Launch, saves_and_mutants: None, checkpoints: Path) -> None:
     """What two processes have saved, continued by one."""
-    todo = [cases.loading(layout, str(checkpoints / layout)) for layout in cases.LAYOUTS]
-    launch("reload", 1, todo)
+    loads = [checkpoint_cases.loading(load, checkpoints) for load in checkpoint_cases.BY_ONE]
+    launch("reload", 1, loads)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A checkpoint saved by several processes is the same model, and the same training, in one."""
+"""A checkpoint saved in one layout is the same model, and the same training, in another one."""
 
 from __future__ import annotations
 
@@ -7,35 +7,56 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.distributed import cases
+from tests.distributed import checkpoint_cases as cases
 from tests.distributed.compare import TOLERANCE
 from tests.distributed.record import Run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("reloads")]
+pytestmark = pytest.mark.distributed
+
+RunOf = Callable[[str], Run]
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_loaded_parameters_are_the_saved_ones(layout: str, run_of: Callable[[str], Run]) -> None:
-    saved = run_of(f"dense-{layout}_saving").full("final")
-    loaded = run_of(f"dense-{layout}_loading").full("initial")
-    assert loaded.keys() == saved.keys()
-    for name, value in saved.items():
-        assert torch.equal(loaded[name], value), name
+def check(load: cases.Load, run_of: RunOf) -> None:
+    saved = run_of(f"{load.model}-{load.saver}_saving")
+    loaded = run_of(f"{load.model}-{load.saver}_loaded_by_{load.name}")
+    check_parameters(saved, loaded)
+    check_logits(saved, loaded)
+    if load.with_optimizer:
+        check_losses(run_of(load.model), saved, loaded)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_logits_are_those_of_the_saved_model(layout: str, run_of: Callable[[str], Run]) -> None:
-    saved = run_of(f"dense-{layout}_saving").logits("after")
-    loaded = run_of(f"dense-{layout}_loading").logits("before")
-    error = float((loaded - saved).norm() / saved.norm())
-    assert error <= 1e-6
+def check_parameters(saved: Run, loaded: Run) -> None:
+    """Every rank has what was saved, bit for bit."""
+    before = saved.full("final")
+    assert loaded.full("initial").keys() == before.keys()
+    for rank in loaded.ranks:
+        for shard in rank["initial"]:
+            assert torch.equal(shard.data, before[shard.name][shard.place]), shard.name
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_training_goes_on_as_without_a_stop(layout: str, run_of: Callable[[str], Run]) -> None:
+def check_logits(saved: Run, loaded: Run) -> None:
+    before, after = saved.logits("after"), loaded.logits("before")
+    assert float((after - before).norm() / before.norm()) <= 1e-6
+
+
+def check_losses(whole: Run, saved: Run, loaded: Run) -> None:
     """The optimizer's state has come along: the next steps are those of an uninterrupted run."""
-    whole = run_of("dense").series("losses")
-    first = run_of(f"dense-{layout}_saving").series("losses")
-    second = run_of(f"dense-{layout}_loading").series("losses")
+    first, second = saved.series("losses"), loaded.series("losses")
     assert len(first) == cases.SAVED_AT
-    assert [*first, *second] == pytest.approx(whole, rel=TOLERANCE)
+    assert [*first, *second] == pytest.approx(whole.series("losses"), rel=TOLERANCE)
+
+
+def named(load: cases.Load) -> str:
+    return f"{load.model}-{load.saver}-{load.name}"
+
+
+@pytest.mark.parametrize("load", cases.BY_TWO, ids=named)
+@pytest.mark.usefixtures("saves_and_mutants", "reloads")
+def test_two_processes_go_on(load: cases.Load, run_of: RunOf) -> None:
+    check(load, run_of)
+
+
+@pytest.mark.parametrize("load", cases.BY_ONE, ids=named)
+@pytest.mark.usefixtures("reloads")
+def test_one_process_goes_on(load: cases.Load, run_of: RunOf) -> None:
+    check(load, run_of)

@@ -111,18 +111,24 @@ def test_transformer_engine_spec_is_unfused(
     assert loss_of(model).item() == loss_of(local).item()
 
 
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("qk", [False, True], ids=["", "qk"])
 def test_local_and_transformer_engine_checkpoints_have_the_same_keys(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], te_stubs: Any
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any], te_stubs: Any, qk: bool, moe: bool
 ) -> None:
     from megatron_dyt.mcore.checkpoint import model_tensor_keys
 
-    config = make_config(qk_layernorm=True)
+    options = {"qk_layernorm": qk} | ({"num_moe_experts": 2} if moe else {})
+    config = make_config(**options)
     te = build_gpt(config, spec=te_spec(config))
-    local = build_gpt(make_config(qk_layernorm=True))
+    local = build_gpt(make_config(**options))
     keys = [set(model_tensor_keys({"model": model.sharded_state_dict()})) for model in (te, local)]
     assert keys[0] == keys[1]
-    assert "decoder.layers.self_attention.linear_qkv.layer_norm_alpha" in keys[0]
-    assert "decoder.layers.mlp.linear_fc1.layer_norm_alpha" in keys[0]
+    sites = ["self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"]
+    sites += ["self_attention.q_layernorm.", "self_attention.k_layernorm."] if qk else []
+    expected = {f"decoder.layers.{site}{name}" for site in sites for name in ("alpha", "weight")}
+    expected |= {"decoder.final_layernorm.alpha", "decoder.final_layernorm.weight"}
+    assert {key for key in keys[0] if "norm" in key} == expected
 
 
 def test_te_moe_keeps_its_mlp(make_config: Callable[..., Any], te_stubs: Any) -> None:

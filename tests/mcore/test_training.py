@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.args import MODEL_ARGS
 from megatron_dyt.mcore.norm import DyTNorm
 
 Run = Callable[..., SimpleNamespace]
@@ -55,21 +56,45 @@ def test_the_other_norms_checkpoint_is_refused(
         megatron_run([*tiny_llama, *DYT, "--load", str(tmp_path)])
 
 
-def test_a_checkpoint_brings_its_dyt_settings(
+# Every setting that a checkpoint brings along, at a value that no preset has.
+SETTINGS = {
+    "dyt_preset": "unit",
+    "dyt_alpha_init_attn": 0.71,
+    "dyt_alpha_init_ffn": 0.31,
+    "dyt_alpha_init_final": 0.41,
+    "dyt_alpha_init_qk": 0.61,
+    "dyt_bias": True,
+    "dyt_embedding_scale": 2.5,
+    "dyt_function": "erf",
+    "dyt_weight_init": "one",
+    "embedding_scale": 2.5,
+}
+
+
+def test_a_checkpoint_brings_every_dyt_setting(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path
 ) -> None:
+    from megatron.training import get_args
+
+    assert set(SETTINGS) == set(MODEL_ARGS)
+    base = [*tiny_llama, "--qk-layernorm"]
     saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
-    settings = ["--dyt-alpha-init-attn", "0.7", "--dyt-bias", "--dyt-function", "erf"]
-    saved = megatron_run([*tiny_llama, *DYT, *settings, *saving])
+    flags = [
+        word
+        for name, value in SETTINGS.items()
+        for word in [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    ]
+    saved = megatron_run([*base, "--normalization", "DyT", *flags, *saving])
     shapes = {name: p.shape for name, p in saved.model[0].named_parameters()}
-    loaded = megatron_run(
-        [*tiny_llama, "--use-checkpoint-args", "--load", str(tmp_path), "--finetune", "--train-iters", "1"]
-    )
+    loading = ["--use-checkpoint-args", "--load", str(tmp_path), "--finetune", "--train-iters", "1"]
+    loaded = megatron_run([*base, *loading])
+    restored = vars(get_args())
+    assert {name: restored[name] for name in SETTINGS} == SETTINGS
     assert {name: p.shape for name, p in loaded.model[0].named_parameters()} == shapes
     sites = [module for module in loaded.model[0].modules() if isinstance(module, DyTNorm)]
-    assert len(sites) == 5
+    assert len(sites) == 9
     assert {site.function for site in sites} == {"erf"}
-    assert sites[0].alpha_init == 0.7
+    assert {site.alpha_init for site in sites} == {0.71, 0.31, 0.41, 0.61}
 
 
 def test_both_norms_start_from_the_same_weights(megatron_run: Run, tiny_llama: list[str]) -> None:

@@ -40,9 +40,16 @@ def test_only_what_cannot_work_is_changed_and_named(capsys: pytest.CaptureFixtur
     assert "set no flags" in capsys.readouterr().out
 
 
+def test_the_async_writer_is_chosen_where_there_is_one() -> None:
+    assert cpu_flags.adjust(Namespace(async_save=False, async_strategy="nvrx")) == []
+    args = Namespace(async_save=True, async_strategy="nvrx")
+    assert cpu_flags.adjust(args) == ["--async-strategy mcore"]
+    assert (args.async_save, args.async_strategy) == (True, "mcore")
+
+
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert cpu_flags.adjust(Namespace(async_save=True)) == ["no --async-save"]
+    assert cpu_flags.adjust(Namespace(tp_comm_overlap=True)) == ["no --tp-comm-overlap"]
     assert capsys.readouterr().out == ""
 
 

@@ -1,0 +1,93 @@
+"""`--async-save` on CPU: a process forked at each save writes while training goes on.
+
+Megatron's persistent writer takes tensors from shared memory. From a GPU that is a copy; on CPU it would
+be the parameter itself, which training changes while it is being written. A forked process has the
+parameters as they were at the fork, and starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import pickle
+import queue
+import signal
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Results:
+    """What a checkpoint writer hands back, whether it is this process or one forked from it.
+
+    Megatron's own queue needs a server process, which outlives a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        # Appending: one write call an item, so that two writers at a time do not mix.
+        self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
+        self._read = 0
+
+    def put(self, item: Any) -> None:
+        """Add `item`, which must be picklable."""
+        data = pickle.dumps(item)
+        self._file.write(len(data).to_bytes(8, "little") + data)
+
+    def get_nowait(self) -> Any:
+        """The oldest item not yet taken. Raises `queue.Empty` when there is none."""
+        head = os.pread(self._file.fileno(), 8, self._read)
+        if not head:
+            raise queue.Empty
+        length = int.from_bytes(head, "little")
+        data = os.pread(self._file.fileno(), length, self._read + 8)
+        self._read += 8 + length
+        return pickle.loads(data)
+
+
+def results_queue(_original: Any) -> Callable[..., Results]:
+    """In place of the function that returns Megatron's queue of results."""
+    made: list[Results] = []
+
+    def get(*_args: Any, **_kwargs: Any) -> Results:
+        if not made:
+            made.append(Results())
+        return made[0]
+
+    return get
+
+
+def forking_caller(_original: Any) -> Callable[[Any], Any]:
+    """In place of the choice between a persistent writer process and a forked one: always forked."""
+
+    def get(_queue: Any) -> Any:
+        from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+        return TemporalAsyncCaller()
+
+    return get
+
+
+def ending_with_its_rank(schedule: Callable[..., None]) -> Callable[..., None]:
+    """The start of a forked writer, which is killed when its rank is: nobody could finish the save."""
+
+    @functools.wraps(schedule)
+    def start(caller: Any, request: Any) -> None:
+        if request.async_fn is not None:
+            request = request._replace(async_fn=functools.partial(_write, os.getpid(), request.async_fn))
+        schedule(caller, request)
+
+    return start
+
+
+def _write(rank_process: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != rank_process:
+            os._exit(1)  # It died before it could be asked for.
+    write(*args, **kwargs)

@@ -1,0 +1,46 @@
+"""What one rank finds wrong with a checkpoint, all ranks say."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_dyt.runtime.checkpoint_crc import _part, stored_items
+
+pytestmark = pytest.mark.distributed
+
+
+def test_both_ranks_refuse_what_one_finds(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    dcp.save({"first": torch.ones(500), "second": torch.ones(500)}, checkpoint_id=whole, no_dist=True)
+    (whole / "metadata.json").write_text("{}")
+    flipped = []
+    for rank in (0, 1):
+        copy = shutil.copytree(whole, tmp_path / f"flipped_{rank}")
+        (item,) = _part(stored_items(copy), rank, 2)
+        data = bytearray(item.file.read_bytes())
+        data[data.index(b"data/0", item.offset) + 100] ^= 1
+        item.file.write_bytes(data)
+        flipped.append(item.name)
+    shutil.copytree(whole, tmp_path / "missing")
+    for shard in (tmp_path / "missing").glob("*.distcp"):
+        shard.unlink()
+    directories = [str(tmp_path / name) for name in ("whole", "flipped_0", "flipped_1", "missing")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    done = subprocess.run(
+        [*launcher, script, *directories], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        said = [line for line in done.stdout.splitlines() if f"on rank {rank}: " in line]
+        assert said[0] == f"whole on rank {rank}: whole"
+        assert f"({flipped[0]}): BadZipFile: Bad CRC-32" in said[1]
+        assert f"({flipped[1]}): BadZipFile: Bad CRC-32" in said[2]
+        assert "is missing. Restore it" in said[3]

@@ -1,0 +1,28 @@
+"""Each of two ranks says what it learns of the checkpoint that it is asked to verify."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch.distributed as dist
+
+from megatron_dyt.mcore import checkpoint_damage
+from megatron_dyt.runtime.checkpoint_dir import DamagedCheckpoint
+
+dist.init_process_group("gloo")
+start = time.monotonic()
+for directory in sys.argv[1:]:
+    try:
+        checkpoint_damage.verify(directory, {"first", "second"})
+        said = "whole"
+    except DamagedCheckpoint as error:
+        said = str(error)
+    # One write call, so that the two ranks' lines do not mix.
+    sys.stdout.write(f"{Path(directory).name} on rank {dist.get_rank()}: {said}\n")
+    sys.stdout.flush()
+assert time.monotonic() - start < 30
+dist.destroy_process_group()
