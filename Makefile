@@ -27,7 +27,7 @@ quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT
 # sysmon is coverage's cheap measurement: no trace function is called for a line already seen.
 test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)
 	@COVERAGE_CORE=sysmon $(PY) -m pytest --cov=megatron_dyt \
-		--cov-report=term-missing:skip-covered --cov-fail-under=90 --record-results build/results $(PYTEST_ARGS)
+		--cov-report=term-missing:skip-covered --cov-fail-under=90 --record-results=build/results $(PYTEST_ARGS)
 
 test-versions: setup ## test other releases of megatron-core (VERSIONS="0.17.1 0.18.2"; default all)
 	@bash scripts/test-versions.sh $(VERSIONS)

@@ -41,7 +41,7 @@ run() {
   # shellcheck disable=SC2086 # PYTEST_ARGS is a list of words.
   PYTHONPATH=$PWD/.venv-versions/$release MEGATRON_DYT_CORE_CASES=1 \
     "$PY" -m pytest --no-cov -q -W ignore -m "not slow" -p no:cacheprovider \
-    --record-results build/results ${PYTEST_ARGS:-} "${tests[@]}" "${parallel[@]}"
+    --record-results=build/results ${PYTEST_ARGS:-} "${tests[@]}" "${parallel[@]}"
 }
 
 for release in "${@:-$TESTED}"; do
