@@ -25,9 +25,6 @@ SINCE = {
     "sum_from_norm": "0.17",
     # multi-latent attention can be built without Transformer Engine
     "latent_attention_without_te": "0.17",
-    # multi-latent attention under tensor parallelism has the gradients of one process, on CPU and whatever
-    # the norm (with 0.17.1 they are off, with RMSNorm too)
-    "latent_tensor_parallel": "0.18",
     # Mamba's stack is called a hybrid stack
     "hybrid_stack": "0.18",
     # `pretrain` takes a container of configurations; arguments are parsed before it is called

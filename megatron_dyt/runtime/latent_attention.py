@@ -71,13 +71,32 @@ def _summing_positions(gather: Callable[..., torch.Tensor]) -> Callable[..., tor
 
     @functools.wraps(gather)
     def gather_columns(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
-
         whole = gather(x, *args, **kwargs)
         positions = _gathers.pop(0)
         if not positions:
             return whole
         latent, keys = whole.split([whole.size(-1) - positions, positions], dim=-1)
-        return torch.cat([latent, copy_to_tensor_model_parallel_region(keys)], dim=-1)
+        return torch.cat([latent, _SumGradient.apply(keys)], dim=-1)
 
     return gather_columns
+
+
+class _SumGradient(torch.autograd.Function):
+    """x -> x, whose gradient is the sum over the tensor parallel ranks.
+
+    Not Megatron's `copy_to_tensor_model_parallel_region`: up to 0.18 that loses the sum of a gradient which
+    is not contiguous (`tensor_parallel/mappings.py`, `_reduce`), as the one of these columns is.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+        # A copy: autograd may hand the same memory to others.
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=get_tensor_model_parallel_group())
+        return total

@@ -29,14 +29,7 @@ def test_one_process(case: dict[str, Any], run_of: Callable[[str], Run]) -> None
     check(case, run_of)
 
 
-def with_needs(case: dict[str, Any]) -> Any:
-    """The case as a parameter, with what it needs of Megatron."""
-    split_latents = case["name"].startswith("latent") and cases.TP2 in " ".join(case["argv"])
-    marks = [pytest.mark.needs("latent_tensor_parallel")] if split_latents else []
-    return pytest.param(case, marks=marks, id=case["name"])
-
-
-@pytest.mark.parametrize("case", map(with_needs, cases.TWO_PROCESSES))
+@pytest.mark.parametrize("case", cases.TWO_PROCESSES, ids=cases.named(cases.TWO_PROCESSES))
 @pytest.mark.usefixtures("two")
 def test_two_processes(case: dict[str, Any], run_of: Callable[[str], Run]) -> None:
     check(case, run_of)
