@@ -141,9 +141,11 @@ def _forget_run() -> None:
     from megatron_dyt.runtime import cpu
 
     if "megatron.training.training" in sys.modules:
+        from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
         from megatron.training.training import destroy_global_state
 
         destroy_global_state()
+        MTPLossLoggingHelper.tracker = {}  # Of the number of prediction layers that the run had.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     cpu.disable()
