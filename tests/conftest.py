@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,14 @@ def _skip_without(feature: str) -> None:
     version = importlib.metadata.version("megatron-core")
     if not compat.has(feature, version):
         pytest.skip(f"megatron-core {version}: {feature} came with {compat.SINCE[feature]}")
+
+
+@pytest.fixture(autouse=True)
+def no_address_left() -> Iterator[None]:
+    """A run inside the test process leaves its address here, which is taken when a later test starts another."""
+    yield
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session")
