@@ -131,27 +131,16 @@ def get_batch(
     if not compat.has("model_builders"):
         return {**nothing, **training_api.get_unpacked_batch(data_iterator, has_mtp)}
 
-    tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
-    if tp_rank == 0:
+    if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         read = next(data_iterator)
         batch = {**nothing, **{name: _to_device(read.get(name)) for name in _BATCH_TENSORS}}
     batch = core.get_batch_on_this_tp_rank(
         batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
         has_cu_seqlens=packed,
         is_hybrid_cp=args.hybrid_context_parallel,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=has_mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        **training_api.place_of_batch(has_mtp),
     )
     batch = core.flatten_batch_for_packed_sequences(batch)
     if not needs_tokens:

@@ -188,12 +188,9 @@ def _get_batch_by_core(
 ) -> dict[str, Any]:
     from megatron.core import mpu
     from megatron.core import utils as core
-    from megatron.training import get_args
 
-    args = get_args()
-    tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
-    if tp_rank == 0:
+    if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         read = next(data_iterator)
         names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -203,17 +200,28 @@ def _get_batch_by_core(
         batch,
         is_sft=False,
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=has_mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        **place_of_batch(has_mtp),
     )
     group = mpu.get_context_parallel_group()
     return dict(core.get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group))
+
+
+def place_of_batch(has_mtp: bool) -> dict[str, Any]:
+    """What `get_batch_on_this_tp_rank` of megatron.core, from 0.18, wants to know of batch and rank."""
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    args = get_args()
+    return {
+        "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
+        "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
+        "broadcast_group": mpu.get_tensor_model_parallel_group(),
+        "cp_size": args.context_parallel_size,
+        "tp_rank": mpu.get_tensor_model_parallel_rank(),
+        "micro_batch_size": args.micro_batch_size,
+        "seq_length": args.seq_length,
+        "mtp_on_this_rank": has_mtp,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
+        "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),
+    }
