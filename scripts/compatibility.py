@@ -89,6 +89,8 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     parallel: dict[str, str] = {}
     groups: dict[str, Counter[str]] = {name: Counter() for name in GROUPS}
     for test, outcome in record["outcomes"].items():
+        if test.endswith("[NOTSET]"):  # pytest's name for a parameter without values
+            continue
         found = PARALLEL.search(test)
         if found:
             parallel[found["case"] or found["family"]] = outcome

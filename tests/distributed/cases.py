@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-STEPS = LONG = 20
+STEPS = 20
 
 # Everything a GPU run needs said too: local layers, no fused kernels, fp32.
 COMMON = (
