@@ -59,7 +59,7 @@ def _skip_without(feature: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_address_left() -> Iterator[None]:
-    """A run inside the test process leaves its address here, which is taken when a later test starts another."""
+    """What a run in the test process leaves as its address must not reach a later test or its processes."""
     yield
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)
