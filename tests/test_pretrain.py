@@ -316,7 +316,7 @@ def test_two_processes_compute_what_one_computes(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert two.returncode == 0, two.stderr[-3000:]

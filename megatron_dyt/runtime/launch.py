@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,13 +27,8 @@ def prepare_process() -> None:
     """Let a process that torchrun did not start be a world of one."""
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+        # The store then takes a port that is free when it starts, as nobody else has to find it.
+        os.environ.setdefault("MASTER_PORT", "0")
 
 
 @contextlib.contextmanager

@@ -6,16 +6,17 @@ torchrun ends all ranks when one fails, which hides a rank that would have waite
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 # All ranks must have ended by then; give more on a machine that has other work.
-TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "120"))
+TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "600"))
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ def launch(directory: Path, commands: list[list[str]], **environment: str) -> li
 
     Raises TimeoutError, after ending them, when they are not done in TIMEOUT seconds.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(commands))}
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))}
     common = os.environ | world | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     processes = []
     for rank, command in enumerate(commands):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from tests.conftest import TINY_LLAMA
 from tests.distributed.plain import TIMEOUT, launch
+from tests.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -50,12 +50,6 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str
     results = [[json.loads(line) for line in re.findall("RESULT (.*)", each.out)] for each in ended]
     assert [len(each) for each in results] == [len(CASES)] * 2, ended
     return dict(zip(CASES, map(list, zip(*results, strict=True)), strict=True))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_different_settings_and_versions(endings: dict[str, list[list[str]]]) -> None:

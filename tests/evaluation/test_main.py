@@ -204,7 +204,7 @@ def test_two_processes_give_the_same_results(
     subprocess.run(
         [sys.executable, "-m", *torchrun, "megatron_dyt.evaluation", *flags],
         check=True,
-        timeout=300,
+        timeout=600,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

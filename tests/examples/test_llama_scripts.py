@@ -26,7 +26,7 @@ def run(script: str, *flags: str, **settings: str) -> subprocess.CompletedProces
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
 

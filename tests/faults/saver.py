@@ -3,12 +3,15 @@
     python tests/faults/saver.py JOB.json
 
 JOB.json is {"directory": ..., "argv": [...], "kills": N, "seed": S}. Megatron is imported once. A forked
-process tells through a pipe when a save begins, and is sent SIGKILL a random time later. DIRECTORY/kills.json
-gets what was seen: for each kill what the process had computed, and what it left.
+process tells through a pipe when a save begins, and is sent SIGKILL a random time later, until N kills were
+in the middle of a save. DIRECTORY/kills.json gets what was seen: for each kill what the process had
+computed, and what it left.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import random
@@ -27,33 +30,46 @@ from megatron_dyt import pretrain
 from megatron_dyt.errors import describe
 from megatron_dyt.patching import Patches, Replacement
 from megatron_dyt.runtime import checkpoint_crc, checkpoint_dir, cpu
+from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
 # A process that neither saves nor ends is a failure.
 PATIENCE = 240.0
+# So is a job of which most kills miss.
+LIVES_A_KILL = 4
 
 
 def main(job_file: str) -> None:
-    """Kill as many processes as the job says, and one more that shows that the last one can be resumed."""
+    """Kill processes until enough died in a save, and one more, which shows that the last can be resumed."""
     warnings.filterwarnings("ignore")
-    cpu.enable()
-    import megatron.training.training  # noqa: F401  Here, once, and not in every process.
-
+    prepare()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     directory = Path(job["directory"])
     chance = random.Random(job["seed"])
-    seen = []
-    for _ in range(job["kills"] + 1):
-        # The first save may be slower; a kill at up to twice a usual one's time hits the steps after it too.
-        seen.append(one_life(job["argv"], directory, chance.randint(1, 3), chance.random()))
+    seen: list[dict[str, Any]] = []
+    period, hits = 0.2, 0
+    while hits < job["kills"] and len(seen) < LIVES_A_KILL * job["kills"]:
+        life = one_life(job["argv"], directory, chance.randint(1, 3), period * chance.random())
+        seen.append(life)
+        hits += life["left"]["in_a_save"]
+        begun = [event["time"] for event in life["events"] if event["event"] == "save"]
+        # From one save to the next, as this machine is now; the first one of a process may be slower.
+        period = min([b - a for a, b in itertools.pairwise(begun)], default=period)
+    seen.append(one_life(job["argv"], directory, 1, 0.0))
     Path(directory, "kills.json").write_text(json.dumps(seen), encoding="utf-8")
 
 
-def one_life(argv: list[str], directory: Path, saves: int, moment: float) -> dict[str, Any]:
-    """Start a process, kill it at `moment` of its `saves`-th save; returns what it did and left.
+def prepare() -> None:
+    """Do here, once, what each process would otherwise do again: importing, reading sources."""
+    remember_sources()
+    cpu.enable()
+    from megatron.training import arguments, training  # noqa: F401
 
-    `moment` is in units of twice the time that the save before took, or of 0.2 seconds for the first.
-    """
+    arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def one_life(argv: list[str], directory: Path, saves: int, delay: float) -> dict[str, Any]:
+    """Start a process, kill it `delay` seconds into its `saves`-th save; returns what it did and left."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -63,16 +79,13 @@ def one_life(argv: list[str], directory: Path, saves: int, moment: float) -> dic
     lines = []
     with os.fdopen(reading) as pipe:
         begun = 0
-        length = 0.1
         deadline = time.monotonic() + PATIENCE
         for line in pipe:
             event = json.loads(line)
             lines.append(event)
             begun += event["event"] == "save"
-            if event["event"] == "saved":
-                length = event["seconds"]
             if begun == saves or time.monotonic() > deadline:
-                time.sleep(2 * length * moment)
+                time.sleep(delay)
                 break
         os.kill(child, signal.SIGKILL)
         # What it still wrote before it died.
@@ -86,19 +99,29 @@ def one_life(argv: list[str], directory: Path, saves: int, moment: float) -> dic
 
 
 def left(save: Path) -> dict[str, Any]:
-    """What is on disk: the tracker, the checkpoints, and what is wrong with the one it names."""
+    """What is on disk: the checkpoint to go on from, what is wrong with it, whether a save was cut off."""
     tracker = save / "latest_checkpointed_iteration.txt"
-    named = tracker.read_text(encoding="utf-8") if tracker.exists() else None
-    problem = None
-    if named:
-        path = checkpoint_dir.iteration_directory(save, named)
-        try:
-            checkpoint_dir.check_files(path)
-            problem = checkpoint_crc.find_damage(path, lambda _name: True)
-        except ValueError as error:
-            problem = describe(error)
-    begun = [int(path.name[5:]) for path in save.glob("iter_*")]
-    return {"tracker": named, "problem": problem, "newest": max(begun, default=0)}
+    named = tracker.read_text(encoding="utf-8") if tracker.exists() else ""
+    begun = sorted((int(path.name[5:]) for path in save.glob("iter_*")), reverse=True)
+    # A kill between Megatron's emptying of the tracker and its writing leaves it empty.
+    last = int(named) if named else next((each for each in begun if problem_of(save, each) is None), 0)
+    return {
+        "last": last,
+        "problem": problem_of(save, last) if last else None,
+        "in_a_save": not named or max(begun) > last,
+    }
+
+
+def problem_of(save: Path, iteration: int) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole."""
+    path = checkpoint_dir.iteration_directory(save, str(iteration))
+    if not (path / "metadata.json").is_file():
+        return "not finished"
+    try:
+        checkpoint_dir.check_files(path)
+        return checkpoint_crc.find_damage(path, lambda _name: True)
+    except ValueError as error:
+        return describe(error)
 
 
 def train(argv: list[str], directory: Path, pipe: int) -> None:
@@ -137,11 +160,8 @@ def observers(tell: Callable[..., None]) -> list[Replacement]:
 
     def around_save(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def save(iteration: int, *args: Any, **options: Any) -> Any:
-            tell(event="save", iteration=iteration)
-            start = time.monotonic()
-            result = save_checkpoint(iteration, *args, **options)
-            tell(event="saved", iteration=iteration, seconds=time.monotonic() - start)
-            return result
+            tell(event="save", iteration=iteration, time=time.monotonic())
+            return save_checkpoint(iteration, *args, **options)
 
         return save
 

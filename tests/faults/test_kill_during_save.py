@@ -13,7 +13,7 @@ import pytest
 
 SAVER = Path(__file__).with_name("saver.py")
 KILLS = 20
-TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "240"))
+TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "600"))
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -25,24 +25,22 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(
     tiny_llama: list[str], tmp_path: Path, flags: list[str]
 ) -> None:
     lives = run(tmp_path, tiny_llama, flags)
-    assert len(lives) == KILLS + 1
+    hits = [life["left"]["in_a_save"] for life in lives[:-1]]
+    assert sum(hits) == KILLS, f"{sum(hits)} of {len(hits)} kills hit a save"
     losses: dict[int, str] = {}
-    before: dict[str, Any] = {"tracker": None}
-    inside = 0
+    last = 0
     for life in lives:
         log = (tmp_path / "log").read_text()[-3000:]
         assert life["killed"], log
         steps = [event for event in life["events"] if event["event"] == "step"]
         assert steps, log
-        # It went on from the checkpoint that the tracker named, and the steps are those of the others.
-        assert steps[0]["iteration"] == int(before["tracker"] or 0) + 1
+        # It went on from the last complete checkpoint, and the steps are those of the others.
+        assert steps[0]["iteration"] == last + 1
         for step in steps:
             assert losses.setdefault(step["iteration"], step["loss"]) == step["loss"]
-        before = life["left"]
-        assert before["problem"] is None
-        inside += before["newest"] > int(before["tracker"] or 0)
-    assert int(before["tracker"]) >= 10  # It got somewhere, too.
-    assert inside >= KILLS // 4, "too few kills hit a save"
+        assert life["left"]["problem"] is None
+        last = life["left"]["last"]
+    assert last >= 10  # It got somewhere, too.
     assert len(set(losses.values())) > len(losses) // 2
 
 

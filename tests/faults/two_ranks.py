@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -14,7 +13,6 @@ from megatron_dyt.mcore import checkpoint_damage
 from megatron_dyt.runtime.checkpoint_dir import DamagedCheckpoint
 
 dist.init_process_group("gloo")
-start = time.monotonic()
 for directory in sys.argv[1:]:
     try:
         checkpoint_damage.verify(directory, {"first", "second"})
@@ -24,5 +22,4 @@ for directory in sys.argv[1:]:
     # One write call, so that the two ranks' lines do not mix.
     sys.stdout.write(f"{Path(directory).name} on rank {dist.get_rank()}: {said}\n")
     sys.stdout.flush()
-assert time.monotonic() - start < 30
 dist.destroy_process_group()
