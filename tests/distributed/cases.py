@@ -20,10 +20,12 @@ from typing import Any
 
 STEPS = 20
 
+# A step is two micro-batches, so that gradients are accumulated; where two data parallel ranks share it,
+# ACCUMULATED leaves each of them two (of a model whose loss is a mean over samples: MoE's balancing is not).
 # Everything a GPU run needs said too: local layers, no fused kernels, fp32.
 COMMON = (
     "--hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
-    "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 8 "
+    "--seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 "
     "--lr 1e-3 --lr-decay-style constant --lr-decay-iters 20 --adam-eps 1e-4 --swiglu "
     "--normalization DyT --dyt-preset unit --dyt-bias --position-embedding-type rope "
     "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data "
@@ -41,17 +43,17 @@ LATENT = (
 )
 MODELS = {
     "dense": f"--num-layers 4 {GROUPED} {UNTIED}",
-    "tied": f"--num-layers 2 {GROUPED}",
+    "tied": f"--num-layers 2 {GROUPED} --global-batch-size 8",
     "one_kv_head": f"--num-layers 2 --group-query-attention --num-query-groups 1 {UNTIED}",
     "qk": f"--num-layers 2 {GROUPED} {UNTIED} --qk-layernorm",
-    "moe": f"--num-layers 2 {GROUPED} {UNTIED} --num-experts 4 --moe-router-topk 2 "
+    "moe": f"--num-layers 2 {GROUPED} {UNTIED} --global-batch-size 8 --num-experts 4 --moe-router-topk 2 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
     "--moe-token-dispatcher-type alltoall --moe-shared-expert-intermediate-size 32",
     "latent": f"--num-layers 2 {UNTIED} {LATENT} --q-lora-rank 16 --qk-layernorm",
     "latent_without_norms": f"--num-layers 2 {UNTIED} {LATENT} --q-lora-rank 16",
     "latent_without_q": f"--num-layers 2 {UNTIED} {LATENT}",
     "mtp": f"--num-layers 4 {GROUPED} {UNTIED} --mtp-num-layers 2",
-    "mtp_tied": f"--num-layers 4 {GROUPED} --mtp-num-layers 1",
+    "mtp_tied": f"--num-layers 4 {GROUPED} --mtp-num-layers 1 --global-batch-size 8",
 }
 
 SP = "--sequence-parallel"
@@ -61,6 +63,7 @@ PP4 = "--pipeline-model-parallel-size 4"
 VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 EP2 = "--expert-model-parallel-size 2"
 ALLGATHER = "--moe-token-dispatcher-type allgather"
+ACCUMULATED = "--micro-batch-size 1"
 DIST_OPT = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000"
 # The first stage's layers of "mtp" fill a bucket exactly: what comes next, the embedding scale, would begin
 # another one there, and end one on the second stage.
@@ -113,8 +116,8 @@ LATENTS = [model for model in MODELS if model.startswith("latent")]
 
 ONE_PROCESS = chosen(
     [
-        case("dense", "one_microbatch", "--micro-batch-size 8"),
-        case("dense", "eight_microbatches", "--micro-batch-size 1"),
+        case("dense", "one_microbatch", "--micro-batch-size 4"),
+        case("dense", "four_microbatches", "--micro-batch-size 1"),
         case("dense", "full_recompute", FULL),
         case("dense", "selective_recompute", SELECTIVE),
         case("moe", "full_recompute", FULL),
@@ -132,11 +135,11 @@ TWO_PROCESSES = chosen(
         case("dense", "tp2_sp_selective_recompute", f"{TP2_SP} {SELECTIVE}"),
         case("dense", "pp2", PP2),
         case("dense", "pp2_virtual", VPP2),
-        case("dense", "dp2"),
-        case("dense", "dp2_distributed_optimizer", DIST_OPT),
+        case("dense", "dp2", ACCUMULATED),
+        case("dense", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
         case("dense", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
         case("dense", "pp2_fused_full_recompute", f"{PP2} {FUSED} {FULL}"),
-        case("dense", "dp2_fused_distributed_optimizer", f"{FUSED} {DIST_OPT}"),
+        case("dense", "dp2_fused_distributed_optimizer", f"{FUSED} {DIST_OPT} {ACCUMULATED}"),
         case("tied", "tp2_sp", TP2_SP),
         case("tied", "pp2", PP2),
         case("one_kv_head", "tp2", TP2),
@@ -153,24 +156,24 @@ TWO_PROCESSES = chosen(
         *(case(model, "tp2", TP2) for model in LATENTS),
         *(case(model, "tp2_sp", TP2_SP) for model in LATENTS),
         case("latent", "pp2", PP2),
-        case("latent", "dp2_distributed_optimizer", DIST_OPT),
+        case("latent", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
         case("mtp", "tp2", TP2),
         case("mtp", "tp2_sp", TP2_SP),
         case("mtp", "pp2", f"{PP2} --save {{output}}/checkpoints/mtp_pp2 --save-interval 1000"),
         case("mtp", "pp2_virtual", VPP2),
-        case("mtp", "dp2_distributed_optimizer", DIST_OPT),
+        case("mtp", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
     ]
 )
 
 FOUR_PROCESSES = [
     case("dense", "tp4_sp", f"--tensor-model-parallel-size 4 {SP}"),
     case("dense", "tp2_sp_pp2_virtual", f"{TP2_SP} {VPP2}"),
-    case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}"),
+    case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT} {ACCUMULATED}"),
     case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
     case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2} --expert-tensor-parallel-size 1"),
     case("latent", "tp2_pp2", f"{TP2} {PP2}"),
     case("mtp", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
-    case("mtp", "pp2_dp2_distributed_optimizer", f"{PP2} {DIST_OPT} {UNEVEN_BUCKETS}"),
+    case("mtp", "pp2_dp2_distributed_optimizer", f"{PP2} {DIST_OPT} {UNEVEN_BUCKETS} {ACCUMULATED}"),
     # Three stages have the word embedding, two of them the scale.
     case("mtp_tied", "pp4_apart", f"{PP4} --pipeline-model-parallel-layout Et|tt|tm|L"),
 ]

@@ -57,14 +57,25 @@ def gradient_shards(model: list[Any]) -> list[Shard]:
     parameters = [p for chunk in model for p in chunk.parameters()]
     for chunk in model:
         _gather_gradients(chunk)
-    values = [p.data for p in parameters]
-    try:
-        for p in parameters:
-            p.data = p.main_grad
-        return shards(model)
-    finally:
-        for p, value in zip(parameters, values, strict=True):
-            p.data = value
+    return [
+        Shard(shard.name, shard.shape, shard.place, _gradient_of(shard.data, parameters).cpu().clone())
+        for shard in _parameters(model)
+    ]
+
+
+def _gradient_of(part: torch.Tensor, parameters: list[Any]) -> torch.Tensor:
+    """The part of a parameter's gradient that is where `part`, a view, is in the parameter.
+
+    To let the parameters' data be the gradients for a moment would be shorter, but a change of `data` to
+    another dtype (bf16 to fp32) takes the hooks of overlapped reduction off a parameter, without a word.
+    """
+    for p in parameters:
+        offset = part.data_ptr() - p.data_ptr()
+        if 0 <= offset < p.nbytes:
+            start = p.main_grad.storage_offset() + offset // p.element_size()
+            found: torch.Tensor = p.main_grad.as_strided(part.shape, part.stride(), start)
+            return found
+    raise AssertionError("a shard is not a view of a parameter")
 
 
 def _gather_gradients(chunk: Any) -> None:
@@ -120,10 +131,10 @@ def logits(model: list[Any]) -> torch.Tensor | None:
     from megatron.training import get_args
 
     args = get_args()
-    length, batch = args.seq_length, args.micro_batch_size
+    length, batch = args.seq_length, 2
     here = torch.cuda.current_device()
-    tokens = (torch.arange(2 * length).reshape(2, length) * 7 % args.vocab_size).to(here)
-    positions = torch.arange(length).expand(2, length).to(here)
+    tokens = (torch.arange(batch * length).reshape(batch, length) * 7 % args.vocab_size).to(here)
+    positions = torch.arange(length).expand(batch, length).to(here)
 
     def step(_data: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         return chunk(tokens, positions, causal_mask(length)[None].to(here)), lambda output, **_: output

@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 BIASED = "tp2_sp"  # With --dyt-bias too.
 # The same with more tokens in a step.
 LONGER = {"tp2_sp", "dp2"}
-MORE = "--seq-length 32 --max-position-embeddings 32 --global-batch-size 16"
+MORE = "--seq-length 32 --max-position-embeddings 32 --global-batch-size 8"
 
 
 def argv(norm: str, flags: str) -> list[str]:

@@ -36,6 +36,7 @@ from megatron_dyt import pretrain
 from megatron_dyt.patching import Patches, Replacement
 from megatron_dyt.runtime import cpu, device, latent_attention, launch
 from tests.distributed import record
+from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
 MOCK_DATA = "megatron.core.datasets.gpt_dataset"
@@ -44,7 +45,10 @@ MOCK_DATA = "megatron.core.datasets.gpt_dataset"
 def main(job_file: str) -> None:
     """Run every case of a job."""
     warnings.filterwarnings("ignore")
+    remember_sources()
     device.activate([])
+    # What is imported by now is here to stay: the collection after each case does not look at it.
+    gc.freeze()
     torch.backends.cuda.matmul.allow_tf32 = False
     launch.prepare_process()
     os.environ.setdefault("RANK", "0")
