@@ -7,6 +7,9 @@ PY := .venv/bin/python
 # Passed through to pytest: make test PYTEST_ARGS="tests/ops -x --no-cov"
 PYTEST_ARGS ?=
 
+# pytest processes: the tests that launch processes run in one, the others in the second (tests/workers.py).
+WORKERS ?= 2
+
 # Releases for test-versions; empty means all that are supported.
 VERSIONS ?=
 
@@ -26,11 +29,11 @@ quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT
 
 # sysmon is coverage's cheap measurement: no trace function is called for a line already seen.
 test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)
-	@COVERAGE_CORE=sysmon $(PY) -m pytest --cov=megatron_dyt \
+	@COVERAGE_CORE=sysmon $(PY) -m pytest -n $(WORKERS) --cov=megatron_dyt \
 		--cov-report=term-missing:skip-covered --cov-fail-under=90 --record-results=build/results $(PYTEST_ARGS)
 
 test-versions: setup ## test other releases of megatron-core (VERSIONS="0.17.1 0.18.2"; default all)
-	@bash scripts/test-versions.sh $(VERSIONS)
+	@WORKERS=$(WORKERS) bash scripts/test-versions.sh $(VERSIONS)
 
 compatibility: setup ## make docs/compatibility.md of the results of test and test-versions
 	@$(PY) scripts/compatibility.py collect build/results

@@ -6,7 +6,7 @@
 #   scripts/test-versions.sh                    every supported release (megatron_dyt/mcore/compat.py: TESTED)
 #   scripts/test-versions.sh 0.18.2 [0.19.2]    these
 #
-# Environment: PYTEST_ARGS is passed through to pytest.
+# Environment: PYTEST_ARGS is passed through to pytest; WORKERS is the number of pytest processes (2).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -40,7 +40,7 @@ run() {
   echo "test-versions: megatron-core $release"
   # shellcheck disable=SC2086 # PYTEST_ARGS is a list of words.
   PYTHONPATH=$PWD/.venv-versions/$release MEGATRON_DYT_CORE_CASES=1 \
-    "$PY" -m pytest --no-cov -q -W ignore -m "not slow" -p no:cacheprovider \
+    "$PY" -m pytest -n "${WORKERS:-2}" --no-cov -q -W ignore -m "not slow" -p no:cacheprovider \
     --record-results=build/results ${PYTEST_ARGS:-} "${tests[@]}" "${parallel[@]}"
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import results
+from tests.sources import remember_sources
 
 # A LLaMA small enough to train for some steps in a second; tests append what they vary.
 TINY_LLAMA = """
@@ -37,9 +38,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    remember_sources()
     directory = config.getoption("--record-results")
-    if directory:
+    # With several pytest processes the one that hands out the tests hears of all outcomes.
+    if directory and not hasattr(config, "workerinput"):
         config.pluginmanager.register(results.Recorder(Path(directory)), "recorder")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.workers import TwoGroups
+
+    return TwoGroups(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
