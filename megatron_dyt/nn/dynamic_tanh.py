@@ -1,12 +1,13 @@
 """Dynamic Tanh as a torch module."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_dyt.ops import dyt, dyt_residual
-from megatron_dyt.ops.dyt import BACKENDS
+from megatron_dyt.ops import dyt, dyt_fork, dyt_residual, recompute_dyt
+from megatron_dyt.ops.backends import BACKENDS
 from megatron_dyt.ops.reference import FUNCTIONS
 
 
@@ -85,28 +86,25 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) of any strides -> y of the same shape and dtype, contiguous."""
-        return dyt(
-            x,
-            self.alpha,
-            self.weight,
-            self.bias,
-            function=self.function,
-            shift=self.shift,
-            backend=self.backend,
-        )
+        return dyt(x, *self._tensors(), **self._options())
 
     def forward_residual(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(self(x + residual), x + residual), both contiguous, in one kernel where there is one."""
-        return dyt_residual(
-            x,
-            residual,
-            self.alpha,
-            self.weight,
-            self.bias,
-            function=self.function,
-            shift=self.shift,
-            backend=self.backend,
-        )
+        return dyt_residual(x, residual, *self._tensors(), **self._options())
+
+    def forward_fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(x), x), the gradients of the two added in one kernel: see `dyt_fork`."""
+        return dyt_fork(x, *self._tensors(), **self._options())
+
+    def recompute(self, y: Tensor, x: Tensor) -> None:
+        """Fill y = self(x), whose memory has been freed, again: see `recompute_dyt`."""
+        recompute_dyt(y, x, *self._tensors(), **self._options())
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.alpha, self.weight, self.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {"function": self.function, "shift": self.shift, "backend": self.backend}
 
     def extra_repr(self) -> str:
         return (

@@ -1,5 +1,5 @@
-"""The DyT operators, `dyt` and `dyt_residual`, their reference math and their backends."""
+"""The DyT operators `dyt`, `dyt_residual`, `dyt_fork` and `recompute_dyt`, their math and their backends."""
 
-from megatron_dyt.ops.dyt import dyt, dyt_residual
+from megatron_dyt.ops.dyt import dyt, dyt_fork, dyt_residual, recompute_dyt
 
-__all__ = ["dyt", "dyt_residual"]
+__all__ = ["dyt", "dyt_fork", "dyt_residual", "recompute_dyt"]

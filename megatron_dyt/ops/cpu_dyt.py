@@ -124,14 +124,15 @@ def forward(
     bias: Tensor | None,
     shift: Tensor | None,
     function: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`reference.dyt_forward` for CPU tensors; the result is contiguous."""
+    """`reference.dyt_forward` for CPU tensors; the result, or `out`, is contiguous."""
     dtype = reference.compute_dtype(x)
     hidden = x.shape[-1]
     a, s = _scalar(alpha), _scalar(shift)
     w = weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape) if out is None else out
     x_rows, y_rows = x.reshape(-1, hidden), y.view(-1, hidden)
     n = _chunk_rows(x_rows.shape[0], hidden)
     buffer = None if y.dtype == dtype else _workspace.take(1, n, hidden, dtype)[0]

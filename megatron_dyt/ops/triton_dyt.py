@@ -33,9 +33,10 @@ def forward(
     bias: Tensor | None,
     shift: Tensor | None,
     function: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`reference.dyt_forward` for functions in FUNCTIONS and dtypes in DTYPES; y is contiguous."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """`reference.dyt_forward` for functions in FUNCTIONS and dtypes in DTYPES; y, or `out`, is contiguous."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     _launch_forward(x, None, alpha, weight, bias, shift, function, y, None)
     return y
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_dyt.ops import cpu_dyt, dyt, dyt_residual
-from megatron_dyt.ops.dyt import choose_implementation
+from megatron_dyt.ops import backends, cpu_dyt, dyt, dyt_residual
+from megatron_dyt.ops.backends import choose_implementation
 from megatron_dyt.ops.reference import FUNCTIONS
 from tests.ops.cases import (
     NAMES,
@@ -317,8 +317,8 @@ def test_what_our_kernels_lack_is_compiled_on_cuda(function: str, dtype: torch.d
 
 
 def test_cuda_without_triton_warns_once_and_runs_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dyt_module, "triton_is_installed", lambda: False)
-    dyt_module._warn_without_triton.cache_clear()
+    monkeypatch.setattr(backends, "triton_is_installed", lambda: False)
+    backends._warn_without_triton.cache_clear()
     cuda = torch.device("cuda")
     with pytest.warns(UserWarning, match="triton is not installed, so DyT runs as plain torch code"):
         assert choose_implementation("auto", cuda) == "reference"
@@ -328,7 +328,7 @@ def test_cuda_without_triton_warns_once_and_runs_torch_code(monkeypatch: pytest.
         assert choose_implementation("auto", torch.device("cpu")) == "cpu"
     with pytest.raises(ValueError, match="need a CUDA or ROCm device, and the package triton, which is not"):
         choose_implementation("triton", cuda)
-    dyt_module._warn_without_triton.cache_clear()
+    backends._warn_without_triton.cache_clear()
 
 
 def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,7 +509,7 @@ def test_functions_without_a_kernel_can_be_compiled(function: str, monkeypatch: 
     def compile_without_codegen(f: Any) -> Any:
         return torch.compile(f, dynamic=True, fullgraph=True, backend="aot_eager")
 
-    monkeypatch.setattr(dyt_module, "_compiled", compile_without_codegen)
+    monkeypatch.setattr(backends, "_compiled", compile_without_codegen)
     monkeypatch.setattr(dyt_module, "choose_implementation", lambda *args: "compiled")
     for shape in ((6, 10), (9, 10)):
         check_against_exact(make_inputs(shape, function=function), function)

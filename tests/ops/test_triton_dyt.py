@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dyt.ops import dyt, triton_dyt, triton_launch
+from megatron_dyt.ops import dyt, dyt_fork, recompute_dyt, triton_dyt, triton_launch
 from megatron_dyt.ops.triton_launch import Chip
 from tests.ops.cases import (
     NAMES,
@@ -403,6 +403,30 @@ def test_the_sum_is_rounded_before_dyt_sees_it(device: str) -> None:
     y, total = triton_dyt.residual_forward(x, residual, one, weight, None, None, "tanh")
     assert torch.equal(total, x)
     assert torch.equal(y, triton_dyt.forward(x, one, weight, None, None, "tanh"))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_fork_adds_the_gradient_of_x(device: str, tolerances: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = make_inputs((33, 40), dtype=dtype, parameter_dtype=FP32, device=device)
+    y, same = dyt_fork(*inputs.values(), backend="triton")
+    dy, dsame = upstream(y), upstream(y).flip(-1)
+    gradients = torch.autograd.grad((y, same), list(inputs.values()), (dy, dsame))
+    exact_y, expected = exact(inputs, dy, "tanh")
+    expected["x"] = expected["x"] + dsame.double()
+    assert_near(y, exact_y, tolerances["tolerance"][dtype], "y", tolerances.get("slack", 2e-6))
+    for gradient, (name, e) in zip(gradients, expected.items(), strict=True):
+        assert_near(gradient, e, tolerances["tolerance"][gradient.dtype], f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_recomputation_gives_the_same_bits(device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs((33, 40), dtype=dtype, parameter_dtype=FP32, device=device)
+    y = call(inputs, backend="triton")
+    before = y.clone()
+    y.untyped_storage().resize_(0)
+    recompute_dyt(y, *inputs.values(), backend="triton")
+    assert torch.equal(y, before)
 
 
 @pytest.mark.usefixtures("poisoned")

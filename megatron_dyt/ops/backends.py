@@ -1,0 +1,202 @@
+"""What can run DyT (Triton kernels, torch.compile, CPU code, plain torch), and the one place that chooses."""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_dyt.ops import cpu_dyt, reference
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Implementation(NamedTuple):
+    """Code for one backend, with the signatures of `triton_dyt.forward`, `.residual_forward`, `.backward`.
+
+    `forward` takes a contiguous tensor to write y into as an optional last argument.
+    """
+
+    backend: str
+    supports: Callable[[torch.device, str, torch.dtype], bool]
+    forward: Callable[..., Tensor]
+    residual_forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., list[Tensor]]
+
+
+def _add_first(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """residual_forward of an implementation that has no kernel for it."""
+
+    def residual_forward(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        total = torch.add(x, residual).contiguous()
+        return forward(total, *rest), total
+
+    return residual_forward
+
+
+def _add_last(backward: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """backward of an implementation that does not know `dsum`."""
+
+    def backward_with_sum(*args: Any) -> list[Tensor]:
+        *rest, needs, dsum = args
+        gradients = backward(*rest, needs)
+        if dsum is not None and needs[0]:
+            gradients[0] += dsum
+        return gradients
+
+    return backward_with_sum
+
+
+def _reference_forward(
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    function: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    y = reference.dyt_forward(x, alpha, weight, bias, function=function, shift=shift)
+    return y.contiguous() if out is None else out.copy_(y)
+
+
+def _reference_backward(
+    dy: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    function: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    dx, *parameter_gradients = reference.dyt_backward(
+        dy, x, alpha, weight, has_bias=needs[3], function=function, shift=shift
+    )
+    return needed_gradients((dx.contiguous(), *parameter_gradients), needs)
+
+
+def _in_triton(name: str) -> Callable[..., Any]:
+    """A function of `triton_dyt`, which is imported at the first call: it takes Triton to be there."""
+
+    def call(*args: Any) -> Any:
+        from megatron_dyt.ops import triton_dyt
+
+        return getattr(triton_dyt, name)(*args)
+
+    return call
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _compiled_forward(*args: Any) -> Tensor:
+    y: Tensor = _compiled(_reference_forward)(*args)
+    return y
+
+
+def _compiled_backward(*args: Any) -> list[Tensor]:
+    *tensors, needs = args
+    gradients: list[Tensor] = _compiled(_reference_backward)(*tensors, tuple(needs))
+    return gradients
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    """Whether the package is there, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _runs_triton(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return triton_is_installed()
+    if device.type != "cpu" or not triton_is_installed():
+        return False
+    from megatron_dyt.ops import triton_dyt
+
+    return triton_dyt.is_interpreted()
+
+
+def _runs_our_kernels(device: torch.device, function: str, dtype: torch.dtype) -> bool:
+    if not _runs_triton(device):
+        return False
+    from megatron_dyt.ops import triton_dyt
+
+    return function in triton_dyt.FUNCTIONS and dtype in triton_dyt.DTYPES
+
+
+# In order of preference: the first that has the wanted backend and supports the call runs. On a CPU the
+# Triton kernels run interpreted, so there they come after the code made for it.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "cpu": Implementation(
+        "torch",
+        lambda device, function, dtype: device.type == "cpu",
+        cpu_dyt.forward,
+        _add_first(cpu_dyt.forward),
+        _add_last(cpu_dyt.backward),
+    ),
+    "triton": Implementation(
+        "triton",
+        _runs_our_kernels,
+        _in_triton("forward"),
+        _in_triton("residual_forward"),
+        _in_triton("backward"),
+    ),
+    # Inductor makes Triton kernels of the functions and dtypes that ours do not have.
+    "compiled": Implementation(
+        "triton",
+        lambda device, function, dtype: _runs_triton(device),
+        _compiled_forward,
+        _add_first(_compiled_forward),
+        _add_last(_compiled_backward),
+    ),
+    "reference": Implementation(
+        "torch",
+        lambda device, function, dtype: True,
+        _reference_forward,
+        _add_first(_reference_forward),
+        _add_last(_reference_backward),
+    ),
+}
+
+
+def choose_implementation(
+    backend: str, device: torch.device, function: str = "tanh", dtype: torch.dtype = torch.float32
+) -> str:
+    """The implementation that runs for this backend, device, function and dtype of x.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}")
+    if backend == "auto" and device.type == "cuda":
+        _warn_without_triton()
+    for name, implementation in IMPLEMENTATIONS.items():
+        if backend in ("auto", implementation.backend) and implementation.supports(device, function, dtype):
+            return name
+    missing = "" if triton_is_installed() else ", and the package triton, which is not installed"
+    raise ValueError(
+        f"backend {backend!r} cannot run on {device}: the Triton kernels need a CUDA or ROCm device"
+        f"{missing}; use backend='auto' or 'torch'"
+    )
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    """Say once that this will be slow."""
+    if not triton_is_installed():
+        warnings.warn(
+            "the package triton is not installed, so DyT runs as plain torch code, several times slower; "
+            "install triton, or give backend='torch' to say that this is meant",
+            stacklevel=4,
+        )
+
+
+def needed_gradients(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Those gradients that are needed, in their order."""
+    return [t for t, needed in zip(gradients, needs, strict=True) if needed and t is not None]
