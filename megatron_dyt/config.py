@@ -69,7 +69,8 @@ class DyTConfig:
             input at unit variance, as RMSNorm does (`unit_response`).
         function: what bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938).
         backend: "auto", "triton" or "torch".
-        fuse_residual: add the residual and apply DyT in one kernel where the model allows it.
+        fuse_residual: DyT and the residual stream in one kernel, forward and backward, where the model
+            allows it.
         name: the preset these values come from, for reports.
 
     Raises:
@@ -85,7 +86,7 @@ class DyTConfig:
     function: Function = "tanh"
     weight_init: WeightInit = "one"
     backend: Backend = "auto"
-    fuse_residual: bool = False
+    fuse_residual: bool = True
     name: Preset = "paper"
 
     def __post_init__(self) -> None:

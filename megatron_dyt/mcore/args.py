@@ -26,7 +26,7 @@ from megatron_dyt.mcore import handshake
 from megatron_dyt.mcore.fields import DyTFields, default_init_std
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.names import Backend, Function, OnBadAlpha, Preset, Role, WeightInit
-from megatron_dyt.ops.dyt import choose_implementation
+from megatron_dyt.ops.backends import choose_implementation
 
 NORMALIZATION = "DyT"
 
@@ -122,8 +122,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dyt-fuse-residual",
         action=argparse.BooleanOptionalAction,
-        help="Residual add and DyT in front of the MLP in one kernel, where the model allows it (it says so "
-        "where not). Default: no.",
+        help="DyT, the residual add in front of it and the sum of their gradients in one kernel each, where "
+        "the model allows it (it says so where not). Default: yes.",
     )
     group.add_argument(
         "--dyt-on-bad-alpha",

@@ -23,6 +23,8 @@ SINCE = {
     "training_loop": "0.17",
     # layers take (output, residual) from a norm that returns both
     "sum_from_norm": "0.17",
+    # the router of experts runs without Transformer Engine
+    "experts_without_te": "0.17",
     # multi-latent attention can be built without Transformer Engine
     "latent_attention_without_te": "0.17",
     # Mamba's stack is called a hybrid stack

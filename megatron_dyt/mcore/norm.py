@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_dyt.config import check_choice
-from megatron_dyt.mcore.residual import DeferredSum
+from megatron_dyt.mcore.residual import DeferredSum, offloads, uses_cuda_graphs
 from megatron_dyt.names import Role
 from megatron_dyt.nn import DynamicTanh
 
@@ -33,6 +33,9 @@ class DyTNorm(DynamicTanh):
 
     Attributes:
         role: "attn", "ffn", "final" or "qk".
+        returns_residual: whether `forward` returns (output, residual). Megatron's main branch reads it.
+        refills: whether an output that is recomputed is freed and filled by `mcore/recompute.py`, and not
+            by Megatron, which has its own ways with CUDA graphs and offloaded activations.
         output_dtype: the parameters' with `fp32_residual_connection`, where the input is fp32 and the
             layer behind takes what Transformer Engine's norms return; else None, the input's.
         probe: called with (module, input) at each forward while a monitor is looking, else None.
@@ -46,6 +49,7 @@ class DyTNorm(DynamicTanh):
         *,
         role: Role,
         averaged: bool = False,
+        returns_residual: bool = False,
     ) -> None:
         """Args:
         config: Megatron's config; `config.dyt` (a DyTConfig) gives alpha, bias and function.
@@ -53,6 +57,7 @@ class DyTNorm(DynamicTanh):
         eps: accepted for the builder's signature; DyT divides by nothing.
         role: where the norm stands.
         averaged: average the gradients over the tensor parallel group; see `mark_averaged`.
+        returns_residual: return (output, residual), for layers that take both.
         """
         check_choice("role", role, get_args(Role))
         dyt = config.dyt
@@ -66,6 +71,8 @@ class DyTNorm(DynamicTanh):
             dtype=config.params_dtype,
         )
         self.role: Role = role
+        self.returns_residual = returns_residual
+        self.refills = not (offloads(config) or uses_cuda_graphs(config))
         self.output_dtype = config.params_dtype if config.fp32_residual_connection else None
         self.probe: Callable[[DyTNorm, torch.Tensor], None] | None = None
         mark_sequence_parallel(self, config.sequence_parallel)
@@ -76,17 +83,22 @@ class DyTNorm(DynamicTanh):
         """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape, and x's dtype or
         `output_dtype`.
 
-        For a sum that is still to be made, which an fp32 residual stream has none of, (output, sum).
+        With `returns_residual`, and for a sum that is still to be made: (output, x or the sum), whose
+        gradients backward adds in one kernel.
         """
+        gives_both = self.returns_residual
         if isinstance(x, DeferredSum):
-            y, total = self.forward_residual(x.x, x.residual)
-            if self.probe is not None:
-                self.probe(self, total)
-            return y, total
+            y, x = self.forward_residual(x.x, x.residual)
+            gives_both = True
+        elif gives_both:
+            y, x = self.forward_fork(x)
+        else:
+            y = super().forward(x)
         if self.probe is not None:
             self.probe(self, x)
-        y = super().forward(x)
-        return y if self.output_dtype is None else y.to(self.output_dtype)
+        if self.output_dtype is not None:
+            y = y.to(self.output_dtype)
+        return (y, x) if gives_both else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, role={self.role}"

@@ -21,6 +21,7 @@ from megatron_dyt.mcore import (
     hybrid,
     monitor,
     recipe_flags,
+    recompute,
     reshardable_optimizer,
     safety_net,
     spec,
@@ -31,6 +32,7 @@ _EMBEDDING = "megatron.core.models.common.embeddings.language_model_embedding"
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module"
 _BLOCK = "megatron.core.transformer.transformer_block"
 _MODELS = "megatron.core.models"
+_RANDOM = "megatron.core.tensor_parallel.random"
 _TE = "megatron.core.extensions.transformer_engine"
 
 
@@ -78,6 +80,12 @@ CORE = (
         "megatron.core.fusions.fused_layer_norm",
         "FusedLayerNorm.__init__",
         safety_net.wrap_fused_init,
+    ),
+    Seam(_RANDOM, "CheckpointWithoutOutput.checkpoint", recompute.wrap_checkpoint),
+    Seam(
+        _RANDOM,
+        "CheckpointWithoutOutput.discard_output_and_register_recompute",
+        recompute.wrap_discard,
     ),
     Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
     Seam(

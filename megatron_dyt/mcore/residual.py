@@ -1,16 +1,20 @@
-"""Residual add and DyT in one kernel, in front of the MLP (`--dyt-fuse-residual`).
+"""DyT and the residual stream in one kernel (`--dyt-fuse-residual`), forward and backward.
 
-A transformer layer adds attention's output to the residual stream and hands the sum to the norm in
-front of the MLP. Here the add returns the two terms instead, as a `DeferredSum`. Everything between
-passes it on untouched (the slots of cross-attention are identities), and DyTNorm adds and normalizes in
-one kernel (`megatron_dyt.ops.dyt_residual`), and returns (output, sum): Megatron's layers take the sum
-as the residual since 0.17.
+Megatron's layers take (output, residual) from a norm since 0.17. Two things are made of that:
 
-The next layer's input norm is not fused: between layers lie pipeline sends and checkpoint boundaries.
+- A DyTNorm returns its input as the residual. The gradient that comes back through it is then added to
+  DyT's own by the kernel that computes that one (`megatron_dyt.ops.dyt_fork`), where autograd would add
+  the two in another pass over memory.
+- The add behind attention returns its two terms instead of their sum, as a `DeferredSum`. Everything
+  between passes it on untouched (unused slots of cross-attention are identities), and the DyTNorm adds
+  and normalizes in one kernel (`megatron_dyt.ops.dyt_residual`). The same for cross-attention.
+
+The add behind the MLP is not deferred to the next layer's input norm: see docs/kernels.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +22,14 @@ from torch import Tensor
 
 from megatron_dyt.mcore import compat, kept
 
-# What a slot must build for the sum to reach the norm untouched.
-_PASSED_ON = {
-    "self_attn_bda": "get_bias_dropout_add",
+# A layer's norms, each in front of a branch whose result is added to what the norm returns beside it.
+SITES = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
+_NO_CROSS_ATTENTION = {
     "pre_cross_attn_layernorm": "IdentityOp",
     "cross_attention": "IdentityOp",
     "cross_attn_bda": "IdentityFuncOp",
-    "pre_mlp_layernorm": "DyTNorm",
 }
+_LAYER_MODULE = "megatron.core.transformer.transformer_layer"
 
 
 class DeferredSum:
@@ -59,44 +63,103 @@ def deferred_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tens
     return add
 
 
-def spec_changes(config: Any, parts: Any, name_of: Callable[[Any], str]) -> dict[str, Any]:
-    """What to change in a layer's submodules so that the add in front of the MLP's norm is fused.
+def spec_changes(config: Any, layer: Any, parts: Any, name_of: Callable[[Any], str]) -> dict[str, Any]:
+    """What to change in a layer's submodules so that DyT and the residual stream are fused.
 
     Args:
         config: the TransformerConfig, with `config.dyt`.
-        parts: the layer's submodules, norms replaced.
+        layer: the layer's ModuleSpec.
+        parts: its submodules, norms replaced.
         name_of: gives the name of the class or function that a slot holds.
     """
-    if not config.dyt.fuse_residual or any(name_of(getattr(parts, f)) != n for f, n in _PASSED_ON.items()):
+    names = {slot: name_of(getattr(parts, slot)) for slot in (*SITES, *_NO_CROSS_ATTENTION, "self_attn_bda")}
+    norms = [site for site in SITES if names[site] == "DyTNorm"]
+    if not (config.dyt.fuse_residual and norms):
         return {}
-    reasons = obstacles(config)
+    reasons = obstacles(config, layer)
     if reasons:
         kept.say_once(
-            "DyT: residual add and DyT stay two steps (--dyt-fuse-residual), because of "
+            "DyT: its kernels do without the residual stream (--dyt-fuse-residual), because of "
             f"{', '.join(reasons)}. The results are the same."
         )
         return {}
-    return {"self_attn_bda": deferred_bias_dropout_add}
+    changes = {site: _returning_residual(getattr(parts, site)) for site in norms}
+    adds = _adds_in_front_of_norms(names)
+    more = _more_than_add(config)
+    if adds and more:
+        kept.say_once(
+            "DyT: the residual add in front of it stays Megatron's kernel (--dyt-fuse-residual), because of "
+            f"{', '.join(more)}. The results are the same."
+        )
+    return changes if more else changes | dict.fromkeys(adds, deferred_bias_dropout_add)
 
 
-def obstacles(config: Any) -> list[str]:
-    """Why residual add and DyT cannot be one in a model with this config; empty when they can."""
+def _returning_residual(norm: Any) -> Any:
+    """A copy of a DyTNorm's ModuleSpec that makes it return (output, residual)."""
+    return dataclasses.replace(norm, params={**norm.params, "returns_residual": True})
 
-    def has(name: str) -> bool:
-        return bool(getattr(config, name, False))
 
-    graphs = getattr(config, "cuda_graph_impl", "none") not in (None, "none")
-    recomputes_norms = config.recompute_granularity == "selective" and "layernorm" in (
-        config.recompute_modules or ()
-    )
+def _adds_in_front_of_norms(names: dict[str, str]) -> list[str]:
+    """The slots whose sum reaches a DyTNorm and nothing else before it, given what each slot builds."""
+    adds = []
+    no_cross_attention = all(names[slot] == name for slot, name in _NO_CROSS_ATTENTION.items())
+    behind_attention = "pre_mlp_layernorm" if no_cross_attention else "pre_cross_attn_layernorm"
+    if names[behind_attention] == "DyTNorm":
+        adds.append("self_attn_bda")
+    if names["pre_mlp_layernorm"] == "DyTNorm":
+        adds.append("cross_attn_bda")
+    return [add for add in adds if names[add] == "get_bias_dropout_add"]
+
+
+def obstacles(config: Any, layer: Any) -> list[str]:
+    """Why the norms of a layer cannot return a residual; empty when they can."""
     found = {
         "megatron-core before 0.17": not compat.has("sum_from_norm"),
-        "--hidden-dropout": config.hidden_dropout > 0,
-        "biases in linear layers (no --disable-bias-linear)": config.add_bias_linear,
-        "--fp32-residual-connection": has("fp32_residual_connection"),
-        "--recompute-modules layernorm": recomputes_norms,
-        "activation offloading": has("fine_grained_activation_offloading") or has("cpu_offloading"),
-        "--overlap-moe-expert-parallel-comm": has("overlap_moe_expert_parallel_comm"),
-        "CUDA graphs": graphs or has("enable_cuda_graph") or has("external_cuda_graph"),
+        f"the layer class {getattr(layer.module, '__name__', layer.module)}": not _is_megatrons(layer.module),
+        "activation offloading": offloads(config),
+        "--overlap-moe-expert-parallel-comm": _has(config, "overlap_moe_expert_parallel_comm"),
+        "CUDA graphs of parts of a layer": uses_cuda_graphs(config) and _splits_layers(config),
+        "--recompute-modules layernorm with CUDA graphs": uses_cuda_graphs(config)
+        and config.recompute_granularity == "selective"
+        and "layernorm" in (config.recompute_modules or ()),
     }
     return [reason for reason, applies in found.items() if applies]
+
+
+def _more_than_add(config: Any) -> list[str]:
+    """Why there is more to do behind attention than to add two tensors."""
+    found = {
+        "--hidden-dropout": config.hidden_dropout > 0,
+        "biases in linear layers (no --disable-bias-linear)": config.add_bias_linear,
+        "--fp32-residual-connection": _has(config, "fp32_residual_connection"),
+    }
+    return [reason for reason, applies in found.items() if applies]
+
+
+def offloads(config: Any) -> bool:
+    """Whether activations are moved to the host, and the residual stream's memory with them."""
+    return _has(config, "fine_grained_activation_offloading") or _has(config, "cpu_offloading")
+
+
+def uses_cuda_graphs(config: Any) -> bool:
+    """Whether Megatron captures layers or the iteration."""
+    return getattr(config, "cuda_graph_impl", None) not in (None, "none")
+
+
+def _splits_layers(config: Any) -> bool:
+    """Whether graphs end inside a layer, where only tensors can be handed on.
+
+    No scope is the whole layer. The list is called `cuda_graph_modules` from 0.18 on.
+    """
+    scopes = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None) or ()
+    return any(getattr(scope, "name", scope) not in ("full", "full_iteration") for scope in scopes)
+
+
+def _is_megatrons(layer: Any) -> bool:
+    """Whether a layer class has Megatron's own code around its norms, which takes what they return."""
+    methods = (getattr(layer, name, None) for name in ("_forward_attention", "_forward_mlp"))
+    return all(getattr(method, "__module__", None) == _LAYER_MODULE for method in methods)
+
+
+def _has(config: Any, name: str) -> bool:
+    return bool(getattr(config, name, False))

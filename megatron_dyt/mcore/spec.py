@@ -140,7 +140,7 @@ def rewrite_layer(config: Any, layer: Any) -> Any:
         keys.pop("input_layernorm.", None)
     changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **keys}
     parts = dataclasses.replace(parts, **changes)
-    parts = dataclasses.replace(parts, **residual.spec_changes(config, parts, _name))
+    parts = dataclasses.replace(parts, **residual.spec_changes(config, layer, parts, _name))
     return dataclasses.replace(layer, submodules=parts)
 
 

@@ -70,7 +70,8 @@ DIST_OPT = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-ga
 UNEVEN_BUCKETS = "--ddp-bucket-size 19120"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm mlp"
-FUSED = "--dyt-fuse-residual"
+# Fusion with the residual stream is on in all other cases.
+UNFUSED = "--no-dyt-fuse-residual"
 SELECTIVE_MOE = "--recompute-granularity selective --recompute-modules core_attn layernorm moe"
 
 
@@ -95,6 +96,7 @@ def named(cases: list[dict[str, Any]]) -> list[str]:
 # `make test-versions` sets MEGATRON_DYT_CORE_CASES: these layouts then stand for all, on each release.
 CORE_ONLY = bool(os.environ.get("MEGATRON_DYT_CORE_CASES"))
 CORE = (
+    *("dense-unfused", "dense-selective_recompute"),
     *("dense-tp2", "dense-tp2_sp", "dense-pp2", "dense-pp2_virtual", "dense-dp2_distributed_optimizer"),
     "qk-tp2_sp",
     *("moe-ep2", "moe-tp2_sp", "latent-tp2", "latent-tp2_sp", "mtp-tp2_sp", "mtp-pp2"),
@@ -120,10 +122,14 @@ ONE_PROCESS = chosen(
         case("dense", "four_microbatches", "--micro-batch-size 1"),
         case("dense", "full_recompute", FULL),
         case("dense", "selective_recompute", SELECTIVE),
+        case("dense", "unfused", UNFUSED),
+        case("dense", "unfused_selective_recompute", f"{UNFUSED} {SELECTIVE}"),
         case("moe", "full_recompute", FULL),
         case("moe", "selective_recompute", SELECTIVE_MOE),
+        case("moe", "unfused", UNFUSED),
         case("latent", "full_recompute", FULL),
         case("mtp", "full_recompute", FULL),
+        case("mtp", "unfused", UNFUSED),
     ]
 )
 
@@ -137,9 +143,8 @@ TWO_PROCESSES = chosen(
         case("dense", "pp2_virtual", VPP2),
         case("dense", "dp2", ACCUMULATED),
         case("dense", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
-        case("dense", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
-        case("dense", "pp2_fused_full_recompute", f"{PP2} {FUSED} {FULL}"),
-        case("dense", "dp2_fused_distributed_optimizer", f"{FUSED} {DIST_OPT} {ACCUMULATED}"),
+        case("dense", "tp2_sp_unfused", f"{TP2_SP} {UNFUSED}"),
+        case("dense", "pp2_full_recompute", f"{PP2} {FULL}"),
         case("tied", "tp2_sp", TP2_SP),
         case("tied", "pp2", PP2),
         case("one_kv_head", "tp2", TP2),
@@ -149,7 +154,6 @@ TWO_PROCESSES = chosen(
         case("moe", "ep2", EP2),
         case("moe", "ep2_distributed_optimizer", f"{EP2} {DIST_OPT}"),
         case("moe", "tp2_sp", TP2_SP),
-        case("moe", "tp2_sp_fused", f"{TP2_SP} {FUSED}"),
         case("moe", "tp2_sp_ep2", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1"),
         case("moe", "ep2_allgather", f"{EP2} {ALLGATHER}"),
         case("moe", "tp2_sp_ep2_allgather", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1 {ALLGATHER}"),

@@ -211,7 +211,7 @@ def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any
 
 
 @pytest.mark.parametrize(
-    ("flag", "fused"), [("", False), ("--dyt-fuse-residual", True), ("--no-dyt-fuse-residual", False)]
+    ("flag", "fused"), [("", True), ("--dyt-fuse-residual", True), ("--no-dyt-fuse-residual", False)]
 )
 def test_residual_fusion_is_a_setting_of_the_model(parse: Callable[..., Any], flag: str, fused: bool) -> None:
     args = parse(f"--normalization DyT {flag}")

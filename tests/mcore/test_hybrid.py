@@ -55,12 +55,12 @@ def test_every_layer_of_the_stock_stack_is_rewritten(stock: Any, config: Any, te
     assert mamba.mixer.submodules.in_proj is te_stubs.TEColumnParallelLinear
     assert mamba.sharded_state_dict_keys_map == {"norm.": "mixer.in_proj.layer_norm_"}
     attention = stack.attention_layer.submodules
-    assert attention.input_layernorm.params == {"role": "attn"}
+    assert attention.input_layernorm.params["role"] == "attn"
     assert attention.self_attention.submodules.linear_qkv is te_stubs.TEColumnParallelLinear
     mlp = stack.mlp_layer.submodules
-    assert mlp.pre_mlp_layernorm.params == {"role": "ffn"}
+    assert mlp.pre_mlp_layernorm.params["role"] == "ffn"
     assert submodules_of(mlp.mlp).linear_fc1 is te_stubs.TEColumnParallelLinear
-    assert stack.moe_layer.submodules.pre_mlp_layernorm.params == {"role": "ffn"}
+    assert stack.moe_layer.submodules.pre_mlp_layernorm.params["role"] == "ffn"
 
 
 def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
@@ -70,7 +70,7 @@ def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
         pytest.skip("this Megatron has no Gated DeltaNet in its hybrid stack")
     layer = hybrid.rewrite_stack(config, stock).gdn_layer.submodules
     parts = layer.self_attention.submodules
-    assert layer.input_layernorm.params == {"role": "attn"}
+    assert layer.input_layernorm.params["role"] == "attn"
     assert parts.in_proj is te_stubs.TEColumnParallelLinear
     assert layer.sharded_state_dict_keys_map == {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
     assert parts.out_norm.module is kept.KeptRMSNorm
@@ -85,7 +85,7 @@ def test_the_sparse_attention_indexer_keeps_its_layer_norm(stock: Any, config: A
         pytest.skip("this Megatron has no sparse attention in its hybrid stack")
     layer = hybrid.rewrite_stack(config, stock).dsa_layer.submodules
     indexer = layer.self_attention.submodules.core_attention.submodules.indexer
-    assert layer.input_layernorm.params == {"role": "attn"}
+    assert layer.input_layernorm.params["role"] == "attn"
     assert indexer.submodules.k_norm.__name__ == "TENorm"
 
 
@@ -226,7 +226,7 @@ def test_latent_attention_in_a_stack_is_dyt(stock: Any, te_stubs: Any) -> None:
         ),
     )
     rewritten = hybrid.rewrite_stack(config, dataclasses.replace(stock, mla_layer=odd)).mla_layer.submodules
-    assert rewritten.input_layernorm.params == {"role": "attn"}
+    assert rewritten.input_layernorm.params["role"] == "attn"
     parts = rewritten.self_attention.submodules
     assert parts.linear_kv_up_proj is te_stubs.TEColumnParallelLinear
     assert parts.kv_layernorm.params["role"] == "qk"
@@ -258,9 +258,9 @@ def test_gpt_with_gated_delta_net_is_dyt(
     delta, attention = (
         layer.submodules for layer in experimental_block(config, monkeypatch, te_stubs).layer_specs
     )
-    assert delta.input_layernorm.params == attention.input_layernorm.params == {"role": "attn"}
+    assert delta.input_layernorm.params["role"] == attention.input_layernorm.params["role"] == "attn"
     assert delta.self_attention.submodules.in_proj is te_stubs.TEColumnParallelLinear
     assert delta.self_attention.submodules.out_norm.module is kept.KeptRMSNorm
-    assert delta.pre_mlp_layernorm.params == {"role": "ffn"}
+    assert delta.pre_mlp_layernorm.params["role"] == "ffn"
     keys = [layer.sharded_state_dict_keys_map["input_layernorm."] for layer in (delta, attention)]
     assert keys == ["self_attention.in_proj.layer_norm_", "self_attention.linear_qkv.layer_norm_"]

@@ -1,15 +1,19 @@
-"""Residual add and DyT as one operation in the model: where it is done, and that it changes nothing."""
+"""DyT fused with the residual stream in the model: where it is done, and that it changes nothing."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_dyt.config import DyTConfig
-from megatron_dyt.mcore import compat, kept, residual
+from megatron_dyt.mcore import kept, residual
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 from megatron_dyt.nn import dynamic_tanh
+from tests import families
 
 pytestmark = pytest.mark.needs("sum_from_norm")
 
@@ -17,72 +21,126 @@ Run = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shape of x at every call of the fused operation."""
-    calls: list[tuple[int, ...]] = []
-    original = dynamic_tanh.dyt_residual
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each of the two fused operations was called."""
+    counter: Counter[str] = Counter()
 
-    def spy(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(tuple(x.shape))
-        return original(x, *args, **kwargs)
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            counter[original.__name__] += 1
+            return original(*args, **options)
 
-    monkeypatch.setattr(dynamic_tanh, "dyt_residual", spy)
-    return calls
+        return call
+
+    for operation in (dynamic_tanh.dyt_residual, dynamic_tanh.dyt_fork):
+        monkeypatch.setattr(dynamic_tanh, operation.__name__, counted(operation))
+    return counter
+
+
+def loss_and_gradients(model: Any, loss_of: Callable[[Any], torch.Tensor]) -> Run:
+    model.train()
+    torch.manual_seed(3)
+    loss = loss_of(model)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(fused: Run, plain: Run) -> None:
+    assert torch.equal(fused[0], plain[0])
+    assert plain[1].keys() == fused[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(fused[1][name], gradient, rtol=0, atol=0, msg=name)
 
 
 @pytest.fixture
 def run(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
+    make_config: Callable[..., Any],
+    make_spec: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
 ) -> Callable[..., Run]:
     """Loss and gradients of a small GPT, with or without fusion."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
     def train(fuse: bool, dtype: torch.dtype = torch.float32, **overrides: Any) -> Run:
         config = make_config(params_dtype=dtype, bf16=dtype == torch.bfloat16, **overrides)
         config.dyt = DyTConfig.unit(32, bias=True, fuse_residual=fuse)
-        model = build_gpt(config).to(dtype)
-        model.train()
-        torch.manual_seed(3)
-        loss = loss_of(model)
-        loss.backward()
-        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+        options = {}
+        if config.mtp_num_layers:
+            prediction = get_gpt_mtp_block_spec(config, make_spec(config), use_transformer_engine=False)
+            options["mtp_block_spec"] = prediction
+        model = build_gpt(config, **options).to(dtype)
+        return loss_and_gradients(model, loss_of)
 
     return train
 
 
-VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
-    "fp32": ({}, 2),
-    "bf16": ({"dtype": torch.bfloat16}, 2),
+BF16 = {"dtype": torch.bfloat16}
+# Of two layers: calls with a residual added in forward, and with gradients added in backward.
+VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "fp32": ({}, 2, 2),
+    "bf16": (BF16, 2, 2),
+    "fp32 residual": ({**BF16, "fp32_residual_connection": True}, 0, 4),
+    # Once more in backward.
     "full recompute": (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        4,  # once more in backward
+        4,
+        4,
     ),
-    "mlp recompute": ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, 2),
-    "mixture of experts": ({"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 64}, 2),
-    "dropout": ({"hidden_dropout": 0.1}, 0),
-    "biases": ({"add_bias_linear": True}, 0),
-    "norms recomputed": ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, 0),
+    "mlp recompute": ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, 2, 2),
+    "norm recompute": ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, 2, 2),
+    "mixture of experts": ({"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 64}, 2, 2),
+    "multi-token prediction": ({"mtp_num_layers": 1}, 3, 3),
+    "dropout": ({"hidden_dropout": 0.1}, 0, 4),
+    "biases": ({"add_bias_linear": True}, 0, 4),
 }
 
 
-@pytest.mark.parametrize(("overrides", "calls"), VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(("overrides", "adds", "forks"), VARIANTS.values(), ids=VARIANTS.keys())
 def test_loss_and_gradients_are_those_without_fusion(
-    run: Callable[..., Run], fused_calls: list[tuple[int, ...]], overrides: dict[str, Any], calls: int
+    run: Callable[..., Run], calls: Counter[str], overrides: dict[str, Any], adds: int, forks: int
 ) -> None:
-    loss, gradients = run(False, **overrides)
-    assert not fused_calls
-    fused_loss, fused_gradients = run(True, **overrides)
-    assert fused_calls == [(16, 2, 32)] * calls
-    assert torch.equal(fused_loss, loss)
-    assert gradients.keys() == fused_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(fused_gradients[name], gradient, rtol=0, atol=0, msg=name)
+    plain = run(False, **overrides)
+    assert not calls
+    fused = run(True, **overrides)
+    assert calls == Counter(dyt_residual=adds, dyt_fork=forks)
+    assert_equal(fused, plain)
+
+
+# T5 has two layers of two norms and two of three; the hybrid stack two of attention and two of MLP.
+FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "t5": ("t5", {"add_bias_linear": False}, 6, 4),
+    "t5 with biases": ("t5", {}, 0, 10),
+    "bert": ("bert", {"add_bias_linear": False}, 2, 2),
+    "vit": ("vit", {"add_bias_linear": False}, 2, 2),
+    "hybrid": ("hybrid", {}, 0, 4),
+    "hybrid with experts": ("hybrid", {"num_moe_experts": 2, "moe_router_topk": 2}, 0, 4),
+}
+
+
+@pytest.mark.parametrize(("family", "overrides", "adds", "forks"), FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.usefixtures("world")
+def test_other_families_too(
+    calls: Counter[str], family: str, overrides: dict[str, Any], adds: int, forks: int
+) -> None:
+    def train(fuse: bool) -> Run:
+        config = families.config_for(family, **overrides)
+        config.dyt = DyTConfig.paper(config.hidden_size, bias=True, fuse_residual=fuse)
+        model = families.build(family, config)
+        return loss_and_gradients(model, lambda model: families.loss_of(family, model))
+
+    plain = train(False)
+    assert not calls
+    fused = train(True)
+    assert calls == Counter(dyt_residual=adds, dyt_fork=forks)
+    assert_equal(fused, plain)
 
 
 def test_evaluation_is_fused_too(
     make_config: Callable[..., Any],
     build_gpt: Callable[..., Any],
     loss_of: Callable[[Any], torch.Tensor],
-    fused_calls: list[tuple[int, ...]],
+    calls: Counter[str],
 ) -> None:
     losses = []
     for fuse in (False, True):
@@ -92,13 +150,19 @@ def test_evaluation_is_fused_too(
         with torch.no_grad():
             losses.append(loss_of(model))
     assert torch.equal(*losses)
-    assert len(fused_calls) == 2
+    assert calls["dyt_residual"] == 2
 
 
-def test_it_is_off_unless_asked_for(run: Callable[..., Run], fused_calls: list[tuple[int, ...]]) -> None:
-    assert not DyTConfig.paper(1024).fuse_residual
-    run(False)
-    assert not fused_calls
+def test_it_is_on_unless_asked_not_to(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    calls: Counter[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loss_of(build_gpt(make_config()))
+    assert calls == Counter(dyt_residual=2, dyt_fork=2)
+    assert "fuse" not in capsys.readouterr().out
 
 
 def test_probe_sees_the_sum(
@@ -117,48 +181,98 @@ def test_probe_sees_the_sum(
         assert torch.equal(fused, plain)
 
 
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+GRAPHS = {"cuda_graph_impl": "local"}
+# The name of the scopes until 0.17, and from 0.18.
+SCOPES = ("cuda_graph_scope", "cuda_graph_modules")
 OBSTACLES = [
-    ("--hidden-dropout", {"hidden_dropout": 0.1}),
-    ("biases in linear layers", {"add_bias_linear": True}),
-    ("--fp32-residual-connection", {"fp32_residual_connection": True}),
-    (
-        "--recompute-modules layernorm",
-        {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
-    ),
     ("activation offloading", {"cpu_offloading": True}),
     ("activation offloading", {"fine_grained_activation_offloading": True}),
     ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}),
-    ("CUDA graphs", {"cuda_graph_impl": "local"}),
-    ("CUDA graphs", {"enable_cuda_graph": True}),
+    *(("CUDA graphs of parts of a layer", {**GRAPHS, name: ["attn"]}) for name in SCOPES),
+    ("--recompute-modules layernorm with CUDA graphs", {**GRAPHS, **SELECTIVE}),
 ]
+
+
+@pytest.fixture
+def configured(make_config: Callable[..., Any]) -> Callable[..., Any]:
+    """A config with settings put past Megatron's own checks of what goes with what."""
+
+    def make(**settings: Any) -> Any:
+        config = make_config()
+        config.dyt = DyTConfig.unit(32, fuse_residual=True)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        return config
+
+    return make
 
 
 @pytest.mark.parametrize(("reason", "settings"), OBSTACLES, ids=[str(s) for _, s in OBSTACLES])
 def test_what_stands_in_its_way(
-    make_config: Callable[..., Any], reason: str, settings: dict[str, Any]
+    configured: Callable[..., Any], make_spec: Callable[..., Any], reason: str, settings: dict[str, Any]
 ) -> None:
-    config = make_config()
-    assert residual.obstacles(config) == []
-    for name, value in settings.items():
-        setattr(config, name, value)  # past Megatron's own checks of what goes with what
-    (found,) = residual.obstacles(config)
-    assert found.startswith(reason)
+    layer = make_spec(configured())
+    assert residual.obstacles(configured(), layer) == []
+    assert residual.obstacles(configured(**settings), layer) == [reason]
 
 
+@pytest.mark.parametrize("scope", [[], ["full"], [SimpleNamespace(name="full_iteration")]], ids=str)
+def test_cuda_graphs_of_whole_layers_do_not(
+    configured: Callable[..., Any], make_spec: Callable[..., Any], scope: list[Any]
+) -> None:
+    config = configured(**GRAPHS, cuda_graph_modules=scope, cuda_graph_scope=scope)
+    assert residual.obstacles(config, make_spec(config)) == []
+
+
+def test_a_layer_class_that_handles_norms_itself_is_left_alone(
+    configured: Callable[..., Any], make_spec: Callable[..., Any]
+) -> None:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    class Subclass(TransformerLayer):
+        pass
+
+    class OwnLayer(TransformerLayer):
+        def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+    layer = make_spec(configured())
+    layer.module = Subclass
+    assert residual.obstacles(configured(), layer) == []
+    layer.module = OwnLayer
+    assert residual.obstacles(configured(), layer) == ["the layer class OwnLayer"]
+
+
+@pytest.mark.parametrize(
+    ("since", "overrides", "line"),
+    [
+        (False, {"hidden_dropout": 0.1}, "do without the residual stream .* because of megatron-core before"),
+        (
+            True,
+            {"hidden_dropout": 0.1, "add_bias_linear": True},
+            "stays Megatron's kernel .* because of --hidden-dropout, biases in linear layers",
+        ),
+    ],
+)
 def test_it_says_once_why_it_is_off(
     make_config: Callable[..., Any],
     build_gpt: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    since: bool,
+    overrides: dict[str, Any],
+    line: str,
 ) -> None:
     monkeypatch.setattr(kept, "_said", set())
-    monkeypatch.setattr(compat, "has", lambda _feature: False)
-    config = make_config(hidden_dropout=0.1)
+    monkeypatch.setattr(residual.compat, "has", lambda _feature: since)
+    config = make_config(**overrides)
     config.dyt = DyTConfig.unit(32, fuse_residual=True)
     for _ in range(2):
         build_gpt(config)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--dyt-fuse-residual" in line]
-    assert "because of megatron-core before 0.17, --hidden-dropout. The results are the same." in line
+    (said,) = [each for each in capsys.readouterr().out.splitlines() if "--dyt-fuse-residual" in each]
+    assert re.search(line, said)
+    assert said.endswith("The results are the same.")
 
 
 def test_a_bias_or_dropout_is_megatrons_business(make_config: Callable[..., Any]) -> None:
@@ -176,26 +290,31 @@ def test_a_bias_or_dropout_is_megatrons_business(make_config: Callable[..., Any]
         assert deferred.residual is stream
 
 
-def test_a_layer_with_cross_attention_is_left_alone(make_config: Callable[..., Any]) -> None:
+def test_megatrons_spec_is_not_changed(make_config: Callable[..., Any]) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.attention import CrossAttention
 
     from megatron_dyt.mcore import spec as spec_module
 
     config = make_config()
-    config.dyt = DyTConfig.unit(32, fuse_residual=True)
     layer = get_gpt_layer_local_spec(normalization="DyT")
-    before = layer.submodules.self_attn_bda
-    fused = spec_module.rewrite_layer(config, layer)
-    assert fused.submodules.self_attn_bda is residual.deferred_bias_dropout_add
-    assert layer.submodules.self_attn_bda is before
-    layer.submodules.cross_attention = CrossAttention
-    assert spec_module.rewrite_layer(config, layer).submodules.self_attn_bda is before
+    before = dict(vars(layer.submodules))
+    fused = spec_module.rewrite_layer(config, layer).submodules
+    assert fused.self_attn_bda is residual.deferred_bias_dropout_add
+    assert fused.mlp_bda is layer.submodules.mlp_bda
+    for site in ("input_layernorm", "pre_mlp_layernorm"):
+        assert getattr(fused, site).params["returns_residual"]
+    assert vars(layer.submodules) == before
 
 
-def test_norm_gives_output_and_sum(make_config: Callable[..., Any]) -> None:
-    norm = DyTNorm(make_config(), 32, role="ffn")
+@pytest.mark.parametrize("returns_residual", [False, True])
+def test_norm_gives_output_and_residual(make_config: Callable[..., Any], returns_residual: bool) -> None:
+    norm = DyTNorm(make_config(), 32, role="ffn", returns_residual=returns_residual)
+    assert norm.returns_residual == returns_residual
     x, stream = torch.randn(3, 2, 32), torch.randn(3, 2, 32)
     y, total = norm(residual.DeferredSum(x, stream))
     assert torch.equal(total, x + stream)
-    assert torch.equal(y, norm(x + stream))
+    result = norm(total)
+    assert isinstance(result, tuple) == returns_residual
+    assert torch.equal(y, result[0] if returns_residual else result)
+    if returns_residual:
+        assert result[1].data_ptr() == total.data_ptr()
