@@ -90,18 +90,19 @@ def _in_triton(name: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` of a function, for any shapes, made once."""
     return torch.compile(function, dynamic=True)
 
 
 def _compiled_forward(*args: Any) -> Tensor:
-    y: Tensor = _compiled(_reference_forward)(*args)
+    y: Tensor = compiled(_reference_forward)(*args)
     return y
 
 
 def _compiled_backward(*args: Any) -> list[Tensor]:
     *tensors, needs = args
-    gradients: list[Tensor] = _compiled(_reference_backward)(*tensors, tuple(needs))
+    gradients: list[Tensor] = compiled(_reference_backward)(*tensors, tuple(needs))
     return gradients
 
 

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from megatron_dyt.ops import reference
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, choose_implementation
+from megatron_dyt.ops.checks import check_function, check_tensors
 from megatron_dyt.ops.library import Fork
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def dyt(
@@ -38,8 +36,8 @@ def dyt(
     Raises:
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
-    _check_tensors(x, alpha, weight, bias, shift)
-    _check_function(function, shift)
+    check_tensors(x, alpha, weight, bias, shift)
+    check_function(function, shift)
     implementation = choose_implementation(backend, x.device, function, x.dtype)
     y: Tensor = torch.ops.megatron_dyt.dyt.default(x, alpha, weight, bias, shift, function, implementation)
     return y
@@ -73,8 +71,8 @@ def dyt_residual(
     Raises:
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
-    _check_tensors(x, alpha, weight, bias, shift, residual)
-    _check_function(function, shift)
+    check_tensors(x, alpha, weight, bias, shift, residual)
+    check_function(function, shift)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     implementation = choose_implementation(backend, x.device, function, dtype)
     y, r = torch.ops.megatron_dyt.dyt_residual.default(
@@ -102,8 +100,8 @@ def dyt_fork(
     """
     if not torch.is_grad_enabled():
         return dyt(x, alpha, weight, bias, function=function, shift=shift, backend=backend), x
-    _check_tensors(x, alpha, weight, bias, shift)
-    _check_function(function, shift)
+    check_tensors(x, alpha, weight, bias, shift)
+    check_function(function, shift)
     implementation = choose_implementation(backend, x.device, function, x.dtype)
     y, same = Fork.apply(x, alpha, weight, bias, shift, function, implementation)
     return y, same
@@ -140,52 +138,3 @@ def recompute_dyt(
             forward(x, alpha, weight, bias, shift, function, alias)
         else:
             alias.copy_(forward(x, alpha, weight, bias, shift, function))
-
-
-def _check_function(function: str, shift: Tensor | None) -> None:
-    if function not in reference.FUNCTIONS:
-        raise ValueError(f"function is {function!r}; allowed are {', '.join(reference.FUNCTIONS)}")
-    if (shift is not None) != (function == "erf"):
-        given = "no shift was" if shift is None else "a shift was"
-        raise ValueError(
-            f"{given} given with function={function!r}; "
-            "give one, of shape (1,), for 'erf' and for nothing else"
-        )
-
-
-def _check_tensors(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None = None,
-) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., hidden) with hidden >= 1")
-    hidden = x.shape[-1]
-    expected = (
-        ("x", x, x.shape),
-        ("residual", residual, x.shape),
-        ("alpha", alpha, (1,)),
-        ("weight", weight, (hidden,)),
-        ("bias", bias, (hidden,)),
-        ("shift", shift, (1,)),
-    )
-    for name, tensor, shape in expected:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; for x of shape {tuple(x.shape)} "
-                f"it must be {tuple(shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed are {allowed}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move them to one device")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(
-            f"bias has dtype {bias.dtype} but weight has {weight.dtype}; give both the same dtype"
-        )

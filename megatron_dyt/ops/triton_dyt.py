@@ -18,7 +18,7 @@ FUNCTIONS = ("tanh", "erf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # How exact f(z) has to be: bits of the result's significand.
-_PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float8_e4m3fn: 8}
 
 
 def is_interpreted() -> bool:
@@ -55,6 +55,28 @@ def residual_forward(
     y, total = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
     _launch_forward(x, residual, alpha, weight, bias, shift, function, y, total)
     return y, total
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the kernels can write FP8 there: the interpreter, and NVIDIA from Ada and Hopper on."""
+    if device.type == "cpu":
+        return is_interpreted()
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fp8_forward(
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    function: str,
+    scale: Tensor,
+) -> Tensor:
+    """scale * DyT(x), rounded once, to float8_e4m3fn; scale is (1,) in fp32."""
+    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _launch_forward(x, None, alpha, weight, bias, shift, function, y, None, scale)
+    return y
 
 
 def backward(
@@ -113,6 +135,7 @@ def _launch_forward(
     function: str,
     y: Tensor,
     total: Tensor | None,
+    scale: Tensor | None = None,
 ) -> None:
     if x.numel() == 0:
         return
@@ -120,7 +143,8 @@ def _launch_forward(
     residual = None if residual is None else _as_rows(residual)
     rows, hidden = x.shape
     chip = launch.chip_of(x.device)
-    tile = launch.forward_tile(chip, rows, hidden, y.itemsize)
+    # Of what is computed with: y is narrower in FP8, wider than x beside a wider residual.
+    tile = launch.forward_tile(chip, rows, hidden, max(x.itemsize, y.itemsize))
     unit = _stride_unit(x, residual)
     grid = (launch.ceil_div(rows, tile.block_m) * launch.ceil_div(hidden, tile.block_n),)
     with _on_device_of(x):
@@ -131,6 +155,7 @@ def _launch_forward(
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
             shift,
+            scale,
             y,
             total,
             rows,

@@ -111,6 +111,7 @@ def forward_kernel(
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     shift_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     y_ptr: tl.tensor,
     sum_ptr: tl.tensor,
     rows: tl.tensor,
@@ -124,7 +125,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """y = weight * f(alpha * (x + residual) + shift) + bias, and x + residual.
+    """y = weight * f(alpha * (x + residual) + shift) + bias, times scale, and x + residual.
 
     Grid: (row blocks * column tiles,). Strides are those between rows, in STRIDE_UNIT elements: the
     compiler then knows their alignment and uses 16-byte accesses. y and the sum are contiguous.
@@ -160,6 +161,8 @@ def forward_kernel(
     y = _value(z, FUNCTION, PRECISION, PTX) * weight.to(tl.float32)[None, :]
     if bias_ptr is not None:
         y = y + bias.to(tl.float32)[None, :]
+    if scale_ptr is not None:
+        y = y * tl.load(scale_ptr)
     tl.store(y_ptr + out_offsets, y, mask=inside)
 
 

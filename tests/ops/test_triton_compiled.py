@@ -127,6 +127,26 @@ def test_the_table_fits_the_registers(chip: str, hidden: int, dtype: torch.dtype
     assert 0.9 * places <= backward.grid[0] <= places
 
 
+@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(("hidden", "function", "budget"), [(4096, "tanh", 10.5), (5000, "erf", 24)])
+def test_fp8_output(chip: str, hidden: int, function: str, budget: float) -> None:
+    x = torch.empty(65536, hidden, dtype=BF16, device="meta")
+    one, weight = torch.empty(1, device="meta"), torch.empty(hidden, device="meta")
+    shift = one if function == "erf" else None
+    with compiling_for(chip) as found:
+        triton_dyt.fp8_forward(x, one, weight, None, shift, function, one)
+    (code,) = found
+    vectors = elements(chip, code) * 2 / 16
+    assert not code.spills
+    assert code.count(r"F2FP\.SATFINITE\.E4M3") == elements(chip, code) / 2  # two elements each
+    # 16 bytes of bf16 in at a time, and 8 or 16 of FP8 out.
+    assert code.count(r"LDG\.E\.(\w+\.)*128") >= vectors
+    stores = [code.count(rf"STG\.E\.(\w+\.)*{bits}") for bits in (64, 128)]
+    assert 8 * stores[0] + 16 * stores[1] == elements(chip, code)
+    assert sum(stores) == code.count("STG")
+    assert len(code.instructions) / elements(chip, code) <= budget
+
+
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
 def test_tanh_approx_is_used_for_bf16_alone(chip: str) -> None:
     # Its relative error of 2^-11 (PTX ISA) is a quarter of bf16's rounding, and above that of fp16 and fp32.
