@@ -82,12 +82,13 @@ def _dyt_backward_fake(
     ]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    """Keep what `dyt_gradients` needs of `dyt`'s arguments."""
     x, alpha, weight, _, shift, ctx.function, ctx.implementation = inputs
     ctx.save_for_backward(x, alpha, weight, shift)
 
 
-def _gradients(ctx: Any, dy: Tensor, needs: list[bool], dsum: Tensor | None = None) -> list[Tensor | None]:
+def dyt_gradients(ctx: Any, dy: Tensor, needs: list[bool], dsum: Tensor | None = None) -> list[Tensor | None]:
     """Gradients of DyT's input, alpha, weight, bias and shift; None where not needed."""
     x, alpha, weight, shift = ctx.saved_tensors
     found = iter(
@@ -99,7 +100,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool], dsum: Tensor | None = No
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, dy, list(ctx.needs_input_grad[:5])), None, None)
+    return (*dyt_gradients(ctx, dy, list(ctx.needs_input_grad[:5])), None, None)
 
 
 def _save_sum_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -113,7 +114,7 @@ def _save_sum_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _differentiate_residual(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_x, needs_residual, *needs_parameters = ctx.needs_input_grad[:6]
     needs = [needs_x or needs_residual, *needs_parameters]
-    gradients = [dsum, None, None, None, None] if dy is None else _gradients(ctx, dy, needs, dsum)
+    gradients = [dsum, None, None, None, None] if dy is None else dyt_gradients(ctx, dy, needs, dsum)
     d_input, *parameters = gradients
     terms = (
         d_input.to(dtype) if needed and d_input is not None else None
@@ -143,7 +144,7 @@ class Fork(torch.autograd.Function):
         function: str,
         implementation: str,
     ) -> tuple[Tensor, Tensor]:
-        _save_for_backward(ctx, (x, alpha, weight, bias, shift, function, implementation), None)
+        save_for_backward(ctx, (x, alpha, weight, bias, shift, function, implementation), None)
         # A second result that nothing reads has no gradient, rather than one of zeros.
         ctx.set_materialize_grads(False)
         y = torch.ops.megatron_dyt.dyt.default(x, alpha, weight, bias, shift, function, implementation)
@@ -153,7 +154,7 @@ class Fork(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dsame: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (dsame, *([None] * 6))
-        return (*_gradients(ctx, dy, list(ctx.needs_input_grad[:5]), dsame), None, None)
+        return (*dyt_gradients(ctx, dy, list(ctx.needs_input_grad[:5]), dsame), None, None)
 
 
 # One kernel for all devices: the table above, not the dispatcher, chooses the code.
@@ -164,7 +165,7 @@ torch.library.register_fake("megatron_dyt::dyt", _dyt_fake, lib=_library)
 torch.library.register_fake("megatron_dyt::dyt_residual", _dyt_residual_fake, lib=_library)
 torch.library.register_fake("megatron_dyt::dyt_backward", _dyt_backward_fake, lib=_library)
 torch.library.register_autograd(
-    "megatron_dyt::dyt", _differentiate, setup_context=_save_for_backward, lib=_library
+    "megatron_dyt::dyt", _differentiate, setup_context=save_for_backward, lib=_library
 )
 torch.library.register_autograd(
     "megatron_dyt::dyt_residual",

@@ -100,7 +100,7 @@ def test_what_our_kernels_lack_can_be_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 def test_bad_input() -> None:
     x, one = torch.ones(2, 4), torch.ones(1)
-    with pytest.raises(ValueError, match="'identity', whose output has no bound .* allowed are tanh"):
+    with pytest.raises(ValueError, match=r"'identity', whose output has no bound .* allowed are tanh"):
         dyt_fp8(x, one, torch.ones(4), function="identity")
     with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
         dyt_fp8(x, one, torch.ones(3))
