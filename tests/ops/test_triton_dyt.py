@@ -8,6 +8,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -141,7 +142,11 @@ RESIDUAL_SHAPES = [
     ((2, 5, 64), FP16, FP16),
     ((129, 64), BF16, FP32),
     ((3, 1000), FP32, FP32),
+    ((3, 4096), FP16, FP16),
     ((3, 5000), BF16, BF16),
+    ((1, 5120), BF16, FP32),
+    ((3, 8192), BF16, BF16),
+    ((8193, 1), FP32, FP32),
 ]
 
 
@@ -214,6 +219,32 @@ def test_strides(
     strided = {**inputs, "x": view(inputs["x"]).requires_grad_()}
     check_against_exact(strided, "tanh", backend="triton", **tolerances)
     dy = view(upstream(inputs["x"]))
+    check_against_exact(inputs, "tanh", dy, backend="triton", **tolerances)
+
+
+def random_view(t: Tensor, random: Callable[..., int]) -> Tensor:
+    """A copy of t at a random place of a larger tensor, dimensions in a random order of strides."""
+    order = sorted(range(t.dim()), key=lambda _: random(0, 1000))
+    steps = [random(1, 2) for _ in order]
+    before = [random(0, 3) for _ in order]
+    sizes = [before[i] + t.shape[d] * steps[i] + random(0, 3) for i, d in enumerate(order)]
+    wide = torch.full(sizes, NAN, dtype=t.dtype, device=t.device)
+    cut = tuple(slice(before[i], before[i] + t.shape[d] * steps[i], steps[i]) for i, d in enumerate(order))
+    view = wide[cut].permute([order.index(d) for d in range(t.dim())])
+    return view.copy_(t.detach())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("seed", range(8))
+def test_random_strides(device: str, tolerances: dict[str, Any], seed: int) -> None:
+    random = Random(seed).randint
+    shape = (random(1, 4), random(1, 4), random(1, 40))
+    inputs = add_residual(make_inputs(shape, dtype=BF16, parameter_dtype=FP32, device=device))
+    for name in ("x", "residual"):
+        inputs[name] = random_view(inputs[name], random).requires_grad_()
+    check_residual_against_exact(inputs, "tanh", backend="triton", **tolerances)
+    del inputs["residual"]
+    dy = random_view(upstream(inputs["x"]), random)
     check_against_exact(inputs, "tanh", dy, backend="triton", **tolerances)
 
 
@@ -344,6 +375,35 @@ def test_bf16_value_near_zero(device: str) -> None:
     expected = torch.tanh(z.double())
     # A rounding, or the interpreter's cut, and the error of tanh.approx.
     assert ((y.double() - expected).abs() / expected).max() < (2**-7 if device == "cpu" else 2**-8 + 2**-11)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_special_values_in_every_dtype(device: str, dtype: torch.dtype) -> None:
+    largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    # A sum that overflows, a NaN in either term, infinities that cancel, zeros and the least numbers.
+    x = torch.tensor([largest, -largest, NAN, 1.0, INF, INF, 0.0, -0.0, least], device=device, dtype=dtype)
+    residual = torch.tensor([largest, -largest, 1.0, NAN, -INF, 1.0, 0.0, -0.0, 0.0], device=device)
+    residual = residual.to(dtype)
+    x, residual = (t[:, None].expand(-1, 24).contiguous() for t in (x, residual))
+    one, weight = torch.ones(1, device=device), torch.full((24,), 2.0, device=device)
+    y, total = triton_dyt.residual_forward(x, residual, one, weight, None, None, "tanh")
+    assert torch.equal(total.isnan(), (x + residual).isnan())
+    assert torch.equal(total.nan_to_num(7), (x + residual).nan_to_num(7))
+    values = y[:, -1].tolist()
+    assert values[:2] == [2, -2]
+    assert all(math.isnan(v) for v in values[2:5])
+    assert values[5:8] == [2, 0, 0]
+    assert values[8] == pytest.approx(2 * least, rel=2**-7)
+    dsum = torch.full_like(x, 0.5)
+    dx, dalpha, dweight = triton_dyt.backward(
+        torch.ones_like(x), total, one, weight, None, "tanh", [True] * 3 + [False] * 2, dsum
+    )
+    # Where f is flat only the gradient that comes by another way is left, and a NaN spreads to no other row.
+    slopes = dx[:, -1].tolist()
+    assert slopes[:2] + slopes[5:] == pytest.approx([0.5, 0.5, 0.5, 2.5, 2.5, 2.5], rel=2**-7)
+    assert all(math.isnan(v) for v in slopes[2:5])
+    assert dalpha.isnan().all()
+    assert dweight.isnan().all()
 
 
 @pytest.mark.parametrize("function", triton_dyt.FUNCTIONS)
