@@ -601,7 +601,9 @@ def test_cuda_graph_replays_forward_and_backward(device: str) -> None:
     inputs = add_residual(make_inputs((256, 1024), dtype=BF16, parameter_dtype=FP32, device=device))
 
     def step() -> tuple[Tensor, ...]:
-        y, total = call_residual(inputs)
+        # As in a layer: the fork in front of attention, and the sum behind it.
+        first, stream = dyt_fork(*(inputs[name] for name in ("x", "alpha", "weight", "bias")))
+        y, total = call_residual({**inputs, "x": first, "residual": inputs["residual"] + stream})
         return (y, total, *torch.autograd.grad((y, total), list(inputs.values()), (dy, dy)))
 
     dy = upstream(inputs["x"])
