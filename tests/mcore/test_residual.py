@@ -58,9 +58,13 @@ def run(
     make_spec: Callable[..., Any],
     build_gpt: Callable[..., Any],
     loss_of: Callable[[Any], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Run]:
     """Loss and gradients of a small GPT, with or without fusion."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})  # of the number of prediction layers here
 
     def train(fuse: bool, dtype: torch.dtype = torch.float32, **overrides: Any) -> Run:
         config = make_config(params_dtype=dtype, bf16=dtype == torch.bfloat16, **overrides)
