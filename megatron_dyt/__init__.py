@@ -14,16 +14,26 @@ from megatron_dyt.version import __version__
 if TYPE_CHECKING:
     from megatron_dyt.config import DyTConfig
     from megatron_dyt.mcore.register import is_registered, register
-    from megatron_dyt.nn import DynamicTanh
+    from megatron_dyt.nn import ConvertedNorm, DynamicTanh, convert_norms
 
 _HOME = {
+    "ConvertedNorm": "megatron_dyt.nn",
     "DyTConfig": "megatron_dyt.config",
     "DynamicTanh": "megatron_dyt.nn",
+    "convert_norms": "megatron_dyt.nn",
     "is_registered": "megatron_dyt.mcore.register",
     "register": "megatron_dyt.mcore.register",
 }
 
-__all__ = ["DyTConfig", "DynamicTanh", "__version__", "is_registered", "register"]
+__all__ = [
+    "ConvertedNorm",
+    "DyTConfig",
+    "DynamicTanh",
+    "__version__",
+    "convert_norms",
+    "is_registered",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:
