@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": ("megatron_dyt.evaluation", "zero-shot evaluation of a checkpoint with lm-eval"),
     "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
     "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
+    "convert": ("megatron_dyt.hf.convert", "a Hugging Face LLaMA as one with DyT (experimental)"),
     "report": ("megatron_dyt.diagnostics.report", "compare runs: results.json and report.html"),
 }
 

@@ -14,6 +14,12 @@ from megatron_dyt.names import Role
 
 MODELING_FILE = "modeling_llama_dyt.py"
 _MODULE = MODELING_FILE.removesuffix(".py")
+# What transformers' Auto classes take from a directory with that file.
+AUTO_MAP = {
+    "AutoConfig": f"{_MODULE}.LlamaDyTConfig",
+    "AutoModel": f"{_MODULE}.LlamaDyTModel",
+    "AutoModelForCausalLM": f"{_MODULE}.LlamaDyTForCausalLM",
+}
 
 
 def hf_config(
@@ -39,11 +45,7 @@ def hf_config(
     if shape.dyt is None:
         return LlamaConfig(**settings, architectures=["LlamaForCausalLM"])
     config = LlamaDyTConfig(**settings, **_dyt_settings(shape, folded), architectures=["LlamaDyTForCausalLM"])
-    config.auto_map = {
-        "AutoConfig": f"{_MODULE}.LlamaDyTConfig",
-        "AutoModel": f"{_MODULE}.LlamaDyTModel",
-        "AutoModelForCausalLM": f"{_MODULE}.LlamaDyTForCausalLM",
-    }
+    config.auto_map = dict(AUTO_MAP)
     return config
 
 
