@@ -19,7 +19,7 @@ from megatron_dyt.hf import export as export_module
 from megatron_dyt.hf.export import Export, _size, export, main
 from megatron_dyt.hf.torch_dist import LazyTensor, TorchDistReader, write_torch_dist
 
-from .conftest import Saved, hf_logits
+from .conftest import TOKENS, Saved, hf_logits, hf_model
 
 Save = Callable[..., Saved]
 TOLERANCE = 1e-5
@@ -183,6 +183,41 @@ def test_command_with_tokenizer(
     assert (hf_logits(output) - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
     assert "| vocabulary, positions | 350, 16 |" in (output / "README.md").read_text()
+
+
+def test_transformers_uses_an_export_as_its_own(
+    save_gpt: Save, tmp_path: Path, tokenizer_model: Path
+) -> None:
+    """Shards, dtype on load, SDPA, the key-value cache, and a generation that ends at the tokenizer's EOS."""
+    named: dict[str, Any] = {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": str(tokenizer_model),
+        "padded_vocab_size": 384,
+    }
+    saved = save_gpt("DyT", args=named, model={"vocab_size": 384})
+    output = exported(saved, tmp_path / "out", max_shard_bytes=40_000)
+    assert len(list(output.glob("*.safetensors"))) > 1
+
+    half = hf_model(output, torch_dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    model, eager = hf_model(output), hf_model(output, attn_implementation="eager")
+    assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        assert torch.allclose(eager(TOKENS).logits, whole, atol=1e-5 * float(whole.abs().max()))
+        assert (half(TOKENS).logits.float() - whole).abs().max() < 0.05 * whole.abs().max()
+
+    free = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = model.generate(TOKENS[:1, :4], **free)
+    assert torch.equal(cached, model.generate(TOKENS[:1, :4], use_cache=False, **free))
+    # The sixth token of that text is made the one after which a text ends.
+    settings = json.loads((output / "generation_config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
+    end = int(cached[0, 5])
+    (output / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
+    first = cached[0].tolist().index(end, 4)
+    ended = hf_model(output).generate(TOKENS[:1, :4], max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert torch.equal(ended, cached[:, : first + 1])
 
 
 def test_failure_leaves_nothing(save_gpt: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
