@@ -44,11 +44,11 @@ check-patches: setup ## check patches/ (MEGATRON_LM=clone: against the releases 
 test-megatron-lm: setup ## run Megatron-LM's own scripts, unmodified and patched (MEGATRON_LM=clone)
 	@MEGATRON_LM="$(MEGATRON_LM)" $(PY) -m pytest tests/megatron_lm --no-cov $(PYTEST_ARGS)
 
-lint: setup ## ruff, mypy, shell syntax
+lint: setup ## ruff, mypy, shellcheck
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@for script in .ci/run scripts/*.sh $(wildcard examples/*.sh examples/*/*.sh); do bash -n "$$script"; done
+	@.venv/bin/shellcheck --external-sources .ci/run scripts/*.sh $(wildcard examples/*.sh examples/*/*.sh)
 
 format: setup ## sort imports and format the code
 	@$(PY) -m ruff check --fix-only --select I .

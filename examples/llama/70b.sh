@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=llama-70b
 #SBATCH --nodes=128
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --requeue

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Pretrains LLaMA on many nodes. Sourced by 7b.sh, 13b.sh, ... which only name the size.
 #
-#   Slurm:      sbatch --nodes 64 examples/llama/7b.sh [MEGATRON FLAGS]
+#   Slurm:      sbatch --nodes 64 --time 2-0 examples/llama/7b.sh [MEGATRON FLAGS]
 #   by hand:    on every node, with NODES, NODE_RANK and MASTER_ADDR set:  bash examples/llama/7b.sh [FLAGS]
 #   look first: PLAN_ONLY=1 bash examples/llama/7b.sh     prints plan and flags, tries them without a GPU, ends
 #
 # It plans the parallel layout for this cluster, tries the flags under a simulated world, and refuses what
-# cannot work before a GPU is taken. Started again, by hand or by Slurm's requeue, it resumes from the last
-# complete checkpoint. Flags given on the command line come last and win.
+# cannot work before a GPU is taken. Checkpoints are written every SAVE_INTERVAL steps, and on SIGTERM, which Slurm
+# sends ten minutes before the time is up. Started again, by hand or by the requeue under Slurm, a run resumes
+# from the last complete checkpoint; three starts in a row without a new checkpoint end it.
+# Flags given on the command line come last and win.
 #
 # Settings (environment):
-#   TRAIN_DATA, VALID_DATA  Megatron's indexed data sets: prefixes, or a blend (weight prefix weight prefix ...)
+#   TRAIN_DATA, VALID_DATA  what megatron-dyt prepare-data wrote: a directory with a manifest, prefixes, or a
+#                           blend (weight prefix weight prefix ...)
 #   TOKENIZER_MODEL         the SentencePiece file that the data was made with
 #   OUT                     where checkpoints and logs go           (default runs/llama-SIZE-NORM)
 #   NORM                    DyT or RMSNorm                          (default DyT)
@@ -18,7 +21,9 @@
 #   GPU_MEMORY, GPU_FLOPS   GB and bf16 TFLOP/s a GPU               (default 80 and 989: H100)
 #   SAVE_INTERVAL           steps between checkpoints               (default 500)
 #   PLAN_FLAGS              sizes of your own, such as "--tp 8"     (see megatron-dyt plan --help)
+#   WANDB_PROJECT           logs to Weights & Biases too, by Megatron's own flags
 #   NODE_RANK, MASTER_ADDR, MASTER_PORT                             without Slurm
+#   SRUN_FLAGS              more flags for srun, such as "--container-image=... --container-mounts=..."
 #   PY                      interpreter                             (default .venv/bin/python, else python3)
 set -euo pipefail
 
@@ -36,8 +41,16 @@ NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps TP communication by it.
-# Commands that only look at flags must not print as rank so-and-so of the job.
-alone() { env -u RANK -u WORLD_SIZE -u SLURM_PROCID -u SLURM_NTASKS "$PY" "$@"; }
+export MASTER_PORT=${MASTER_PORT:-29500}
+read -r -a SRUN <<<"srun --kill-on-bad-exit=0 ${SRUN_FLAGS:-}"
+
+# A command that only looks: on this node, or where the containers of SRUN_FLAGS are. It must not take itself
+# for a rank of the job.
+alone() {
+  local where=()
+  if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SRUN_FLAGS:-}" ]; then where=("${SRUN[@]}" --nodes 1 --ntasks 1); fi
+  ${where[@]+"${where[@]}"} env -u RANK -u WORLD_SIZE -u SLURM_PROCID -u SLURM_NTASKS "$PY" "$@"
+}
 
 # --- what to run ---------------------------------------------------------------------------------------
 
@@ -48,11 +61,22 @@ check_settings() {
     [ -n "${!name:-}" ] || fail "$name is not set; see the head of examples/llama/common.sh."
   done
   [ -f "$TOKENIZER_MODEL" ] || fail "TOKENIZER_MODEL=$TOKENIZER_MODEL is not a file."
+  TRAIN_DATA=$(blend "$TRAIN_DATA") || exit
+  VALID_DATA=$(blend "$VALID_DATA") || exit
+}
+
+# The blend that TRAIN_DATA or VALID_DATA stands for; refuses data sets that are not there.
+blend() {
   local prefix
-  for prefix in $TRAIN_DATA $VALID_DATA; do
+  if [ -d "$1" ]; then
+    alone -m megatron_dyt.data.prepare --print-blend "$1" --tokenizer-model "$TOKENIZER_MODEL"
+    return
+  fi
+  for prefix in $1; do
     [[ $prefix =~ ^[0-9.]+$ ]] && continue # a weight of a blend
     [ -f "$prefix.idx" ] || fail "$prefix.idx is missing: $prefix is no indexed data set (megatron-dyt prepare-data makes them)."
   done
+  echo "$1"
 }
 
 make_flags() {
@@ -74,56 +98,115 @@ SPEED=(--bf16 --transformer-impl "${TRANSFORMER_IMPL:-transformer_engine}" --att
 SAFETY=(--ckpt-format torch_dist --async-save --save-interval "$SAVE_INTERVAL"
   --exit-signal-handler --distributed-timeout-minutes 30)
 LOGGING=(--log-interval 10 --eval-interval 500 --eval-iters 20 --log-throughput
-  --dyt-stats-interval 100)
+  --dyt-stats-interval 100 --tensorboard-dir "$OUT/tensorboard")
+if [ -n "${WANDB_PROJECT:-}" ]; then
+  LOGGING+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "llama-$MODEL-$NORM" --wandb-save-dir "$OUT/wandb")
+fi
 
 set_data_flags() {
   # shellcheck disable=SC2206 # Blends are lists of words.
   DATA=(--train-data-path ${TRAIN_DATA:-none} --valid-data-path ${VALID_DATA:-none}
     --data-cache-path "$OUT/cache" --tokenizer-type SentencePieceTokenizer
     --tokenizer-model "${TOKENIZER_MODEL:-none}")
-  PLACES=(--save "$OUT/checkpoint" --load "$OUT/checkpoint" --tensorboard-dir "$OUT/tensorboard")
+  PLACES=(--save "$OUT/checkpoint" --load "$OUT/checkpoint")
 }
 
 try_flags() {
-  local vocabulary
-  vocabulary=$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")
+  local size
+  if [ -n "${TOKENIZER_MODEL:-}" ]; then
+    size=(--tokenizer-model "$TOKENIZER_MODEL")
+  else
+    size=(--vocab-size "$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")")
+  fi
   alone -m megatron_dyt.planning.dry_run --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
-    --vocab-size "$vocabulary" -- "${TRAINING[@]}"
+    "${size[@]}" -- "${TRAINING[@]}"
 }
 
 # --- starting it ---------------------------------------------------------------------------------------
 
 launch() {
-  local torchrun=("$PY" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE")
   if [ -n "${SLURM_JOB_ID:-}" ]; then
-    local head
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Slurm sends TERM ten minutes before the time is up; Megatron then saves and ends.
-    srun --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
-      "${torchrun[@]}" --rdzv-backend c10d --rdzv-endpoint "$head:${MASTER_PORT:-29500}" \
-      --rdzv-id "$SLURM_JOB_ID" -m megatron_dyt.pretrain "${TRAINING[@]}"
+    launch_with_slurm
   elif [ "$NODES" -gt 1 ]; then
     [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] ||
       fail "NODES=$NODES without Slurm needs NODE_RANK (0 to $((NODES - 1))) and MASTER_ADDR."
-    "${torchrun[@]}" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" \
-      --master-port "${MASTER_PORT:-29500}" -m megatron_dyt.pretrain "${TRAINING[@]}"
+    launch_with_torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" \
+      --master-port "$MASTER_PORT"
   else
-    "${torchrun[@]}" --standalone -m megatron_dyt.pretrain "${TRAINING[@]}"
+    launch_with_torchrun --standalone
   fi
 }
 
+# One task a GPU, without torchrun: Slurm's SIGTERM reaches the training processes themselves, and their exit
+# code, 2 for wrong input, reaches us. When a task has ended, the others have two minutes to end as well.
+launch_with_slurm() {
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR
+  # shellcheck disable=SC2016 # The variables are those of a task.
+  "${SRUN[@]}" --ntasks "$((NODES * GPUS_PER_NODE))" --ntasks-per-node "$GPUS_PER_NODE" \
+    --cpu-bind=none --wait 120 bash -c '
+      export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+      exec "$@"' task "$PY" -m megatron_dyt.pretrain "${TRAINING[@]}"
+}
+
+# torchrun, told to end, kills its processes after 30 s, which is too short for a checkpoint. So SIGTERM goes to
+# them and not to torchrun: they save, end, and torchrun with them.
+launch_with_torchrun() {
+  "$PY" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" "$@" \
+    -m megatron_dyt.pretrain "${TRAINING[@]}" &
+  local torchrun=$! code=0
+  # shellcheck disable=SC2064 # The process of now.
+  trap "say 'SIGTERM: saving a checkpoint'; pkill -TERM -P $torchrun || true" TERM
+  # A signal ends the waiting, not torchrun.
+  while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
+  wait "$torchrun" || code=$?
+  trap - TERM
+  return "$code"
+}
+
+# --- and again -----------------------------------------------------------------------------------------
+
+# The step of the last complete checkpoint.
+saved_step() { cat "$OUT/checkpoint/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+
 # Whether the checkpoint directory has the last step.
 finished() {
-  local last=0 word
-  [ -f "$OUT/checkpoint/latest_checkpointed_iteration.txt" ] &&
-    last=$(<"$OUT/checkpoint/latest_checkpointed_iteration.txt")
-  local previous=
-  local steps=0
+  local word previous='' steps=0
   for word in "${TRAINING[@]}"; do
     [ "$previous" = --train-iters ] && steps=$word
     previous=$word
   done
-  [ "$last" -ge "$steps" ]
+  [ "$(saved_step)" -ge "$steps" ]
+}
+
+# Counts, in a file, the starts in a row that brought no new checkpoint.
+count_vain_start() {
+  local file=$OUT/vain-starts count=0
+  if [ "$(saved_step)" -gt "$1" ]; then
+    rm -f "$file"
+  else
+    [ -f "$file" ] && count=$(<"$file")
+    echo "$((count + 1))" >"$file"
+  fi
+}
+
+go_on() { # with the exit code, and the step that was there at the start
+  local code=$1
+  if finished; then
+    rm -f "$OUT/vain-starts"
+    say "finished: all steps are in $OUT/checkpoint"
+    return
+  fi
+  [ -n "${SLURM_JOB_ID:-}" ] ||
+    fail "stopped before the last step (exit code $code). Start it again to resume from the last complete checkpoint."
+  [ "$code" -ne 2 ] || fail "the input is wrong (see above); not requeued."
+  count_vain_start "$2"
+  if [ -f "$OUT/vain-starts" ] && [ "$(<"$OUT/vain-starts")" -ge 3 ]; then
+    rm -f "$OUT/vain-starts"
+    fail "three starts in a row brought no new checkpoint (exit code $code); not requeued."
+  fi
+  say "not finished (exit code $code); requeued, it resumes from step $(saved_step)"
+  scontrol requeue "$SLURM_JOB_ID"
 }
 
 main() {
@@ -141,16 +224,9 @@ main() {
     return
   fi
   mkdir -p "$OUT"
-  say "training into $OUT"
-  local code=0
+  local code=0 begin
+  begin=$(saved_step)
+  say "training into $OUT, from step $begin"
   launch || code=$?
-  if finished; then
-    say "finished: all steps are in $OUT/checkpoint"
-  elif [ -n "${SLURM_JOB_ID:-}" ] && [ "$code" -ne 2 ]; then
-    # 2 is our code for wrong input, which trying again does not mend.
-    say "not finished (exit code $code); requeued, it resumes from the last complete checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
-  else
-    fail "stopped before the last step (exit code $code). Start it again to resume from the last complete checkpoint."
-  fi
+  go_on "$code" "$begin"
 }

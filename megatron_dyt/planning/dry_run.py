@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron-dyt dry-run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--vocab-size", type=int, required=True, help="entries of the tokenizer")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--vocab-size", type=int, help="entries of the tokenizer")
+    size.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece file, to count them")
     options = parser.parse_args(own)
     if not flags:
         raise UserError(
@@ -64,11 +66,23 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     world = options.nodes * options.gpus_per_node
-    args, stages = simulate(flags, world, options.vocab_size)
+    vocab_size = options.vocab_size or _entries(options.tokenizer_model)
+    args, stages = simulate(flags, world, vocab_size)
     for line in report(args, stages, world):
         print(line)
     print(f"dry run: fine, in {time.monotonic() - began:.0f} s")
     return 0
+
+
+def _entries(tokenizer_model: str) -> int:
+    import sentencepiece
+
+    try:
+        return int(sentencepiece.SentencePieceProcessor(model_file=tokenizer_model).get_piece_size())
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--tokenizer-model {tokenizer_model} is not a readable SentencePiece model ({error})"
+        ) from error
 
 
 def simulate(flags: list[str], world_size: int, vocab_size: int) -> tuple[Any, list[Stage]]:

