@@ -1,7 +1,8 @@
 """Plan a run: `python -m megatron_dyt.planning --model 70b --nodes 128 --gpus-per-node 8 --gpu-memory 80`.
 
 Prints the parallel layout to take and why, the memory of its fullest rank, the pipeline's bubble, tokens a
-step and days. `--format flags` prints Megatron's flags for it, which the launch scripts use.
+step and days. `--format flags` prints Megatron's flags for it, which the launch scripts use. `--dry-run` then
+tries them: Megatron's own validation, and every pipeline stage's model, without a GPU.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
         own.add_argument(f"--{name}", type=_positive)
     own.add_argument("--recompute", choices=layout.RECOMPUTE)
     found.add_argument("--format", choices=("text", "json", "flags"), default="text")
+    found.add_argument("--dry-run", action="store_true", help="try the plan's flags as well (with the text)")
+    found.add_argument("--norm", choices=recipes.NORMS, default=recipes.NORMS[0], help="for the dry run")
     return found
 
 
@@ -66,7 +69,20 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(as_json(plans[0], duration, args.mfu), indent=2))
     else:
         print("\n".join(report(plans, duration, args.mfu)))
+        if args.dry_run:
+            return _dry_run(plans[0], args.norm)
     return 0
+
+
+def _dry_run(plan: Plan, norm: str) -> int:
+    """The recipe's and the layout's flags; a launch script tries those that it adds as well."""
+    from megatron_dyt.planning import dry_run
+
+    recipe, cluster = plan.recipe, plan.cluster
+    world = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.gpus_per_node)]
+    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(recipe.vocab_size - 1)]
+    flags = [*recipe.flags(norm), *plan.layout.flags(), "--bf16", *tokenizer]
+    return dry_run.main([*world, "--vocab-size", str(recipe.vocab_size), "--", *flags])
 
 
 def _fixed(args: argparse.Namespace) -> dict[str, int | str]:
@@ -92,6 +108,7 @@ def as_json(plan: Plan, duration: float, mfu: float) -> dict[str, object]:
         "bubble": plan.bubble,
         "tokens_per_step": recipe.tokens_per_step,
         "days": duration,
+        "gpu_hours": 24 * duration * plan.cluster.gpus,
         "mfu": mfu,
         "flags": plan.layout.flags(),
     }
@@ -110,7 +127,7 @@ def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
         f"step: {recipe.tokens_per_step / 1e6:.2f}M tokens, {best.layout.micro_batches(recipe)} "
         f"micro-batches a pipeline, bubble {best.bubble:.1%}",
         f"run: {recipe.train_iters} steps, {recipe.tokens / 1e9:.0f}B tokens, {duration:.1f} days at "
-        f"{mfu:.0%} MFU",
+        f"{mfu:.0%} MFU ({24 * duration * cluster.gpus:,.0f} GPU-hours)",
         "others that fit (estimated step relative to this one, memory in GB):",
     ]
     for plan in plans[1 : 1 + OTHERS_SHOWN]:

@@ -1,5 +1,5 @@
 """LLaMA sizes and training recipes as data (`llama.yaml`), and the Megatron flags they stand for."""
 
-from megatron_dyt.recipes.recipe import Recipe, load, names
+from megatron_dyt.recipes.recipe import NORMS, Recipe, load, names
 
-__all__ = ["Recipe", "load", "names"]
+__all__ = ["NORMS", "Recipe", "load", "names"]

@@ -1,11 +1,13 @@
 """Dry runs of the recipes: Megatron takes the flags, and the ranks' parameters add up to one model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.planning import dry_run, memory
+from megatron_dyt.planning.__main__ import main as plan
 from megatron_dyt.planning.choose import Speeds, ranked
 from megatron_dyt.planning.layout import Cluster
 from megatron_dyt.recipes import load
@@ -59,6 +61,20 @@ def test_the_rmsnorm_twin_has_no_alpha() -> None:
 def test_what_megatron_refuses_is_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dry_run.simulate([*load("125m").flags(), *RUN, "--micro-batch-size", "1", *flags], 8, 32000)
+
+
+def test_a_plan_can_be_tried_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", "125m", "--nodes", "2", "--dry-run", "--norm", "RMSNorm"]
+    assert plan(command) == 0
+    text = capsys.readouterr().out
+    assert text.index("layout: TP") < text.index("dry run: 16 ranks") < text.index("dry run: fine")
+
+
+def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(b"no model")
+    command = ["--tokenizer-model", str(tmp_path / "t.model"), "--", "--bf16"]
+    with pytest.raises(UserError, match=r"t\.model is not a readable SentencePiece model"):
+        dry_run.main(command)
 
 
 def test_flags_are_needed() -> None:

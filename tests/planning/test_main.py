@@ -43,6 +43,14 @@ def test_twice_the_mfu_is_half_the_days(capsys: pytest.CaptureFixture[str]) -> N
     assert found[0] == pytest.approx(2 * found[1])
 
 
+def test_gpu_hours_are_days_of_all_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*SEVENTY, "--format", "json"])
+    data = json.loads(capsys.readouterr().out)
+    assert data["gpu_hours"] == pytest.approx(data["days"] * 24 * 1024)
+    main(SEVENTY)
+    assert f"{data['gpu_hours']:,.0f} GPU-hours" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bad", [["--mfu", "1.5"], ["--gpu-memory", "0"]])
 def test_impossible_numbers_are_refused(bad: list[str]) -> None:
     with pytest.raises(UserError, match="must be positive, and the MFU at most 1"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import load, names
 
@@ -19,6 +20,48 @@ def value(flags: list[str], flag: str) -> str:
 )
 def test_sizes_are_those_of_llama(name: str, billions: float) -> None:
     assert load(name).parameters_without_norms / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+# arXiv 2503.10622, Tables 4 and 10, and the code published with it.
+@pytest.mark.parametrize(
+    ("name", "hidden", "layers", "heads", "groups", "ffn", "lr", "attn", "other"),
+    [
+        ("7b", 4096, 32, 32, 32, 11008, 3e-4, 0.8, 0.2),
+        ("13b", 5120, 40, 40, 40, 13824, 3e-4, 0.6, 0.15),
+        ("34b", 8192, 48, 64, 8, 22016, 1.5e-4, 0.2, 0.05),
+        ("70b", 8192, 80, 64, 8, 28672, 1.5e-4, 0.2, 0.05),
+    ],
+)
+def test_the_papers_table(
+    name: str,
+    hidden: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    ffn: int,
+    lr: float,
+    attn: float,
+    other: float,
+) -> None:
+    recipe = load(name)
+    shape = (recipe.hidden_size, recipe.num_layers, recipe.num_attention_heads, recipe.num_query_groups)
+    assert (*shape, recipe.ffn_hidden_size, recipe.lr) == (hidden, layers, heads, groups, ffn, lr)
+    dyt = DyTConfig.preset(recipe.preset, hidden)
+    assert (dyt.alpha_attn, dyt.alpha_ffn, dyt.alpha_final) == (attn, other, other)
+    assert dyt.embedding_scale == "sqrt"
+    assert (recipe.weight_decay, recipe.adam_beta1, recipe.adam_beta2, recipe.clip_grad) == (
+        0.1,
+        0.9,
+        0.95,
+        1.0,
+    )
+    assert (recipe.min_lr_ratio, recipe.warmup_iters, recipe.init_std, recipe.rope_base) == (
+        0.1,
+        2000,
+        0.02,
+        10000,
+    )
+    assert (recipe.vocab_size, recipe.tie_embeddings, recipe.bias) == (32000, False, False)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -61,7 +104,7 @@ def test_grouped_queries_only_where_there_are_fewer() -> None:
 
 def test_notes_name_what_the_paper_leaves_open() -> None:
     notes = " ".join(load("34b").notes)
-    for word in ("train_iters", "warmup_iters", "rope_base"):
+    for word in ("train_iters", "warmup_iters", "warmup_style", "weight_decay_on", "rope_base"):
         assert word in notes
     assert "alpha0 0.2 in front of attention, 0.05 elsewhere" in load("34b").describe()[1]
 
