@@ -133,11 +133,22 @@ def _validated(flags: list[str], vocab_size: int) -> Any:
         raise UserError(f"Megatron refuses the flags: {refusal or type(refusal).__name__}") from refusal
     finally:
         sys.argv = own
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    args.padded_vocab_size = -(-vocab_size // multiple) * multiple
+    _set_vocabulary(args, vocab_size)
     args.perform_initialization = False  # There is nothing to fill.
     global_vars._GLOBAL_ARGS = args  # No tokenizer, no loggers: only what the model's builder reads.
     return args
+
+
+def _set_vocabulary(args: Any, entries: int) -> None:
+    """What Megatron does when it builds the tokenizer; a given size has to hold it."""
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    if getattr(args, "padded_vocab_size", None) is None:
+        args.padded_vocab_size = -(-entries // multiple) * multiple
+    elif args.padded_vocab_size < entries:
+        raise UserError(
+            f"--padded-vocab-size is {args.padded_vocab_size}, and the tokenizer has {entries} entries; "
+            f"leave the flag out, or give at least {-(-entries // multiple) * multiple}"
+        )
 
 
 def _stage(args: Any, index: int) -> Stage:

@@ -56,6 +56,7 @@ def test_the_rmsnorm_twin_has_no_alpha() -> None:
         (["--tensor-model-parallel-size", "3"], r"Megatron refuses the flags: .*3"),
         (["--no-such-flag"], "parser refuses the flags: .*--no-such-flag"),
         (["--dyt-alpha-init-attn", "0"], "--dyt-alpha-init-attn is 0"),
+        (["--padded-vocab-size", "31872"], "is 31872, and the tokenizer has 32000 entries.* at least 32000"),
     ],
 )
 def test_what_megatron_refuses_is_refused(flags: list[str], message: str) -> None:
