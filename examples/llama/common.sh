@@ -20,6 +20,7 @@
 #   NODES, GPUS_PER_NODE    size of the cluster                     (default Slurm's; 1 and 8)
 #   GPU_MEMORY, GPU_FLOPS   GB and bf16 TFLOP/s a GPU               (default 80 and 989: H100)
 #   SAVE_INTERVAL           steps between checkpoints               (default 500)
+#   PRECISION               bf16, or fp32 where there is no GPU     (default bf16)
 #   PLAN_FLAGS              sizes of your own, such as "--tp 8"     (see megatron-dyt plan --help)
 #   WANDB_PROJECT           logs to Weights & Biases too, by Megatron's own flags
 #   NODE_RANK, MASTER_ADDR, MASTER_PORT                             without Slurm
@@ -93,12 +94,16 @@ make_flags() {
 }
 
 # One precision and one kernel set for every size; --transformer-impl local runs without Transformer Engine.
-SPEED=(--bf16 --transformer-impl "${TRANSFORMER_IMPL:-transformer_engine}" --attention-backend auto
+SPEED=(--transformer-impl "${TRANSFORMER_IMPL:-transformer_engine}" --attention-backend auto
   --no-create-attention-mask-in-dataloader)
+[ "${PRECISION:-bf16}" = fp32 ] || SPEED+=(--bf16)
+# Of ten checkpoints one stays; the others go when the next one is there. A damaged one is passed over.
 SAFETY=(--ckpt-format torch_dist --async-save --save-interval "$SAVE_INTERVAL"
+  --save-retain-interval "$((10 * SAVE_INTERVAL))" --dyt-load-fallback
   --exit-signal-handler --distributed-timeout-minutes 30)
 LOGGING=(--log-interval 10 --eval-interval 500 --eval-iters 20 --log-throughput
-  --dyt-stats-interval 100 --tensorboard-dir "$OUT/tensorboard")
+  --tensorboard-dir "$OUT/tensorboard")
+[ "$NORM" != DyT ] || LOGGING+=(--dyt-stats-interval 100)
 if [ -n "${WANDB_PROJECT:-}" ]; then
   LOGGING+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "llama-$MODEL-$NORM" --wandb-save-dir "$OUT/wandb")
 fi

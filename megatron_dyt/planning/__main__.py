@@ -106,6 +106,7 @@ def as_json(plan: Plan, duration: float, mfu: float) -> dict[str, object]:
         "micro_batches": plan.layout.micro_batches(recipe),
         "memory": asdict(plan.memory) | {"total": plan.memory.total},
         "bubble": plan.bubble,
+        "checkpoint": memory.checkpoint_bytes(recipe),
         "tokens_per_step": recipe.tokens_per_step,
         "days": duration,
         "gpu_hours": 24 * duration * plan.cluster.gpus,
@@ -128,6 +129,7 @@ def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
         f"micro-batches a pipeline, bubble {best.bubble:.1%}",
         f"run: {recipe.train_iters} steps, {recipe.tokens / 1e9:.0f}B tokens, {duration:.1f} days at "
         f"{mfu:.0%} MFU ({24 * duration * cluster.gpus:,.0f} GPU-hours)",
+        f"checkpoint: {memory.checkpoint_bytes(recipe) / 1e9:.0f} GB, weights and optimizer state",
         "others that fit (estimated step relative to this one, memory in GB):",
     ]
     for plan in plans[1 : 1 + OTHERS_SHOWN]:

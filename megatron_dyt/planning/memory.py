@@ -75,6 +75,12 @@ def stage_parameters(recipe: Recipe, layout: Layout, stage: int) -> int:
     return count
 
 
+def checkpoint_bytes(recipe: Recipe) -> float:
+    """Bytes of one checkpoint: bf16 weights, and Adam's three fp32 values of each."""
+    whole = Layout(tp=1, pp=1, vpp=1, dp=1, micro_batch=1)
+    return (BF16 + OPTIMIZER) * stage_parameters(recipe, whole, 0)
+
+
 def layer_activations(recipe: Recipe, layout: Layout) -> float:
     """Bytes that a layer keeps for the backward pass of one micro-batch, on one rank."""
     tokens = layout.micro_batch * recipe.seq_length

@@ -92,6 +92,13 @@ def test_look_first_prints_the_plan_and_tries_the_flags(name: str, nodes: int, b
     assert f"({billions})" in result.stdout
 
 
+def test_the_rmsnorm_twin_takes_the_script_s_flags() -> None:
+    result = run("125m", PLAN_ONLY="1", NORM="RMSNorm")
+    assert result.returncode == 0, result.stderr
+    assert "dry run: fine" in result.stdout
+    assert "--normalization RMSNorm" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

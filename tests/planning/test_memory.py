@@ -43,6 +43,10 @@ def test_the_optimizer_is_spread_over_data_parallel_ranks() -> None:
     assert spread.total > spread.weights + spread.gradients + spread.optimizer
 
 
+def test_a_checkpoint_has_fourteen_bytes_a_parameter() -> None:
+    assert memory.checkpoint_bytes(load("7b")) == 14 * 6_738_415_682
+
+
 def test_recompute_needs_less() -> None:
     recipe = load("70b")
     by_mode = [
