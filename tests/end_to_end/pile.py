@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import zstandard
+import pyarrow
 
 # Domain -> words of its own; the tasks' made-up documents are of the common ones.
 DOMAINS = {
@@ -43,8 +43,8 @@ def lines(seed: int, documents: int, broken: int) -> Iterator[bytes]:
 
 
 def write_shard(path: Path, seed: int, documents: int, broken: int = 0) -> None:
-    text = b"\n".join(lines(seed, documents, broken)) + b"\n"
-    path.write_bytes(zstandard.ZstdCompressor().compress(text))
+    with pyarrow.output_stream(str(path), compression="zstd") as file:
+        file.write(b"\n".join(lines(seed, documents, broken)) + b"\n")
 
 
 def plain_text(seed: int, documents: int) -> bytes:
