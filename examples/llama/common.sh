@@ -70,7 +70,7 @@ check_settings() {
 blend() {
   local prefix
   if [ -d "$1" ]; then
-    alone -m megatron_dyt.data.prepare --print-blend "$1" --tokenizer-model "$TOKENIZER_MODEL"
+    alone -m megatron_dyt.data.prepare --print-blend "$1"
     return
   fi
   for prefix in $1; do
@@ -117,14 +117,14 @@ set_data_flags() {
 }
 
 try_flags() {
-  local size
-  if [ -n "${TOKENIZER_MODEL:-}" ]; then
-    size=(--tokenizer-model "$TOKENIZER_MODEL")
+  local what
+  if [ -z "${PLAN_ONLY:-}" ]; then
+    what=(--files --tokenizer-model "$TOKENIZER_MODEL")
   else
-    size=(--vocab-size "$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")")
+    what=(--vocab-size "$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")")
   fi
   alone -m megatron_dyt.planning.dry_run --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
-    "${size[@]}" -- "${TRAINING[@]}"
+    "${what[@]}" -- "${TRAINING[@]}"
 }
 
 # --- starting it ---------------------------------------------------------------------------------------

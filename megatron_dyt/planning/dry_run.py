@@ -24,7 +24,7 @@ import torch
 
 from megatron_dyt.errors import UserError, run_main
 from megatron_dyt.mcore import compat, handshake
-from megatron_dyt.runtime import device
+from megatron_dyt.runtime import device, preflight
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--vocab-size", type=int, help="entries of the tokenizer")
     size.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece file, to count them")
+    parser.add_argument(
+        "--files", action="store_true", help="check tokenizer and data files too, as training does"
+    )
     options = parser.parse_args(own)
     if not flags:
         raise UserError(
@@ -68,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     world = options.nodes * options.gpus_per_node
     vocab_size = options.vocab_size or _entries(options.tokenizer_model)
     args, stages = simulate(flags, world, vocab_size)
+    if options.files:
+        preflight.check_tokenizer(args)
+        preflight.check_data(args)
     for line in report(args, stages, world):
         print(line)
     print(f"dry run: fine, in {time.monotonic() - began:.0f} s")

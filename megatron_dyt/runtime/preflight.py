@@ -85,12 +85,9 @@ def check_data(args: Namespace) -> None:
             "no training data were given: use --data-path PREFIX, or --train-data-path and "
             "--valid-data-path (PREFIX of PREFIX.bin and PREFIX.idx), or --mock-data for a dry run"
         )
-    entries = _tokenizer_entries(args)
     for prefix in dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes):
         if "://" not in prefix and not args.sft:
             check_indexed_dataset(prefix)
-            if entries is not None:
-                check_token_ids(prefix, entries)
 
 
 def check_indexed_dataset(prefix: str) -> None:
@@ -111,37 +108,8 @@ def check_indexed_dataset(prefix: str) -> None:
         )
 
 
-def _tokenizer_entries(args: Namespace) -> int | None:
-    """Entries of a local sentencepiece model; None for other tokenizers."""
-    from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
-
-    path = args.tokenizer_model
-    if args.tokenizer_type not in SP_TOKENIZERS or path is None or "://" in path or not os.path.isfile(path):
-        return None
-    import sentencepiece
-
-    return int(sentencepiece.SentencePieceProcessor(model_file=path).get_piece_size())
-
-
-def check_token_ids(prefix: str, entries: int) -> None:
-    """The first tokens of a dataset are ids of the tokenizer; a larger one is a device assert on a GPU."""
-    with open(f"{prefix}.idx", "rb") as file:
-        _magic, _version, code, *_counts = _INDEX_HEADER.unpack(file.read(_INDEX_HEADER.size))
-    tokens = np.fromfile(f"{prefix}.bin", _TOKEN_TYPES[code], _LOOKED_AT)
-    if tokens.size and (largest := int(tokens.max())) >= entries:
-        raise UserError(
-            f"dataset {prefix} has the token {largest}, and the tokenizer only {entries} entries: it was "
-            "made with another tokenizer. Give that one with --tokenizer-model, or prepare the data again"
-        )
-
-
-# Tokens by the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
-_TOKEN_TYPES = {
-    code: np.dtype(name)
-    for code, name in enumerate(("u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"), start=1)
-}
-# Enough to meet a token of the upper part of a vocabulary, and read in milliseconds.
-_LOOKED_AT = 2**20
+# Token sizes in bytes by the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 # Magic, version, dtype code, number of sequences, number of document boundaries.
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 
@@ -155,7 +123,7 @@ def _bytes_by_index(index: Path) -> int:
         _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
         # Lengths (int32) and offsets (int64) of the sequences, then the document boundaries (int64).
         needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
-        if code not in _TOKEN_TYPES or index.stat().st_size < needed:
+        if code not in _TOKEN_BYTES or index.stat().st_size < needed:
             raise UserError(
                 f"{index} is damaged or truncated ({index.stat().st_size} of {needed} bytes): "
                 "prepare the data again"
@@ -163,7 +131,7 @@ def _bytes_by_index(index: Path) -> int:
     if sequences == 0:
         raise UserError(f"{index} describes a dataset without documents: prepare it again")
     lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
-    return int(lengths.sum(dtype=np.int64)) * _TOKEN_TYPES[code].itemsize
+    return int(lengths.sum(dtype=np.int64)) * _TOKEN_BYTES[code]
 
 
 def check_save(args: Namespace) -> None:

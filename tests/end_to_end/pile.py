@@ -18,13 +18,13 @@ DOMAINS = {
 COMMON = (
     "the a of and to in is was for on with as at by from it an be are this which or not but have had work "
     "copyright license notice source object form any person software rights use terms conditions"
-).split()
+)
 # Text, then the same line cut off; no JSON; no text; not an object; bytes that are not UTF-8.
 BROKEN = (b'{"text": "cut o', b"not json at all", b'{"meta": {}}', b"[1, 2]", b'{"text": "\xff\xfe"}')
 
 
 def document(source: random.Random, domain: str) -> bytes:
-    words = COMMON + DOMAINS[domain].split()
+    words = f"{COMMON} {DOMAINS[domain]}".split()
     sentences = [
         " ".join(source.choices(words, k=source.randint(5, 12))) for _ in range(source.randint(2, 8))
     ]

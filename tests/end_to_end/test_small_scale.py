@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.evaluation.task_data import write_all
 
 from tests.end_to_end import pile
-from tests.evaluation.task_data import write_all
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LENGTH, DOCUMENTS = 30, 256, 600
@@ -86,6 +86,21 @@ def prepare(home: Path) -> dict[str, str]:
     }
 
 
+def prepare_data(source: Path, output: Path, tokenizer: str) -> None:
+    paths = ("--input", str(source), "--output", str(output), "--tokenizer-model", tokenizer)
+    megatron_dyt("prepare-data", *paths, "--workers", "2")
+
+
+def check_manifest(directory: Path) -> None:
+    """All good lines are there and the broken ones are counted; each domain has its share."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["documents"] == len(BROKEN) * DOCUMENTS
+    assert sum(manifest["malformed"].values()) == sum(BROKEN.values())
+    assert manifest["domains"].keys() == pile.DOMAINS.keys()
+    assert sum(domain["documents"] for domain in manifest["domains"].values()) == manifest["documents"]
+    assert len(manifest["shards"]) == len(BROKEN)
+
+
 def train(home: Path, data: dict[str, str]) -> Path:
     """30 steps on two CPU processes, TP2 with sequence parallelism; the checkpoint directory."""
     settings = data | {
@@ -121,9 +136,8 @@ def evaluate_export(export: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -
     """lm-eval's own model for Hugging Face directories, on the same documents."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from transformers import dynamic_module_utils
-
     from megatron_dyt.evaluation.task_loading import load_tasks
+    from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
     monkeypatch.syspath_prepend(str(home / "modules"))

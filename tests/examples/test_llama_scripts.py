@@ -135,6 +135,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"TRAIN_DATA": str(prefix), "VALID_DATA": str(prefix), "TOKENIZER_MODEL": str(model)}
 
 
+def test_truncated_data_are_refused_before_anything_starts(tmp_path: Path, data: dict[str, str]) -> None:
+    for suffix in (".idx", ".bin"):
+        shutil.copy(data["TRAIN_DATA"] + suffix, tmp_path / f"data{suffix}")
+    os.truncate(tmp_path / "data.bin", 1000)
+    places = {"VALID_DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "run")}
+    settings = data | places | {"GPUS_PER_NODE": "2"}
+    result = run("125m", *SMALL.split(), **settings)
+    assert result.returncode == 2
+    assert "data.bin has 1000 bytes" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data: dict[str, str]) -> None:

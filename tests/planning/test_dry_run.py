@@ -78,6 +78,14 @@ def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
         dry_run.main(command)
 
 
+def test_files_are_looked_at_when_asked() -> None:
+    flags = [*load("125m").flags(), *RUN, "--micro-batch-size", "1", "--train-data-path", "no/where"]
+    command = ["--vocab-size", "32000", "--", *flags, "--valid-data-path", "no/where"]
+    assert dry_run.main(command) == 0
+    with pytest.raises(UserError, match=r"no/where\.idx does not exist"):
+        dry_run.main(["--files", *command])
+
+
 def test_flags_are_needed() -> None:
     with pytest.raises(UserError, match="give Megatron's flags after `--`"):
         dry_run.main(["--vocab-size", "32000"])

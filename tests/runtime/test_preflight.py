@@ -64,22 +64,6 @@ def sentencepiece_model(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_data_of_another_tokenizer(tmp_path: Path, sentencepiece_model: str, dtype: Any) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    for largest in (29, 30):
-        prefix = str(tmp_path / f"up_to_{largest}")
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-        builder.add_document(np.array([3, largest, 7], dtype), [3])
-        builder.finalize(f"{prefix}.idx")
-    sentencepiece = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": sentencepiece_model}
-    preflight.check_data(arguments(data_path=[str(tmp_path / "up_to_29")], **sentencepiece))
-    with pytest.raises(UserError, match=r"up_to_30 has the token 30, and the tokenizer only 30 entries"):
-        preflight.check_data(arguments(data_path=[prefix], **sentencepiece))
-    preflight.check_data(arguments(data_path=[prefix], tokenizer_type="GPT2BPETokenizer"))
-
-
 def test_good_input_passes(dataset: str, sentencepiece_model: str, tmp_path: Path) -> None:
     save = str(tmp_path / "new" / "checkpoint")
     preflight.check(
