@@ -2,8 +2,8 @@
 
     python examples/convert_llama.py --output DIR
 
-trains a small Hugging Face LLaMA with RMSNorm on the bytes of Python's standard library, converts copies of it
-in several ways, and trains each of them, and the RMSNorm model itself, on for the same steps over the same
+trains a small Hugging Face LLaMA with RMSNorm on the bytes of Python's standard library, converts copies of
+it in several ways, and trains each of them, and the RMSNorm model itself, on for the same steps over the same
 batches. Prints a table of validation losses and writes DIR/results.json; DIR/rmsnorm holds the trained model,
 and is used again when it is there. docs/convert.md has the figures.
 """
