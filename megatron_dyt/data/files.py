@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from megatron_dyt.errors import UserError
 
 
 def partial_path(path: Path) -> Path:
@@ -61,3 +65,30 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Keep other processes from writing `path` during the block, by a lock on its temporary file.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{path} is being written by another process; wait for it, or stop it") from error
+    except OSError as error:
+        # A file system without locks: as if nobody else were there.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise

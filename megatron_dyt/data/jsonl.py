@@ -1,14 +1,12 @@
-"""Reading text from JSON lines: one object a line, the text under the key "text"."""
+"""Plain JSON lines in which every line must be good: one object a line, the text under "text"."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_dyt.data.records import BadRecordError, Fields, parse_line
 from megatron_dyt.errors import UserError
-
-TEXT_KEY = "text"
 
 
 def check_inputs(paths: Sequence[Path]) -> int:
@@ -36,23 +34,9 @@ def parse_text(line: bytes, path: Path, number: int) -> str:
     """The text of one raw line; "" for a blank line.
 
     Raises:
-        UserError: the line is not JSON, not an object, or has no usable text. Names file and line.
+        UserError: the line holds no usable text. Names file and line.
     """
-    if not line.strip():
-        return ""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise _bad(path, number, f"is not valid JSON ({error}); the file may be cut off") from error
-    if not isinstance(record, dict) or not isinstance(record.get(TEXT_KEY), str):
-        raise _bad(path, number, f'must be a JSON object with a string under "{TEXT_KEY}"')
-    text: str = record[TEXT_KEY]
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _bad(path, number, f"holds text that is not valid Unicode ({error.reason})") from error
-    return text
-
-
-def _bad(path: Path, number: int, problem: str) -> UserError:
-    return UserError(f"{path}, line {number}: {problem}; repair or remove the line")
+        return parse_line(line, Fields()).text
+    except BadRecordError as error:
+        raise UserError(f"{path}, line {number}: {error}; repair or remove the line") from error

@@ -1,10 +1,14 @@
-"""Tokenize JSON-lines text into a Megatron indexed dataset.
+"""Text to Megatron's indexed datasets, in as many processes as there are cores.
 
-    python -m megatron_dyt.data.prepare --input t.jsonl --tokenizer-model t.model --output-prefix P
+    megatron-dyt prepare-data --input pile/train --tokenizer-model llama.model --output data/train
 
-writes P.bin and P.idx, for `--train-data-path P` and its like, and P.manifest.json. A document is
-BOS + text + EOS, as the DyT paper's LLaMA runs have it; Megatron adds neither at training time. A
-second run with the same inputs and settings does nothing.
+takes JSON lines (plain, .zst, .gz), Parquet files, directories or patterns of them, or a Hugging Face data
+set, and writes one dataset a file: data/train/00.bin, 00.idx and 00.manifest.json, then manifest.json over
+all. --print-blend data/train says what --train-data-path takes; --verify data/train reads all of it again.
+--output-prefix P makes one dataset of all inputs instead: P.bin, P.idx, P.manifest.json.
+
+A document is BOS + text + EOS, as the DyT paper's LLaMA runs have it; Megatron adds neither at training
+time. Started again, it goes on from the shards that are finished.
 """
 
 from __future__ import annotations
@@ -12,244 +16,223 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
-from megatron_dyt.data.files import read_json, sha256, whole_files, write_json
-from megatron_dyt.data.jsonl import check_inputs, parse_text, read_lines
-from megatron_dyt.data.progress import Progress
+from megatron_dyt.data import collection, hub, sources, tokenizers, workers
+from megatron_dyt.data.blend import blend
+from megatron_dyt.data.files import read_json
+from megatron_dyt.data.progress import Progress, duration
+from megatron_dyt.data.records import DEFAULT_DOMAIN_KEY, DEFAULT_TEXT_KEY, Fields
+from megatron_dyt.data.settings import Filters, Settings, Shard
+from megatron_dyt.data.shard import finished, output_paths
+from megatron_dyt.data.sources import BrokenSourceError, Source
+from megatron_dyt.data.tracker import Tracker
+from megatron_dyt.data.verify import verify
 from megatron_dyt.errors import UserError, run_main
-
-FORMAT = 1
-BATCH_BYTES = 2_000_000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines the dataset, besides the content of the sources."""
-
-    sources: tuple[Path, ...]
-    tokenizer_model: Path
-    bos: bool = True
-    append_eod: bool = True
-
-
-@dataclass
-class Counts:
-    """What went into the dataset. Empty documents are left out and counted apart."""
-
-    documents: int = 0
-    empty_documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-
-
-@dataclass
-class Batch:
-    """Documents that are tokenized together; `source_bytes` is what they took in their file."""
-
-    texts: list[str] = field(default_factory=list)
-    source_bytes: int = 0
-
-
-def read_batches(sources: Sequence[Path]) -> Iterator[Batch]:
-    """Yield the texts of `sources` in order, about `BATCH_BYTES` at a time."""
-    batch = Batch()
-    for source in sources:
-        for number, line in read_lines(source):
-            batch.texts.append(parse_text(line, source, number))
-            batch.source_bytes += len(line)
-            if batch.source_bytes >= BATCH_BYTES:
-                yield batch
-                batch = Batch()
-    if batch.texts:
-        yield batch
-
-
-class Encoder:
-    """Text to token ids with a SentencePiece model, with the document's begin and end around it.
-
-    Raises:
-        UserError: the model is missing or unreadable, or lacks a piece that the settings ask for.
-    """
-
-    def __init__(self, settings: Settings, threads: int) -> None:
-        self.processor = load_tokenizer(settings.tokenizer_model)
-        self.threads = threads
-        self.prefix = self._special("BOS", "--no-bos") if settings.bos else []
-        self.suffix = self._special("EOS", "--no-append-eod") if settings.append_eod else []
-
-    def _special(self, name: str, remedy: str) -> list[int]:
-        piece: int = getattr(self.processor, f"{name.lower()}_id")()
-        if piece < 0:
-            raise UserError(f"the tokenizer has no {name} piece; use another tokenizer or {remedy}")
-        return [piece]
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.processor.vocab_size())
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.processor.encode(texts, num_threads=self.threads)
-        return [self.prefix + ids + self.suffix for ids in encoded]
-
-
-def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model; `UserError` when it is missing or not one."""
-    if not path.is_file():
-        raise UserError(
-            f"tokenizer model {path} does not exist; "
-            "make one with python -m megatron_dyt.data.train_tokenizer"
-        )
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is not a SentencePiece model, or is cut off") from error
-
-
-def output_paths(prefix: Path) -> tuple[Path, Path, Path]:
-    """The data, index and manifest files of a dataset prefix."""
-    return (
-        prefix.with_name(prefix.name + ".bin"),
-        prefix.with_name(prefix.name + ".idx"),
-        prefix.with_name(prefix.name + ".manifest.json"),
-    )
-
-
-def fingerprint(settings: Settings) -> dict[str, Any]:
-    """What must be equal for an existing dataset to be the one that `settings` asks for.
-
-    Sources are known by size and modification time: hashing a corpus of many TB on every start
-    would take hours.
-    """
-    stats = [(str(source), source.stat()) for source in settings.sources]
-    return {
-        "format": FORMAT,
-        "bos": settings.bos,
-        "append_eod": settings.append_eod,
-        "tokenizer_sha256": sha256(settings.tokenizer_model),
-        "sources": [
-            {"path": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats
-        ],
-    }
-
-
-def up_to_date(settings: Settings, prefix: Path) -> dict[str, Any] | None:
-    """The manifest at `prefix` if it and its files are what `settings` gives, else None."""
-    *files, manifest_path = output_paths(prefix)
-    manifest = read_json(manifest_path)
-    if not isinstance(manifest, dict) or manifest.get("made_from") != fingerprint(settings):
-        return None
-    sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
-    return manifest if manifest.get("outputs") == sizes else None
-
-
-def prepare(settings: Settings, prefix: Path, threads: int = 1) -> dict[str, Any]:
-    """Write the dataset at `prefix` and return its manifest.
-
-    Documents are one sequence each, ids as uint16 where the vocabulary allows it, else int32.
-    Memory is bounded by the batch but for the index, which Megatron's builder keeps (about 130
-    bytes a document).
-
-    Raises:
-        UserError: bad sources, tokenizer, or no text at all.
-    """
-    # Here, because megatron.core takes seconds to import and a wrong path should fail at once.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    total = check_inputs(settings.sources)
-    encode = Encoder(settings, threads)
-    made_from = fingerprint(settings)
-    dtype = DType.optimal_dtype(encode.vocab_size)
-    data, index, manifest_path = output_paths(prefix)
-    counts = Counts()
-    with whole_files([data, index]) as (partial_data, partial_index):
-        builder = IndexedDatasetBuilder(str(partial_data), dtype=dtype)
-        try:
-            _tokenize(settings.sources, encode, builder, counts, Progress(prefix.name, total))
-            if not counts.documents:
-                raise UserError(f"no text in {', '.join(map(str, settings.sources))}")
-            builder.finalize(str(partial_index))
-        finally:
-            builder.data_file.close()
-        # An old manifest must not vouch for a half-replaced dataset.
-        manifest_path.unlink(missing_ok=True)
-    manifest = {
-        **asdict(counts),
-        "dtype": dtype.__name__,
-        "vocab_size": encode.vocab_size,
-        "outputs": {path.name: path.stat().st_size for path in (data, index)},
-        "made_from": made_from,
-    }
-    write_json(manifest_path, manifest)
-    return manifest
-
-
-def _tokenize(
-    sources: Sequence[Path], encode: Encoder, builder: Any, counts: Counts, progress: Progress
-) -> None:
-    """Encode every document of `sources` into Megatron's `builder`, keeping `counts`."""
-    done = 0
-    with progress:
-        for batch in read_batches(sources):
-            texts = [text for text in batch.texts if text]
-            counts.empty_documents += len(batch.texts) - len(texts)
-            counts.text_bytes += sum(len(text.encode()) for text in texts)
-            for ids in encode(texts):
-                builder.add_document(ids, [len(ids)])
-                counts.documents += 1
-                counts.tokens += len(ids)
-            done += batch.source_bytes
-            progress.update(done, f"{counts.tokens / 1e6:.1f}M tokens")
-
-
-def summary(prefix: Path, manifest: dict[str, Any]) -> str:
-    """One line for people about the dataset at `prefix`."""
-    return (
-        f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-        f"{manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token, {manifest['dtype']}"
-    )
+from megatron_dyt.runtime.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, manifest_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_dyt.data.prepare",
-        description="Tokenize JSON-lines text into a Megatron indexed dataset.",
-    )
-    yes_no = argparse.BooleanOptionalAction
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON-lines file(s)")
-    parser.add_argument("--tokenizer-model", type=Path, required=True, help="SentencePiece .model")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="P of P.bin and P.idx")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that tokenize"
-    )
-    parser.add_argument("--append-eod", action=yes_no, default=True, help="end documents with EOS")
-    parser.add_argument("--bos", action=yes_no, default=True, help="begin documents with BOS")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {args.workers}")
-    settings = Settings(tuple(args.input), args.tokenizer_model, args.bos, args.append_eod)
-    check_inputs(settings.sources)
-    load_tokenizer(settings.tokenizer_model)
-    prefix: Path = args.output_prefix
-    if manifest := up_to_date(settings, prefix):
-        print(f"{summary(prefix, manifest)}; up to date")
-        return 0
-    replaces = output_paths(prefix)[1].exists()
+    args = _parser().parse_args(argv)
+    if args.print_blend:
+        print(*blend(args.print_blend))
+    elif args.verify:
+        _verify(args.verify)
+    else:
+        _check(args)
+        _prepare(args, _settings(args))
+    return 0
+
+
+def _prepare(args: argparse.Namespace, settings: Settings) -> None:
+    """Write what is not finished yet, and say what there is then."""
     started = time.monotonic()
-    manifest = prepare(settings, prefix, args.workers)
-    print(f"{summary(prefix, manifest)}, {time.monotonic() - started:.1f} s")
-    if replaces:
+    shards = _shards(args, settings)
+    todo = [shard for shard in shards if finished(shard, settings) is None]
+    replaced = [shard.prefix for shard in todo if output_paths(shard.prefix)[1].exists()]
+    broken = _write(todo, settings, args) if todo else {}
+    if broken and not args.skip_broken_shards:
+        raise BrokenSourceError("; ".join(broken.values()))
+    whole = _result(args, settings, broken)
+    if not whole["documents"]:
+        raise UserError(f"no document is left: {_left_out(whole) or 'all shards are broken'}")
+    took = f"{duration(time.monotonic() - started)}" if todo else "up to date"
+    print(f"{summary(args.output or args.output_prefix, whole)}; {took}")
+    if replaced:
         # Megatron names cached sample indices by the path, not the content (megatron_dataset.py).
         print(
-            f"{prefix} was replaced: delete the indices that Megatron cached for it "
-            f"(the directory of --data-cache-path, else {prefix}/cache) before training on it"
+            f"{', '.join(map(str, replaced))} was replaced: delete the indices that Megatron cached for it "
+            f"(the directory of --data-cache-path, else {replaced[0].parent}/cache) before training on it"
         )
-    return 0
+
+
+def _write(shards: list[Shard], settings: Settings, args: argparse.Namespace) -> dict[str, str]:
+    """Write the shards; the problems of broken ones by their names."""
+    obstacle = settings.tokenizer.obstacle
+    if obstacle and settings.tokenizer.kind == SENTENCEPIECE:
+        print(f"{settings.tokenizer.name} is used without the word cache, because {obstacle}")
+    label = (args.output or args.output_prefix).name
+    with Progress(label, sum(shard.size for shard in shards)) as progress:
+        tracker = Tracker(shards, progress, args.skip_broken_shards)
+        workers.run(shards, settings, args.workers, tracker)
+    return tracker.broken
+
+
+def _result(args: argparse.Namespace, settings: Settings, broken: dict[str, str]) -> dict[str, Any]:
+    """The manifest of all that is there now; that of a directory is written."""
+    if args.output:
+        return collection.write_total(args.output, broken, settings)
+    if broken:
+        raise BrokenSourceError("; ".join(broken.values()))
+    manifest: dict[str, Any] = read_json(manifest_path(args.output_prefix))
+    return manifest
+
+
+def summary(place: Path, manifest: dict[str, Any]) -> str:
+    """One line for people about a dataset or a directory of them."""
+    shards = f"{len(manifest['shards'])} shards, " if "shards" in manifest else ""
+    left_out = _left_out(manifest)
+    return (
+        f"{place}: {shards}{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"{manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token"
+        + (f"; left out: {left_out}" if left_out else "")
+    )
+
+
+def _left_out(manifest: dict[str, Any]) -> str:
+    """What is not in the data, and where it is named."""
+    broken = len(manifest.get("broken_shards", ()))
+    counts = {
+        "broken shards": broken,
+        "empty": manifest["empty_documents"],
+        "malformed (named in *.malformed.jsonl)": sum(manifest["malformed"].values()),
+        "filtered": sum(manifest["filtered"].values()),
+    }
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
+def _verify(place: Path) -> None:
+    count, problems = verify(place)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(
+            f"{place}: {len(problems)} problems in {count} shards; remove the manifests of damaged shards, "
+            "and the same prepare-data command writes those anew"
+        )
+    print(f"{place}: {count} shards are as they were written")
+
+
+# --- what is asked for -----------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> None:
+    for one, other in (("input", "hf_dataset"), ("output", "output_prefix")):
+        if bool(getattr(args, one)) == bool(getattr(args, other)):
+            flags = " or ".join("--" + name.replace("_", "-") for name in (one, other))
+            raise UserError(f"give either {flags}")
+    if not args.tokenizer_model:
+        raise UserError("give --tokenizer-model, with --tokenizer-type if it is not a SentencePiece model")
+    if args.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {args.workers}")
+    if args.min_chars < 0 or (args.max_chars is not None and args.max_chars < max(args.min_chars, 1)):
+        raise UserError(f"--min-chars {args.min_chars} --max-chars {args.max_chars} leave no document")
+    if both := set(args.domains) & set(args.not_domains):
+        raise UserError(f"--domains and --not-domains both name {', '.join(sorted(both))}")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    tokenizer = tokenizers.find(args.tokenizer_type, args.tokenizer_model)
+    for name, wanted, found, remedy in (
+        ("BOS", args.bos, tokenizer.bos, "--no-bos"),
+        ("EOS", args.append_eod, tokenizer.eos, "--no-append-eod"),
+    ):
+        if wanted and found is None:
+            raise UserError(f"the tokenizer has no {name} token; use another tokenizer or {remedy}")
+    domains, not_domains = tuple(sorted(args.domains)), tuple(sorted(args.not_domains))
+    return Settings(
+        tokenizer=tokenizer,
+        bos=args.bos,
+        append_eod=args.append_eod,
+        fields=Fields(args.json_key, args.domain_key),
+        filters=Filters(args.min_chars, args.max_chars, domains, not_domains),
+    )
+
+
+def _shards(args: argparse.Namespace, settings: Settings) -> list[Shard]:
+    found: Sequence[Source]
+    if args.hf_dataset:
+        dataset = hub.HubDataset(args.hf_dataset, args.hf_config, args.hf_split, args.hf_revision)
+        found = hub.find(dataset, settings.fields)
+    else:
+        found = sources.find(args.input)
+    if args.output_prefix:
+        return [Shard(args.output_prefix, tuple(found))]
+    for source in found:
+        if isinstance(source, sources.FileSource) and args.output.resolve() in source.path.resolve().parents:
+            raise UserError(f"input {source.path} is in the output directory; write to another one")
+    if not args.overwrite:
+        collection.check_settings(args.output, settings)
+    return collection.shards_of(args.output, found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-dyt prepare-data",
+        description="Tokenize text into Megatron's indexed datasets, check them, or blend them.",
+    )
+    yes_no = argparse.BooleanOptionalAction
+    cores = len(os.sched_getaffinity(0))
+
+    source = parser.add_argument_group("text")
+    source.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="files, directories or quoted patterns: " + " ".join(sources.FORMATS),
+    )
+    source.add_argument("--hf-dataset", metavar="NAME", help="a Hugging Face data set, streamed")
+    source.add_argument("--hf-config", metavar="NAME", help="its subset")
+    source.add_argument("--hf-split", default="train", metavar="NAME")
+    source.add_argument("--hf-revision", metavar="COMMIT", help="pins its content")
+    source.add_argument(
+        "--json-key", default=DEFAULT_TEXT_KEY, help="key or column of the text (%(default)s)"
+    )
+    source.add_argument(
+        "--domain-key", default=DEFAULT_DOMAIN_KEY, help="path of keys to a record's domain (%(default)s)"
+    )
+
+    ids = parser.add_argument_group("tokens")
+    ids.add_argument("--tokenizer-type", choices=[SENTENCEPIECE, HUGGING_FACE], default=SENTENCEPIECE)
+    ids.add_argument(
+        "--tokenizer-model", metavar="PATH", help="a SentencePiece .model; a Hugging Face directory or name"
+    )
+    ids.add_argument("--append-eod", action=yes_no, default=True, help="end documents with EOS")
+    ids.add_argument("--bos", action=yes_no, default=True, help="begin documents with BOS")
+
+    output = parser.add_argument_group("result")
+    output.add_argument("--output", type=Path, metavar="DIR", help="one dataset a file, and a manifest")
+    output.add_argument("--output-prefix", type=Path, metavar="P", help="one dataset of all: P.bin, P.idx")
+    output.add_argument("--overwrite", action="store_true", help="replace shards made with other settings")
+    output.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
+    output.add_argument(
+        "--skip-broken-shards", action="store_true", help="leave out files that are truncated or damaged"
+    )
+
+    filters = parser.add_argument_group("which documents (all)")
+    filters.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter ones")
+    filters.add_argument("--max-chars", type=int, metavar="N", help="leave out longer ones")
+    filters.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="only these")
+    filters.add_argument("--not-domains", nargs="+", default=[], metavar="NAME", help="none of these")
+
+    done = parser.add_argument_group("prepared data")
+    done.add_argument("--verify", type=Path, metavar="DIR|P", help="read all again and compare")
+    done.add_argument(
+        "--print-blend", type=Path, nargs="+", metavar="DIR|P", help="print what --train-data-path takes"
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ class Progress:
             self.printed = now
             self._print(self.line(done, now - self.started, note))
 
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        self._clear()
+        self.stream.write(line + "\n")
+        self.stream.flush()
+
     def line(self, done: float, seconds: float, note: str = "") -> str:
         """The text for `done` after `seconds` of work."""
         rate = done / seconds if seconds > 0 else 0.0
@@ -82,6 +88,9 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         """Clear the redrawn line: what follows (a summary or an error) starts on a clean one."""
+        self._clear()
+
+    def _clear(self) -> None:
         if self.redraws and self.width:
             self.stream.write("\r" + " " * self.width + "\r")
             self.stream.flush()

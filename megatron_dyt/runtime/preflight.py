@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime import checkpoint_dir, meeting
+from megatron_dyt.runtime import checkpoint_dir, dataset_manifest, meeting
 from megatron_dyt.runtime.report import say
 
 
@@ -69,7 +69,7 @@ def _check_sentencepiece(path: str) -> None:
 
 
 def check_data(args: Namespace) -> None:
-    """Data were named, and each indexed dataset's two files exist and agree."""
+    """Data were named; each indexed dataset's files agree, and its manifest with the tokenizer."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     if args.mock_data:
@@ -85,9 +85,13 @@ def check_data(args: Namespace) -> None:
             "no training data were given: use --data-path PREFIX, or --train-data-path and "
             "--valid-data-path (PREFIX of PREFIX.bin and PREFIX.idx), or --mock-data for a dry run"
         )
-    for prefix in dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes):
-        if "://" not in prefix and not args.sft:
-            check_indexed_dataset(prefix)
+    if args.sft:
+        return
+    prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
+    local = [prefix for prefix in prefixes if "://" not in prefix]
+    for prefix in local:
+        check_indexed_dataset(prefix)
+    dataset_manifest.check(local, args)
 
 
 def check_indexed_dataset(prefix: str) -> None:
@@ -97,7 +101,8 @@ def check_indexed_dataset(prefix: str) -> None:
         if not path.is_file():
             raise UserError(
                 f"dataset {prefix}: {path} does not exist. Give the prefix of a .bin and .idx pair "
-                "(python -m megatron_dyt.data.prepare writes one)"
+                "(megatron-dyt prepare-data writes one); for a directory that it wrote, give what "
+                "megatron-dyt prepare-data --print-blend DIR prints"
             )
     expected = _bytes_by_index(index)
     present = data.stat().st_size

@@ -21,10 +21,10 @@ def test_lines_are_numbered_and_texts_kept_exactly(tmp_path: Path) -> None:
     ("line", "problem"),
     [
         (b'{"text": "cut', "not valid JSON"),
-        (b'{"text": "\xff"}', "not valid JSON"),
-        (b'["text"]', 'string under "text"'),
-        (b'{"body": "x"}', 'string under "text"'),
-        (b'{"text": 5}', 'string under "text"'),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'["text"]', "not a JSON object"),
+        (b'{"body": "x"}', 'no "text"'),
+        (b'{"text": 5}', '"text" is not a string'),
         (b'{"text": "\\ud800"}', "not valid Unicode"),
     ],
 )

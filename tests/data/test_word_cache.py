@@ -80,7 +80,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def random_text(rng: random.Random, lines: list[str]) -> str:
     size = rng.choice([0, 1, 2, 3, 10, 60])
-    match rng.choice("awkward awkward unicode lines".split()):
+    match rng.choice(["awkward", "awkward", "unicode", "lines"]):
         case "awkward":
             return "".join(rng.choices(AWKWARD, k=size))
         case "unicode":

@@ -1,0 +1,132 @@
+"""A directory of shards: DIR/NAME.bin, .idx and .manifest.json of each, DIR/manifest.json over all."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dyt.data.files import read_json, write_json
+from megatron_dyt.data.settings import Settings, Shard
+from megatron_dyt.data.sources import FileSource, Source
+from megatron_dyt.errors import UserError
+from megatron_dyt.runtime.dataset_manifest import FORMAT
+
+_END = ".manifest.json"
+_SUMS = ("documents", "tokens", "text_bytes", "empty_documents")
+_COUNTERS = ("malformed", "filtered")
+
+Manifest = dict[str, Any]
+
+
+def collection_path(directory: Path) -> Path:
+    """Where the manifest of a directory of shards is."""
+    return directory / "manifest.json"
+
+
+def shards_of(directory: Path, sources: Sequence[Source]) -> list[Shard]:
+    """One shard for each source, with its name; with its place in the name where two are called alike.
+
+    Raises:
+        UserError: two have the same name all the same.
+    """
+    names = [source.name for source in sources]
+    if _twice(names):
+        names = _long_names([source.path for source in sources if isinstance(source, FileSource)])
+    if name := _twice(names):
+        raise UserError(f"two inputs would both be written to {directory / name}; rename one of them")
+    return [Shard(directory / name, (source,)) for name, source in zip(names, sources, strict=True)]
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _long_names(paths: Sequence[Path]) -> list[str]:
+    """a/x.jsonl and b/x.jsonl as a-x.jsonl and b-x.jsonl."""
+    whole = [path.resolve() for path in paths]
+    root = os.path.commonpath([path.parent for path in whole])
+    return ["-".join(path.relative_to(root).parts) for path in whole]
+
+
+def manifests(directory: Path) -> dict[str, Manifest]:
+    """The manifest of each finished shard in a directory, by the shard's name."""
+    found = {}
+    for path in sorted(directory.glob("*" + _END)):
+        manifest = read_json(path)
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            found[path.name.removesuffix(_END)] = manifest
+    return found
+
+
+def check_settings(directory: Path, settings: Settings) -> None:
+    """Shards that are in the directory were made with these settings.
+
+    Raises:
+        UserError: with others, so that they would be mixed, or work of hours replaced.
+    """
+    for name, manifest in manifests(directory).items():
+        if differing := _differing(manifest, settings):
+            raise UserError(
+                f"{directory / name} was made with other settings ({', '.join(differing)}); write to another "
+                "directory, or give --overwrite to replace all shards there"
+            )
+
+
+def _differing(manifest: Manifest, settings: Settings) -> list[str]:
+    wanted, made_from = settings.made_from(), manifest["made_from"]
+    return [key for key in wanted if made_from[key] != wanted[key]]
+
+
+def total(parts: Mapping[str, Manifest], broken: Mapping[str, str], settings: Settings) -> Manifest:
+    """The manifest over all shards: sums, what each holds, and what could not be read."""
+    sums: Manifest = {key: sum(part[key] for part in parts.values()) for key in _SUMS}
+    for key in _COUNTERS:
+        sums[key] = dict(_add(part[key] for part in parts.values()))
+    domains: dict[str, Counter[str]] = {}
+    for part in parts.values():
+        for domain, counts in part["domains"].items():
+            domains.setdefault(domain, Counter()).update(counts)
+    kept = ("documents", "tokens", "text_bytes", "dtype", "sources", "outputs")
+    return {
+        "format": FORMAT,
+        **sums,
+        "domains": {domain: dict(domains[domain]) for domain in sorted(domains)},
+        "vocab_size": settings.tokenizer.vocab_size,
+        "tokenizer": settings.tokenizer.name,
+        "shards": {name: {key: part[key] for key in kept} for name, part in parts.items()},
+        "broken_shards": dict(broken),
+        "made_from": settings.made_from(),
+    }
+
+
+def _add(counters: Iterable[Mapping[str, int]]) -> Counter[str]:
+    result: Counter[str] = Counter()
+    for each in counters:
+        result.update(each)
+    return result
+
+
+def write_total(directory: Path, broken: Mapping[str, str], settings: Settings) -> Manifest:
+    """Write the directory's manifest, over its shards of these settings, and return it."""
+    ours = {
+        name: manifest
+        for name, manifest in manifests(directory).items()
+        if not _differing(manifest, settings)
+    }
+    manifest = total(ours, broken, settings)
+    write_json(collection_path(directory), manifest)
+    return manifest
+
+
+def read_total(directory: Path) -> Manifest:
+    """The manifest of a directory of shards; `UserError` where there is none."""
+    manifest = read_json(collection_path(directory))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "shards" not in manifest:
+        raise UserError(
+            f"{directory} has no manifest.json of prepare-data: it is another directory, or prepare-data has "
+            "not finished there; run it again with the same --output"
+        )
+    return manifest

@@ -1,0 +1,115 @@
+"""A Hugging Face data set as sources, streamed: nothing but what is being read is on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dyt.data.records import Fields
+from megatron_dyt.data.sources import BrokenSourceError, Item, as_item
+from megatron_dyt.errors import UserError
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """What `datasets.load_dataset` is called with.
+
+    Attributes:
+        path: a name on the Hub, or a directory of data files.
+        config: its subset; None for the default one.
+        split: for example "train".
+        revision: branch, tag or commit on the Hub; None for the newest.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def stream(self) -> Any:
+        """The `datasets.IterableDataset`; `UserError` when it cannot be opened."""
+        import datasets
+
+        try:
+            return datasets.load_dataset(
+                self.path, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        # The library raises its own, the Hub's and the readers' errors, without a common base.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"Hugging Face data set {self} cannot be opened: {reason}. See --hf-dataset, --hf-config, "
+                "--hf-split and --hf-revision"
+            ) from error
+
+    def content(self) -> str:
+        """A hash of what the Hub (commit, file hashes) or the file system (times) says of its files."""
+        import datasets
+
+        builder = datasets.load_dataset_builder(self.path, self.config, revision=self.revision)
+        files = (builder.config.data_files or {}).get(self.split)
+        return hashlib.sha256(repr(getattr(files, "origin_metadata", builder.hash)).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.path, self.config, self.split)))
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One of the `count` parts of a data set: those of its files that fall to it."""
+
+    dataset: HubDataset
+    content: str
+    index: int
+    count: int
+    unit: str = "row"
+    # The library does not say how many bytes it will read.
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", str(self.dataset)).strip("-.")
+        return f"{base}-{self.index:05d}-of-{self.count:05d}"
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, part {self.index + 1} of {self.count}"
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "revision": self.dataset.revision, "content": self.content}
+
+    def read(self, fields: Fields) -> Iterator[tuple[int, Item]]:
+        rows = iter(self.dataset.stream().shard(num_shards=self.count, index=self.index))
+        number = 0
+        while True:
+            try:
+                record = next(rows, None)
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise BrokenSourceError(
+                    f"{self}: reading failed after {number} rows ({type(error).__name__}: {reason}); try "
+                    "again, or leave it out with --skip-broken-shards"
+                ) from error
+            if record is None:
+                return
+            number += 1
+            yield 0, as_item(record, number, fields)
+
+
+def find(dataset: HubDataset, fields: Fields) -> list[HubSource]:
+    """The parts of a data set, as many as it has files.
+
+    Raises:
+        UserError: it cannot be opened, or has no column with the text.
+    """
+    stream = dataset.stream()
+    columns = stream.column_names
+    if columns is not None and fields.text not in columns:
+        raise UserError(
+            f'Hugging Face data set {dataset} has no column "{fields.text}"; it has {", ".join(columns)}: '
+            "choose with --json-key"
+        )
+    content = dataset.content()
+    return [HubSource(dataset, content, index, stream.num_shards) for index in range(stream.num_shards)]

@@ -1,0 +1,241 @@
+"""Corpora as a stream of documents: JSON lines (plain, zstd, gzip) and Parquet files.
+
+Memory is bounded by the longest line, whatever the size of a file; a Parquet file is read page by page.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_dyt.data.records import BadRecordError, Document, Fields, Malformed, document, parse_line
+from megatron_dyt.errors import UserError
+
+# What a file's name ends with: (format, compression).
+FORMATS = {
+    ".jsonl.zst": ("json", "zstd"),
+    ".jsonl.gz": ("json", "gzip"),
+    ".jsonl": ("json", None),
+    ".json.zst": ("json", "zstd"),
+    ".json.gz": ("json", "gzip"),
+    ".json": ("json", None),
+    ".parquet": ("parquet", None),
+}
+MAX_LINE_BYTES = 256 << 20
+_CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 256
+
+Item = Document | Malformed
+
+
+class BrokenSourceError(UserError):
+    """A source that cannot be read to its end, or holds no text at all."""
+
+
+class Source(Protocol):
+    """Where documents come from; small and picklable, so that it can go to a worker.
+
+    Attributes:
+        name: of the dataset that is made of it, if nothing else names it.
+        unit: what `Malformed.place` counts: "line" or "row".
+        size: bytes to read, 0 where unknown.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What changes when the content does."""
+
+    def read(self, fields: Fields) -> Iterator[tuple[int, Item]]:
+        """Yield (bytes read so far, document or malformed record).
+
+        Raises:
+            BrokenSourceError: the content ends too early or is damaged.
+        """
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A file of one of the `FORMATS`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(suffix_of(self.path))
+
+    @property
+    def unit(self) -> str:
+        return "row" if self._format == "parquet" else "line"
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def _format(self) -> str:
+        return FORMATS[suffix_of(self.path)][0]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """Name, size and time stamp: hashing a corpus of many TB on every start would take hours."""
+        stat = self.path.stat()
+        return {"name": self.path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+    def read(self, fields: Fields) -> Iterator[tuple[int, Item]]:
+        with _broken_is_said(self.path):
+            if self._format == "parquet":
+                yield from _read_parquet(self.path, fields)
+            else:
+                yield from _read_json(self.path, FORMATS[suffix_of(self.path)][1], fields)
+
+
+def suffix_of(path: Path) -> str:
+    """Which of `FORMATS` a file is in by its name; "" for none."""
+    return next((suffix for suffix in FORMATS if path.name.endswith(suffix)), "")
+
+
+def find(inputs: Sequence[str]) -> list[FileSource]:
+    """The files that `inputs` name: files, directories (searched to the bottom) and glob patterns.
+
+    Raises:
+        UserError: something is missing, empty, of unknown format, or given twice.
+    """
+    paths: list[Path] = []
+    for given in inputs:
+        paths += _expand(given)
+    for path in paths:
+        if not suffix_of(path):
+            raise UserError(f"input {path}: its name must end with one of {', '.join(FORMATS)}")
+        if path.stat().st_size == 0:
+            raise UserError(f"input {path} is empty")
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise UserError(f"input {path} is given twice; its documents would be in the data twice")
+        seen.add(path.resolve())
+    return [FileSource(path) for path in paths]
+
+
+def _expand(given: str) -> list[Path]:
+    path = Path(given)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(each for each in path.rglob("*") if each.is_file() and suffix_of(each))
+        if not found:
+            raise UserError(f"input {given}: no file in it ends with one of {', '.join(FORMATS)}")
+        return found
+    found = sorted(Path(each) for each in glob.glob(given, recursive=True) if os.path.isfile(each))
+    if not found:
+        raise UserError(f"input {given} does not exist; give files, directories or quoted patterns")
+    return found
+
+
+@contextmanager
+def _broken_is_said(path: Path) -> Iterator[None]:
+    """Decoders' errors as `BrokenSourceError`; the operating system's errors as they are."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise BrokenSourceError(
+            f"{path} is truncated or damaged ({reason}); get it again, or leave it out with "
+            "--skip-broken-shards"
+        ) from error
+
+
+def _read_json(path: Path, compression: str | None, fields: Fields) -> Iterator[tuple[int, Item]]:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as raw, _decompressed(raw, compression) as stream:
+        for number, line in enumerate(split_lines(stream), start=1):
+            yield raw.tell(), _parse(line, number, fields)
+
+
+def _decompressed(raw: Any, compression: str | None) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(raw, compression) if compression else raw
+
+
+def split_lines(stream: Any) -> Iterator[bytes | None]:
+    """Lines of a binary stream without their ends; None for one longer than `MAX_LINE_BYTES`."""
+    begun: list[bytes] = []
+    size = 0
+    while chunk := stream.read(_CHUNK_BYTES):
+        first, *others = chunk.split(b"\n")
+        size += len(first)
+        # What is too long is counted, not held.
+        begun.append(first if size <= MAX_LINE_BYTES else b"")
+        if others:
+            yield b"".join(begun) if size <= MAX_LINE_BYTES else None
+            yield from others[:-1]
+            begun, size = [others[-1]], len(others[-1])
+    if size:
+        yield b"".join(begun) if size <= MAX_LINE_BYTES else None
+
+
+def _parse(line: bytes | None, number: int, fields: Fields) -> Item:
+    if line is None:
+        return Malformed(number, "too long", f"more than {MAX_LINE_BYTES >> 20} MiB in one line")
+    try:
+        return parse_line(line, fields)
+    except BadRecordError as error:
+        return Malformed(number, error.kind, error.detail)
+
+
+def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, Item]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    size = path.stat().st_size
+    # Pages are read when they are needed; by default a whole row group is.
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
+        columns = file.schema_arrow.names
+        if fields.text not in columns:
+            raise BrokenSourceError(
+                f'{path} has no column "{fields.text}"; it has {", ".join(columns)}: choose with --json-key'
+            )
+        wanted = [fields.text, *(name for name in columns if name == fields.domain.split(".")[0])]
+        rows, total = 0, max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted, use_threads=False):
+            texts = batch.column(fields.text)
+            if pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type):
+                # As bytes, so that one text that is not UTF-8 does not spoil the others.
+                batch = batch.set_column(
+                    batch.schema.get_field_index(fields.text), fields.text, texts.view(_bytes_like(texts))
+                )
+            for record in batch.to_pylist():
+                rows += 1
+                yield size * rows // total, as_item(record, rows, fields)
+
+
+def _bytes_like(texts: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.binary() if pyarrow.types.is_string(texts.type) else pyarrow.large_binary()
+
+
+def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
+    """The document of a row, or what is wrong with it."""
+    try:
+        return document(record, fields)
+    except BadRecordError as error:
+        return Malformed(number, error.kind, error.detail)

@@ -1,0 +1,64 @@
+"""A Hugging Face data set in a local directory: its parts, its rows, what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_dyt.data.hub import HubDataset, find
+from megatron_dyt.data.records import Document, Fields, Malformed
+from megatron_dyt.data.sources import BrokenSourceError
+from megatron_dyt.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "set"
+    path.mkdir()
+    for part in range(3):
+        rows = [{"text": f"{part} {row}", "meta": {"pile_set_name": "ABC"[part]}} for row in range(4)]
+        (path / f"train-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_part_for_each_file_and_all_rows_once(directory: Path) -> None:
+    parts = find(HubDataset(str(directory)), Fields())
+    assert [part.name.rsplit("-", 3)[1] for part in parts] == ["00000", "00001", "00002"]
+    found = [[item for _position, item in part.read(Fields())] for part in parts]
+    assert found == [[Document(f"{part} {row}", "ABC"[part]) for row in range(4)] for part in range(3)]
+
+
+def test_identity_changes_with_the_files(directory: Path) -> None:
+    dataset = HubDataset(str(directory))
+    before = [part.identity() for part in find(dataset, Fields())]
+    assert before == [part.identity() for part in find(dataset, Fields())]
+    os.utime(directory / "train-1.jsonl", (1, 1))
+    assert before != [part.identity() for part in find(dataset, Fields())]
+
+
+def test_rows_without_text_are_malformed(directory: Path) -> None:
+    (directory / "train-0.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    part = find(HubDataset(str(directory)), Fields())[0]
+    assert [item for _position, item in part.read(Fields())] == [
+        Document("x"),
+        Malformed(2, '"text" is not a string', "it is null"),
+    ]
+
+
+def test_bad_data_sets_are_named(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be opened.*--hf-split"):
+        find(HubDataset(str(directory), split="nonsense"), Fields())
+    with pytest.raises(UserError, match=r'no column "body"; it has text, meta'):
+        find(HubDataset(str(directory)), Fields("body"))
+    parts = find(HubDataset(str(directory)), Fields())
+    (directory / "train-2.jsonl").write_text('{"text": "2 0"}\n{"text": cut')
+    with pytest.raises(BrokenSourceError, match="part 3 of 3: reading failed after"):
+        list(parts[2].read(Fields()))
