@@ -1,29 +1,58 @@
-"""The dataset that Megatron reads is the text, document for document."""
+"""The command: from files to what Megatron reads, again after a kill, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pyarrow
 import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_dyt.data import prepare as prepare_module
 from megatron_dyt.data import train_tokenizer
-from megatron_dyt.data.prepare import Settings, main, prepare
+from megatron_dyt.data.prepare import main
 from megatron_dyt.errors import UserError
 from tests.data.samples import source_texts, write_jsonl
 
 BOS, EOS = 1, 2
+COMMAND = [sys.executable, "-m", "megatron_dyt.data.prepare"]
+Run = Callable[..., None]
 
 
-def run(inputs: list[Path], model: Path, prefix: Path, *flags: str) -> None:
-    sources = [str(path) for path in inputs]
-    args = ["--input", *sources, "--tokenizer-model", str(model), "--output-prefix", str(prefix)]
-    assert main([*args, *flags]) == 0
+@pytest.fixture
+def run(tokenizer_model: Path) -> Run:
+    """`run(flags...)` with the tokenizer, in one process unless told otherwise."""
+
+    def run(*flags: object) -> None:
+        assert main(["--tokenizer-model", str(tokenizer_model), "--workers", "1", *map(str, flags)]) == 0
+
+    return run
+
+
+@pytest.fixture
+def pile(tmp_path: Path) -> Path:
+    """Three compressed shards with domains, one of them with malformed lines."""
+    directory = tmp_path / "pile"
+    directory.mkdir()
+    for number in range(3):
+        lines = [
+            json.dumps({"text": text, "meta": {"pile_set_name": ["Github", "ArXiv"][index % 2]}})
+            for index, text in enumerate(source_texts()[number::3])
+        ]
+        if number == 1:
+            lines += ['{"text": cut', '{"text": 5}']
+        with pyarrow.output_stream(str(directory / f"{number:02d}.jsonl.zst"), compression="zstd") as file:
+            file.write("".join(line + "\n" for line in lines).encode())
+    return directory
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -32,81 +61,245 @@ def documents(prefix: Path) -> list[list[int]]:
     return [dataset[index].tolist() for index in range(len(dataset))]
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
-def test_dataset_reads_back_as_the_text(
-    tmp_path: Path, source_jsonl: Path, tokenizer_model: Path, workers: str
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def output_of(capsys: pytest.CaptureFixture[str], function: Callable[[], object]) -> str:
+    capsys.readouterr()
+    function()
+    return capsys.readouterr().out
+
+
+# --- a directory of shards -------------------------------------------------------------------------------
+
+
+def test_a_directory_of_shards(run: Run, pile: Path, tokenizer_model: Path, tmp_path: Path) -> None:
+    run("--input", pile, "--output", tmp_path / "out", "--workers", 2)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+    for number in range(3):
+        found = documents(tmp_path / "out" / f"{number:02d}")
+        assert found == [[BOS, *tokenizer.encode(text), EOS] for text in source_texts()[number::3]]
+    whole = read(tmp_path / "out" / "manifest.json")
+    parts = [read(tmp_path / "out" / f"{number:02d}.manifest.json") for number in range(3)]
+    assert list(whole["shards"]) == ["00", "01", "02"]
+    assert whole["documents"] == 10
+    for key in ("documents", "tokens", "text_bytes"):
+        assert whole[key] == sum(part[key] for part in parts)
+        assert whole[key] == sum(domain[key] for domain in whole["domains"].values())
+    assert list(whole["domains"]) == ["ArXiv", "Github"]
+    assert whole["malformed"] == {"not valid JSON": 1, '"text" is not a string': 1}
+    assert whole["broken_shards"] == {}
+
+
+def test_finished_shards_are_left_alone_and_others_written(
+    run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ("--input", pile, "--output", out)
+    run(*command)
+    before = contents(out)
+    for name in before:
+        os.utime(out / name, (1, 1))
+    assert "up to date" in output_of(capsys, lambda: run(*command))
+    assert {path.stat().st_mtime for path in out.iterdir()} == {1.0}
+    (out / "01.idx").write_bytes(b"damaged")
+    assert "was replaced" in output_of(capsys, lambda: run(*command))
+    assert contents(out) == before
+    untouched = {path.name for path in out.iterdir() if path.stat().st_mtime == 1}
+    # Equal content keeps its file: the malformed lines and the total are the same again.
+    assert untouched >= {"00.bin", "00.idx", "02.bin", "02.idx"}
+    assert not untouched & {"01.bin", "01.idx", "01.manifest.json"}
+
+
+def test_more_input_extends_the_directory(run: Run, pile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--input", pile / "00.jsonl.zst", "--output", out)
+    run("--input", pile / "01.jsonl.zst", pile / "02.jsonl.zst", "--output", out)
+    assert list(read(out / "manifest.json")["shards"]) == ["00", "01", "02"]
+
+
+def test_other_settings_are_not_mixed_in(run: Run, pile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("--input", pile, "--output", out)
+    before = contents(out)
+    with pytest.raises(UserError, match=r"00 was made with other settings \(bos\).*--overwrite"):
+        run("--input", pile, "--output", out, "--no-bos")
+    assert contents(out) == before
+    run("--input", pile / "00.jsonl.zst", "--output", out, "--no-bos", "--overwrite")
+    assert list(read(out / "manifest.json")["shards"]) == ["00"]
+    assert documents(out / "00")[0][0] != BOS
+
+
+def test_files_of_the_same_name_keep_their_directories(run: Run, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        write_jsonl(tmp_path / "in" / name / "train.jsonl", [name])
+    run("--input", tmp_path / "in", "--output", tmp_path / "out")
+    shards = read(tmp_path / "out" / "manifest.json")["shards"]
+    assert {name: Path(shard["sources"][0]).parent.name for name, shard in shards.items()} == {
+        "a-train.jsonl": "a",
+        "b-train.jsonl": "b",
+    }
+
+
+def test_a_broken_shard_stops_and_can_be_skipped(
+    run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    whole = (pile / "01.jsonl.zst").read_bytes()
+    (pile / "01.jsonl.zst").write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"01.jsonl.zst is truncated or damaged"):
+        run("--input", pile, "--output", out)
+    # What was finished stays; nothing is half, and nothing says that the data are complete.
+    assert sorted(contents(out)) == ["00.bin", "00.idx", "00.manifest.json"]
+    text = output_of(capsys, lambda: run("--input", pile, "--output", out, "--skip-broken-shards"))
+    assert "2 shards" in text
+    assert "1 broken shards" in text
+    manifest = read(out / "manifest.json")
+    assert list(manifest["shards"]) == ["00", "02"]
+    assert "truncated" in manifest["broken_shards"]["01"]
+    (pile / "01.jsonl.zst").write_bytes(whole)
+    run("--input", pile, "--output", out)
+    assert read(out / "manifest.json")["broken_shards"] == {}
+
+
+def test_filters_and_keys(run: Run, tmp_path: Path) -> None:
+    lines = [
+        {"body": "short", "source": "A"},
+        {"body": "long enough", "source": "A"},
+        {"body": "x" * 20, "source": "B"},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = ("--json-key", "body", "--domain-key", "source")
+    command = ("--input", tmp_path / "in.jsonl", *keys, "--output")
+    run(*command, tmp_path / "a", "--min-chars", 6, "--max-chars", 19)
+    assert read(tmp_path / "a" / "manifest.json")["filtered"] == {"too short": 1, "too long": 1}
+    run(*command, tmp_path / "b", "--not-domains", "A")
+    assert list(read(tmp_path / "b" / "manifest.json")["domains"]) == ["B"]
+    with pytest.raises(UserError, match="no document is left: 3 filtered"):
+        run(*command, tmp_path / "c", "--domains", "none")
+
+
+def test_a_hugging_face_data_set(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for part in range(2):
+        write_jsonl(tmp_path / "set" / f"train-{part}.jsonl", source_texts()[part::2])
+    run("--hf-dataset", tmp_path / "set", "--output", tmp_path / "out")
+    run("--input", tmp_path / "set", "--output", tmp_path / "expected")
+    found = sorted((tmp_path / "out").glob("*.bin"))
+    expected = sorted((tmp_path / "expected").glob("*.bin"))
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
+
+
+# --- interrupted -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Ten shards, of about 0.05 s each."""
+    directory = tmp_path / "many"
+    directory.mkdir()
+    for number in range(10):
+        write_jsonl(directory / f"{number:02d}.jsonl", [f"{number} {text}" for text in source_texts() * 3])
+    return directory
+
+
+def processes_with(word: str) -> list[int]:
+    """Processes that have a file open below a directory of this name."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = [os.readlink(link) for link in directory.iterdir()]
+        except OSError:
+            continue
+        if any(word in link for link in links):
+            found.append(int(directory.parent.name))
+    return found
+
+
+@pytest.mark.distributed
+def test_sigkill_costs_no_finished_shard(many: Path, run: Run, tmp_path: Path, tokenizer_model: Path) -> None:
+    out = tmp_path / "killed-output"
+    command = [*COMMAND, "--input", str(many), "--tokenizer-model", str(tokenizer_model), "--workers", "2"]
+    process = subprocess.Popen([*command, "--output", str(out)])
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*.manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    # The workers find that nobody listens, clear up and end.
+    while processes_with(out.name) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    done = {path.name.split(".")[0] for path in out.glob("*.manifest.json")}
+    assert 0 < len(done) < 10
+    assert sorted(contents(out)) == sorted(
+        f"{n}.{end}" for n in done for end in ("bin", "idx", "manifest.json")
+    )
+    for path in out.iterdir():
+        os.utime(path, (1, 1))
+    run("--input", many, "--output", out)
+    assert {path.name.split(".")[0] for path in out.iterdir() if path.stat().st_mtime == 1} == done
+    run("--input", many, "--output", tmp_path / "in one go")
+    assert contents(out) == contents(tmp_path / "in one go")
+
+
+def test_half_written_files_of_a_dead_machine_are_no_obstacle(run: Run, pile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for end in ("bin", "idx"):
+        (out / f"01.{end}.partial").write_bytes(b"half" * 100_000)
+    run("--input", pile, "--output", out)
+    assert not list(out.glob("*.partial"))
+    assert main(["--verify", str(out)]) == 0
+
+
+@pytest.mark.distributed
+def test_files_that_may_not_grow_are_a_clear_error(pile: Path, tmp_path: Path, tokenizer_model: Path) -> None:
+    """A real failed write in the middle: the kernel refuses it, as on a full disk."""
+    command = [*COMMAND, "--input", str(pile), "--tokenizer-model", str(tokenizer_model), "--workers", "2"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=limit
+    )
+    assert result.returncode == 1
+    assert "a file grew past the allowed size" in result.stderr.splitlines()[-1]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- one dataset -----------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_one_dataset_of_all_inputs(
+    run: Run, source_jsonl: Path, tokenizer_model: Path, tmp_path: Path
 ) -> None:
     more = write_jsonl(tmp_path / "more.jsonl", ["tab\tand\r\n", "", "漢字"])
     prefix = tmp_path / "out" / "train"
-    run([source_jsonl, more], tokenizer_model, prefix, "--workers", workers)
+    run("--input", source_jsonl, more, "--output-prefix", prefix)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
     found = documents(prefix)
     assert all(ids[0] == BOS and ids[-1] == EOS for ids in found)
-    texts = [tokenizer.decode(ids[1:-1]) for ids in found]
-    assert texts == [*source_texts(), "tab\tand\r\n", "漢字"]
-
-
-def test_manifest_counts_what_was_written(tmp_path: Path, source_jsonl: Path, tokenizer_model: Path) -> None:
-    blank = write_jsonl(tmp_path / "blank.jsonl", ["", "é"])
-    prefix = tmp_path / "train"
-    run([source_jsonl, blank], tokenizer_model, prefix)
-    manifest = json.loads((tmp_path / "train.manifest.json").read_text())
-    assert (manifest["documents"], manifest["empty_documents"]) == (11, 1)
-    assert manifest["tokens"] == sum(map(len, documents(prefix)))
-    assert manifest["text_bytes"] == sum(len(text.encode()) for text in [*source_texts(), "é"])
-    assert manifest["dtype"] == "uint16"
-    assert manifest["outputs"]["train.bin"] == 2 * manifest["tokens"]
-    assert sorted(path.name for path in tmp_path.glob("train*")) == [
-        "train.bin",
-        "train.idx",
-        "train.manifest.json",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("flags", "ends"), [(["--no-bos"], (False, True)), (["--no-append-eod"], (True, False))]
-)
-def test_begin_and_end_of_document_are_optional(
-    tmp_path: Path, tokenizer_model: Path, flags: list[str], ends: tuple[bool, bool]
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["some text"])
-    run([source], tokenizer_model, tmp_path / "a", *flags)
-    (ids,) = documents(tmp_path / "a")
-    assert (ids[0] == BOS, ids[-1] == EOS) == ends
-
-
-def test_batches_do_not_show_in_the_dataset(
-    tmp_path: Path, source_jsonl: Path, tokenizer_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings((source_jsonl,), tokenizer_model)
-    prepare(settings, tmp_path / "one")
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 1)
-    prepare(settings, tmp_path / "many")
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
-
-
-def test_large_vocabulary_takes_32_bits(
-    tmp_path: Path, source_jsonl: Path, tokenizer_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare_module.Encoder, "vocab_size", 70_000)
-    manifest = prepare(Settings((source_jsonl,), tokenizer_model), tmp_path / "a")
-    assert manifest["dtype"] == "int32"
-    assert IndexedDataset(str(tmp_path / "a"))[0].dtype == np.int32
+    assert [tokenizer.decode(ids[1:-1]) for ids in found] == [*source_texts(), "tab\tand\r\n", "漢字"]
+    manifest = read(tmp_path / "out" / "train.manifest.json")
+    assert (manifest["documents"], manifest["empty_documents"]) == (11 + 1, 1)
+    assert sorted(contents(tmp_path / "out")) == ["train.bin", "train.idx", "train.manifest.json"]
 
 
 def test_second_run_does_nothing(
-    tmp_path: Path,
-    source_jsonl: Path,
-    tokenizer_model: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run, source_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = tmp_path / "train"
-    run([source_jsonl], tokenizer_model, prefix)
+    command = ("--input", source_jsonl, "--output-prefix", tmp_path / "train")
+    run(*command)
     os.utime(tmp_path / "train.bin", (1, 1))
-    capsys.readouterr()
-    run([source_jsonl], tokenizer_model, prefix)
-    assert "up to date" in capsys.readouterr().out
+    assert "up to date" in output_of(capsys, lambda: run(*command))
     assert (tmp_path / "train.bin").stat().st_mtime == 1
 
 
@@ -122,59 +315,81 @@ def test_any_change_makes_the_dataset_again(
     model = tmp_path / "t.model"
     model.write_bytes(tokenizer_model.read_bytes())
     prefix = tmp_path / "train"
-    run([source], model, prefix)
-    flags = []
+    command = ["--input", str(source), "--tokenizer-model", str(model), "--output-prefix", str(prefix)]
+    main(command)
     match change:
         case "source":
             write_jsonl(source, ["one", "two", "three"])
         case "flag":
-            flags = ["--no-bos"]
+            command.append("--no-bos")
         case "tokenizer":
             model.write_bytes(train_tokenizer.train([source_jsonl], 500))
         case "truncated":
             (tmp_path / "train.bin").write_bytes(b"12")
         case "unfinished":
             (tmp_path / "train.manifest.json").unlink()
-    capsys.readouterr()
-    run([source], model, prefix, *flags)
-    output = capsys.readouterr().out
+    output = output_of(capsys, lambda: main(command))
     assert "up to date" not in output
     assert "cached" in output
     assert len(documents(prefix)) == (3 if change == "source" else 2)
 
 
+def test_a_moved_tokenizer_or_source_is_the_same(
+    run: Run, tmp_path: Path, tokenizer_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", ["one", "two"])
+    run("--input", source, "--output-prefix", tmp_path / "train")
+    (tmp_path / "elsewhere").mkdir()
+    source.rename(tmp_path / "elsewhere" / "s.jsonl")
+    model = tmp_path / "elsewhere" / "t.model"
+    model.write_bytes(tokenizer_model.read_bytes())
+    command = ["--tokenizer-model", str(model), "--input", str(tmp_path / "elsewhere" / "s.jsonl")]
+    assert "up to date" in output_of(
+        capsys, lambda: main([*command, "--output-prefix", str(tmp_path / "train")])
+    )
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`refused(problem, flags...)`: the error, and no file that was not there before."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", ["text"])
+
+    def check(problem: str, *flags: object) -> None:
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match=problem):
+            run(*flags)
+        assert contents(tmp_path) == before
+
+    return check
+
+
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    ("problem", "flags"),
     [
-        ('{"text": "a"}\n{"text": "b', "in.jsonl, line 2: is not valid JSON"),
-        ('{"text": ""}\n', "no text in"),
-        ("", "in.jsonl is empty"),
-        (None, "in.jsonl does not exist"),
+        ("either --input or --hf-dataset", "--output out"),
+        ("either --input or --hf-dataset", "--output out --input a.jsonl --hf-dataset b"),
+        ("either --output or --output-prefix", "--input a.jsonl"),
+        ("either --output or --output-prefix", "--input a.jsonl --output out --output-prefix p"),
+        ("--workers must be at least 1, not 0", "--input a.jsonl --output out --workers 0"),
+        ("leave no document", "--input a.jsonl --output out --min-chars 5 --max-chars 4"),
+        ("both name ArXiv", "--input a.jsonl --output out --domains ArXiv --not-domains ArXiv Books"),
+        ("none.jsonl does not exist", "--input none.jsonl --output out"),
+        ("a.jsonl is in the output directory", "--input a.jsonl --output ."),
+        ("none.model does not exist", "--input a.jsonl --output out --tokenizer-model none.model"),
     ],
 )
-def test_bad_source_leaves_the_old_dataset_whole(
-    tmp_path: Path, tokenizer_model: Path, content: str | None, problem: str
-) -> None:
-    prefix = tmp_path / "train"
-    run([write_jsonl(tmp_path / "good.jsonl", ["good"])], tokenizer_model, prefix)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    if content is not None:
-        (tmp_path / "in.jsonl").write_text(content)
-    with pytest.raises(UserError, match=problem):
-        run([tmp_path / "in.jsonl"], tokenizer_model, prefix)
-    (tmp_path / "in.jsonl").unlink(missing_ok=True)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_wrong_flags(refused: Run, problem: str, flags: str) -> None:
+    refused(problem, *flags.split())
 
 
-def test_bad_tokenizer_and_workers(tmp_path: Path, source_jsonl: Path, tokenizer_model: Path) -> None:
-    cut = tmp_path / "cut.model"
-    cut.write_bytes(tokenizer_model.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        run([source_jsonl], cut, tmp_path / "a")
-    with pytest.raises(UserError, match="does not exist"):
-        run([source_jsonl], tmp_path / "none.model", tmp_path / "a")
-    with pytest.raises(UserError, match="--workers must be at least 1"):
-        run([source_jsonl], tokenizer_model, tmp_path / "a", "--workers", "0")
+def test_tokenizer_is_needed(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    with pytest.raises(UserError, match="give --tokenizer-model"):
+        main(["--input", str(source), "--output", str(tmp_path / "out")])
 
 
 def test_tokenizer_without_bos_names_the_flag(
@@ -184,7 +399,21 @@ def test_tokenizer_without_bos_names_the_flag(
     monkeypatch.setitem(train_tokenizer.SETTINGS, "eos_id", 1)
     model = tmp_path / "t.model"
     model.write_bytes(train_tokenizer.train([source_jsonl], 500))
-    with pytest.raises(UserError, match=r"no BOS piece.*--no-bos"):
-        run([source_jsonl], model, tmp_path / "a")
-    run([source_jsonl], model, tmp_path / "a", "--no-bos")
+    command = ["--input", str(source_jsonl), "--tokenizer-model", str(model)]
+    with pytest.raises(UserError, match=r"no BOS token.*--no-bos"):
+        main([*command, "--output-prefix", str(tmp_path / "a")])
+    main([*command, "--output-prefix", str(tmp_path / "a"), "--no-bos"])
     assert len(documents(tmp_path / "a")) == 10
+
+
+def test_a_model_that_the_cache_cannot_take_is_said(
+    tmp_path: Path, source_jsonl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(train_tokenizer.SETTINGS, "remove_extra_whitespaces", True)
+    model = tmp_path / "t.model"
+    model.write_bytes(train_tokenizer.train([source_jsonl], 500))
+    command = ["--input", str(source_jsonl), "--tokenizer-model", str(model)]
+    output = output_of(capsys, lambda: main([*command, "--output-prefix", str(tmp_path / "a")]))
+    assert "t.model is used without the word cache, because it removes extra spaces" in output
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(source_texts())
+    assert [ids[1:-1] for ids in documents(tmp_path / "a")] == expected
