@@ -14,6 +14,7 @@ time. Started again, it goes on from the shards that are finished.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -30,8 +31,11 @@ from megatron_dyt.data.shard import finished, output_paths
 from megatron_dyt.data.sources import BrokenSourceError, Source
 from megatron_dyt.data.tracker import Tracker
 from megatron_dyt.data.verify import verify
-from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.errors import UserError, describe, run_main
 from megatron_dyt.runtime.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, manifest_path
+
+# A full disk, a quota and a limit on a file's size: nothing that a traceback explains.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +80,14 @@ def _write(shards: list[Shard], settings: Settings, args: argparse.Namespace) ->
     label = (args.output or args.output_prefix).name
     with Progress(label, sum(shard.size for shard in shards)) as progress:
         tracker = Tracker(shards, progress, args.skip_broken_shards)
-        workers.run(shards, settings, args.workers, tracker)
+        try:
+            workers.run(shards, settings, args.workers, tracker)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise UserError(
+                f"writing {args.output or args.output_prefix} failed: {describe(error)}"
+            ) from error
     return tracker.broken
 
 

@@ -270,8 +270,10 @@ def test_files_that_may_not_grow_are_a_clear_error(pile: Path, tmp_path: Path, t
     result = subprocess.run(
         [*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=limit
     )
-    assert result.returncode == 1
-    assert "a file grew past the allowed size" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "out failed: OSError" in result.stderr
+    assert "a file grew past the allowed size" in result.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
