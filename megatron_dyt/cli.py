@@ -21,6 +21,10 @@ COMMANDS = {
     "prepare-data": ("megatron_dyt.data.prepare", "tokenize text into Megatron's indexed data sets"),
     "train-tokenizer": ("megatron_dyt.data.train_tokenizer", "make a SentencePiece tokenizer"),
     "eval": ("megatron_dyt.evaluation", "zero-shot evaluation of a checkpoint with lm-eval"),
+    "eval-data": (
+        "megatron_dyt.evaluation.export_data",
+        "fetch the tasks' data for machines without network",
+    ),
     "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
     "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
     "convert": ("megatron_dyt.hf.convert", "a Hugging Face LLaMA as one with DyT (experimental)"),

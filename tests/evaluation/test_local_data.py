@@ -1,0 +1,125 @@
+"""Task data in local files: read as written, and a clear error that names what is wrong with which file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.evaluation import export_data, local_data
+from megatron_dyt.evaluation.paper import TASKS
+from megatron_dyt.evaluation.task_loading import load_tasks
+
+from .task_data import FILES, write_all
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_all(tmp_path, 3)
+    return tmp_path
+
+
+def test_fixtures_have_the_documented_columns(data: Path) -> None:
+    assert {f"{name}.{task.split}" for name, task in TASKS.items()} == set(FILES)
+    for name, task in TASKS.items():
+        local_data.read_documents(data / f"{name}.{task.split}.jsonl", task.columns)
+
+
+def test_all_tasks_from_files(data: Path) -> None:
+    loaded = load_tasks(["dyt_paper"], data=data)
+    assert list(loaded["tasks"]) == list(TASKS)
+    for name, task in loaded["tasks"].items():
+        assert task.config.num_fewshot == 0
+        lines = (data / f"{name}.{TASKS[name].split}.jsonl").read_text().splitlines()
+        assert len(task.eval_docs) == len(lines) == 3
+        task.build_all_requests(rank=0, world_size=1)
+        assert len({instance.doc_id for instance in task.instances}) == 3
+        metrics = task.process_results(
+            task.instances[0].doc, [(-1.0, False) for i in task.instances if i.doc_id == 0]
+        )
+        assert set(metrics) == {TASKS[name].metric, *TASKS[name].others}
+    premise = json.loads((data / "anli_r1.test_r1.jsonl").read_text().splitlines()[0])["premise"]
+    assert loaded["tasks"]["anli_r1"].instances[0].args[0].startswith(f"{premise}\nQuestion: ")
+
+
+def test_one_task_and_a_group_of_lm_eval_s(data: Path) -> None:
+    assert list(load_tasks(["record", "piqa"], data=data)["tasks"]) == ["record", "piqa"]
+
+
+def test_parquet(data: Path) -> None:
+    path = data / "arc_easy.test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    Dataset.from_list(rows).to_parquet(str(path.with_suffix(".parquet")))
+    (task,) = load_tasks(["arc_easy"], data=data)["tasks"].values()
+    assert [doc["question"] for doc in task.eval_docs] == [row["question"] for row in rows]
+    path.with_suffix(".parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"arc_easy.test.parquet cannot be read as parquet"):
+        load_tasks(["arc_easy"], data=data)
+
+
+def test_missing_file(data: Path) -> None:
+    (data / "wic.validation.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"task wic is missing: .*wic.validation.jsonl.*eval-data --tasks wic"
+    ):
+        load_tasks(["dyt_paper"], data=data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no documents"),
+        ('{"goal": "a"}\n{"goal"', "line 2 is not JSON"),
+        ('{"goal": "a"}\n\n[1]', "line 3 is list"),
+        ('{"goal": "a", "sol1": "b", "label": 0}', r"document 1 has no sol2; it has goal, sol1, label"),
+    ],
+)
+def test_wrong_file(data: Path, text: str, message: str) -> None:
+    (data / "piqa.validation.jsonl").write_text(text)
+    with pytest.raises(UserError, match=rf"piqa.validation.jsonl.*{message}"):
+        load_tasks(["piqa"], data=data)
+
+
+def test_lm_eval_downloads_again_afterwards(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    load_tasks(["rte"], data=data)
+    with pytest.raises(UserError, match=r"data of rte cannot be had.*--task-data DIR"):
+        load_tasks(["rte"])
+
+
+def test_export(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the Hub, as files that give the same documents."""
+    import datasets
+
+    def hub(path: str, name: str | None = None, **_: Any) -> dict[str, Dataset]:
+        assert (path, name) in (("aps/super_glue", "wic"), ("allenai/ai2_arc", "ARC-Easy"))
+        file = data / ("wic.validation.jsonl" if name == "wic" else "arc_easy.test.jsonl")
+        rows = local_data.read_documents(file)
+        return dict.fromkeys(("train", "validation", "test"), rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    output = tmp_path / "exported"
+    export_data.main(["--output", str(output), "--tasks", "wic,arc_easy"])
+    assert sorted(path.name for path in output.iterdir()) == ["arc_easy.test.jsonl", "wic.validation.jsonl"]
+    for path in output.iterdir():
+        assert list(map(json.loads, path.read_text().splitlines())) == list(
+            map(json.loads, (data / path.name).read_text().splitlines())
+        )
+
+
+def test_export_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; give a directory"):
+        export_data.main(["--output", str(tmp_path / "file")])
+    with pytest.raises(UserError, match="names no task"):
+        export_data.main(["--output", str(tmp_path), "--tasks", ","])
