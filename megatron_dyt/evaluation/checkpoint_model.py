@@ -23,11 +23,13 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.errors import UserError, describe
+from megatron_dyt.evaluation import layout
+from megatron_dyt.evaluation.tokenizer_check import check_against_data, check_vocabulary
 from megatron_dyt.mcore import compat
 from megatron_dyt.runtime import dataset_helpers, launch, training_api
 
 if TYPE_CHECKING:
-    from megatron_dyt.evaluation.lm import MegatronDyTLM, TextTokenizer
+    from megatron_dyt.evaluation.lm import TextTokenizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -80,35 +82,27 @@ class LoadedModel:
     checkpoint: Checkpoint
 
     def __str__(self) -> str:
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        layout = f"{self.args.tensor_model_parallel_size} x {self.args.data_parallel_size} processes"
         return (
-            f"{self.checkpoint.directory}: {self.args.normalization} model, {millions:.1f}M parameters, "
-            f"sequences of {self.args.seq_length}, tokenizer {self.args.tokenizer_model}"
+            f"{self.checkpoint.directory}: {self.args.normalization} model, {layout} (tensor x data "
+            f"parallel), sequences of {self.args.seq_length}, tokenizer {self.args.tokenizer_model}"
         )
 
-    def language_model(self, batch_tokens: int) -> MegatronDyTLM:
-        """The lm-eval model, which scores up to `batch_tokens` tokens in one forward pass."""
-        from megatron.core import mpu
 
-        from megatron_dyt.evaluation.lm import MegatronDyTLM
-        from megatron_dyt.evaluation.scoring import Scorer
-
-        scorer = Scorer(
-            self.model,
-            vocab_size=self.tokenizer.vocab_size,
-            device=next(self.model.parameters()).device,
-            batch_tokens=batch_tokens,
-            group=mpu.get_data_parallel_group(),
-        )
-        return MegatronDyTLM(scorer, self.tokenizer, max_length=self.args.seq_length)
-
-
-def load_model(load: str, *, ckpt_step: int | None = None, tokenizer_model: str | None = None) -> LoadedModel:
+def load_model(
+    load: str,
+    *,
+    ckpt_step: int | None = None,
+    tokenizer_model: str | None = None,
+    tensor_parallel: int | None = None,
+    pipeline_parallel: int = 1,
+) -> LoadedModel:
     """The model of checkpoint directory `load`, at `ckpt_step` or the latest iteration.
 
-    `tokenizer_model` replaces the tokenizer's path stored in the checkpoint. Sets up Megatron in
-    this process (which torchrun may have started): choose the device first, with `runtime.device`.
-    Raises `UserError` for a checkpoint that is missing, damaged or not of the model it states.
+    `tokenizer_model` replaces the tokenizer's path stored in the checkpoint; the parallel sizes are those
+    of `layout.choose`. Sets up Megatron in this process (which torchrun may have started): choose the
+    device first, with `runtime.device`. Raises `UserError` for a checkpoint that is missing, damaged or
+    not of the model it states, for another tokenizer than its own, and for a layout that does not fit.
     """
     import megatron_dyt
 
@@ -119,22 +113,15 @@ def load_model(load: str, *, ckpt_step: int | None = None, tokenizer_model: str 
     dataset_helpers.prepare()
     with _quiet_megatron():
         saved = saved_args(checkpoint)
-        flags = model_flags(saved) | _run_flags(checkpoint, tokenizer_model)
+        tp = layout.choose(saved, checkpoint.directory, tensor_parallel, pipeline_parallel)
+        flags = model_flags(saved) | _run_flags(checkpoint, tokenizer_model, tp)
         check_tokenizer(flags)
+        check_against_data(saved, flags.get("tokenizer_model"))
         args, tokenizer = _start_megatron(flags)
-        _check_vocabulary(tokenizer, args, checkpoint)
+        check_vocabulary(tokenizer.vocab_size, saved, args.tokenizer_model, checkpoint.directory)
         model = build(args)
         _load_weights(model, checkpoint)
     return LoadedModel(model.eval(), tokenizer, args, checkpoint)
-
-
-def _check_vocabulary(tokenizer: TextTokenizer, args: Namespace, checkpoint: Checkpoint) -> None:
-    if tokenizer.vocab_size > args.padded_vocab_size:
-        raise UserError(
-            f"the tokenizer {args.tokenizer_model} has {tokenizer.vocab_size} tokens, but the "
-            f"model in {checkpoint.directory} knows at most {args.padded_vocab_size}. Give the "
-            f"tokenizer of its training data with --tokenizer-model"
-        )
 
 
 @contextlib.contextmanager
@@ -268,7 +255,7 @@ def _field_names(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-def _run_flags(checkpoint: Checkpoint, tokenizer_model: str | None) -> dict[str, Any]:
+def _run_flags(checkpoint: Checkpoint, tokenizer_model: str | None, tp: int) -> dict[str, Any]:
     flags: dict[str, Any] = {
         "load": str(checkpoint.root),
         "ckpt_step": checkpoint.iteration,
@@ -278,6 +265,7 @@ def _run_flags(checkpoint: Checkpoint, tokenizer_model: str | None) -> dict[str,
         "no_load_optim": True,
         "no_load_rng": True,
         "micro_batch_size": 1,
+        "tensor_model_parallel_size": tp,
     }
     return flags | ({"tokenizer_model": tokenizer_model} if tokenizer_model else {})
 

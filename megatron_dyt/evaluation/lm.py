@@ -1,14 +1,17 @@
 """The lm-eval model `megatron_dyt`: a Megatron GPT model behind lm-eval's interface.
 
-lm-eval sees one rank (`world_size` 1), so every data-parallel rank builds all requests; the
-`Scorer` deals the batches over the ranks and gives every rank all results.
+lm-eval sees one rank (`world_size` 1), so every process builds all requests; `Scorer` and `Generator`
+deal the batches over the data-parallel ranks and give every process all results.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 # Built-in models register themselves only into an empty registry: theirs first, then ours.
 import lm_eval.models  # noqa: F401
@@ -23,9 +26,23 @@ from lm_eval.utils import (
 )
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Item, Score, Scorer
+from megatron_dyt.evaluation.attention import MODES, gpt_of, share_contexts, why_not_shared
+from megatron_dyt.evaluation.batches import Item
+from megatron_dyt.evaluation.cache import ResultCache, key_of
+from megatron_dyt.evaluation.forward import Forward
+from megatron_dyt.evaluation.generation import Generator
+from megatron_dyt.evaluation.identity import result_identity
+from megatron_dyt.evaluation.ranks import Ranks
+from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Score, Scorer
+from megatron_dyt.runtime import device
+from megatron_dyt.runtime.report import say
+
+if TYPE_CHECKING:
+    from megatron_dyt.evaluation.checkpoint_model import LoadedModel
 
 _GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
+_LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel")
+_RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
 
 
 class TextTokenizer(Protocol):
@@ -52,9 +69,51 @@ class MegatronDyTLM(TemplateLM):
     def __init__(self, scorer: Scorer, tokenizer: TextTokenizer, *, max_length: int) -> None:
         super().__init__()
         self.scorer = scorer
+        self.generator = Generator(scorer.forward, batch_tokens=scorer.batch_tokens, ranks=scorer.ranks)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._prefix_token = prefix_token(tokenizer)
+        # A document's requests follow each other and repeat its context.
+        self._tokens = functools.lru_cache(maxsize=64)(lambda text: tuple(tokenizer.tokenize(text)))
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        *,
+        mode: str = "auto",
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        cache: str | Path | None = None,
+        max_length: int | None = None,
+    ) -> MegatronDyTLM:
+        """The lm-eval model of a checkpoint's model.
+
+        Args:
+            mode: "shared" computes common contexts once, "flat" each sequence alone, "auto" shares where
+                the model allows it.
+            batch_tokens: tokens in one forward pass, padding included.
+            cache: directory for results, which later runs take from there.
+            max_length: tokens of a sequence; the model's by default.
+
+        Raises:
+            UserError: an unknown mode, a model that cannot share, a `max_length` above the model's, or a
+                cache that cannot be used.
+        """
+        from megatron.core import mpu
+
+        ranks = Ranks(mpu.get_data_parallel_group())
+        scorer = Scorer(
+            Forward(
+                loaded.model,
+                vocab_size=loaded.tokenizer.vocab_size,
+                device=next(loaded.model.parameters()).device,
+            ),
+            batch_tokens=batch_tokens,
+            ranks=ranks,
+            share=_hidden_size_to_share(loaded.model, mode),
+            cache=_open_cache(cache, loaded, ranks),
+        )
+        return cls(scorer, loaded.tokenizer, max_length=_checked_length(max_length, loaded))
 
     @classmethod
     def create_from_arg_obj(
@@ -62,14 +121,21 @@ class MegatronDyTLM(TemplateLM):
     ) -> MegatronDyTLM:
         """For lm-eval's own command line: `--model megatron_dyt --model_args load=DIR,...`.
 
-        The arguments are those of `checkpoint_model.load_model`, and `batch_tokens`. lm-eval's own
-        `additional_config` (batch size, device) does not apply: batches are sized by tokens.
+        The arguments are those of `checkpoint_model.load_model` and of `of`. Of lm-eval's own
+        `additional_config` the device applies; batches are sized by tokens, so a batch size does not.
         """
+        unknown = sorted(set(arg_dict) - {*_LOAD_OPTIONS, *_RUN_OPTIONS})
+        if unknown or "load" not in arg_dict:
+            raise UserError(
+                f"--model_args {', '.join(unknown) or 'without load'} for the model megatron_dyt: "
+                f"load=DIR is needed; allowed are {', '.join((*_LOAD_OPTIONS, *_RUN_OPTIONS))}"
+            )
+        chosen = (additional_config or {}).get("device")
+        device.activate(["--device", chosen.partition(":")[0]] if chosen else [])
         from megatron_dyt.evaluation.checkpoint_model import load_model
 
-        options = dict(arg_dict)
-        batch_tokens = int(options.pop("batch_tokens", DEFAULT_BATCH_TOKENS))
-        return load_model(**options).language_model(batch_tokens)
+        loaded = load_model(**{name: arg_dict[name] for name in _LOAD_OPTIONS if name in arg_dict})
+        return cls.of(loaded, **{name: arg_dict[name] for name in _RUN_OPTIONS if name in arg_dict})
 
     @classmethod
     def create_from_arg_string(
@@ -90,7 +156,7 @@ class MegatronDyTLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         """Tokens of `string`, after the prefix token unless `add_special_tokens` is False."""
-        tokens = list(self.tokenizer.tokenize(string))
+        tokens = list(self._tokens(string))
         return tokens if add_special_tokens is False else [self.prefix_token_id, *tokens]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -128,6 +194,13 @@ class MegatronDyTLM(TemplateLM):
         **_options: Any,
     ) -> list[tuple[float, bool]]:
         windows = [list(self._windows(context, tokens)) for _, context, tokens in requests]
+        longer = sum(len(context) + len(tokens) > self.max_length + 1 for _, context, tokens in requests)
+        if longer and not self._is_silent:
+            print(
+                f"megatron_dyt: {longer} of {len(requests)} requests are longer than {self.max_length} "
+                f"tokens; their contexts lose the oldest",
+                file=sys.stderr,
+            )
         return list(self._score_windows(windows, "loglikelihood"))
 
     def _windows(self, context: list[int], continuation: list[int]) -> Iterator[Item]:
@@ -168,15 +241,37 @@ class MegatronDyTLM(TemplateLM):
         max_new, stops = settings["max_gen_toks"], settings["until"]
         # A long prompt leaves room for the answer, or half the sequence where that is less.
         longest = self.max_length - min(max_new, self.max_length // 2)
-        generated = self.scorer.generate(
-            [self.tok_encode(text)[-longest:] for text in contexts],
+        prompts = [self.tok_encode(text)[-longest:] for text in contexts]
+        temperature = settings.get("temperature", 0.0)
+        # What is sampled depends on more than the prompt: it is not kept.
+        keys = [key_of("generate", prompt, max_new, stops, self.max_length) for prompt in prompts]
+        known = {} if temperature else self._known(keys)
+        todo = [i for i, key in enumerate(keys) if key not in known]
+        generated = self.generator.generate(
+            [prompts[i] for i in todo],
             max_new=max_new,
             max_length=self.max_length,
             done=lambda new: new[-1] == self.eot_token_id or self._has_stop(new, stops),
-            temperature=settings.get("temperature", 0.0),
+            temperature=temperature,
             what="generate_until",
         )
-        return [postprocess_generated_text(self._text(new), stops, None) for new in generated]
+        new = {keys[i]: tokens for i, tokens in zip(todo, generated, strict=True)}
+        if self.scorer.cache and not temperature and not self._is_silent:
+            self.scorer.cache.put(new)
+        if temperature:  # Equal prompts have samples of their own.
+            return [self._answer(tokens, stops) for tokens in generated]
+        return [self._answer((known | new)[key], stops) for key in keys]
+
+    def _known(self, keys: list[str]) -> dict[str, list[int]]:
+        """Generated tokens in the cache, the same on every process."""
+        cache = self.scorer.cache
+        if not cache:
+            return {}
+        found: dict[str, list[int]] = self.scorer.ranks.from_first({} if self._is_silent else cache.get(keys))
+        return found
+
+    def _answer(self, new: list[int], stops: list[str]) -> str:
+        return postprocess_generated_text(self._text(new), stops, None)
 
     def _has_stop(self, new: list[int], stops: list[str]) -> bool:
         text = self._text(new)
@@ -187,7 +282,7 @@ class MegatronDyTLM(TemplateLM):
 
     @property
     def _is_silent(self) -> bool:
-        return self.scorer.rank != 0
+        return not self.scorer.ranks.reports
 
 
 def prefix_token(tokenizer: TextTokenizer) -> int:
@@ -197,3 +292,41 @@ def prefix_token(tokenizer: TextTokenizer) -> int:
     except (AttributeError, NotImplementedError):
         bos = None
     return tokenizer.eod if bos is None or bos < 0 else bos
+
+
+def _hidden_size_to_share(model: Any, mode: str) -> int | None:
+    """Prepare `model` for shared contexts where `mode` and model allow it; its hidden size, else None."""
+    if mode not in MODES:
+        raise UserError(f"the mode {mode!r} was given; allowed are {', '.join(MODES)}")
+    if mode == "flat":
+        return None
+    model = gpt_of(model)
+    reason = why_not_shared(model)
+    if reason and mode == "shared":
+        raise UserError(f"contexts cannot be shared: {reason}. Use the mode flat, or auto")
+    if reason:
+        say(f"contexts are not shared: {reason}")
+        return None
+    share_contexts(model)
+    return int(model.config.hidden_size)
+
+
+def _checked_length(wanted: int | None, loaded: LoadedModel) -> int:
+    longest: int = loaded.args.seq_length
+    if wanted is not None and not 1 <= wanted <= longest:
+        raise UserError(
+            f"a length of {wanted} was given; the model in {loaded.checkpoint.directory} was trained on "
+            f"sequences of {longest}. Give 1 to {longest}, or leave it out"
+        )
+    return wanted or longest
+
+
+def _open_cache(directory: str | Path | None, loaded: LoadedModel, ranks: Ranks) -> ResultCache | None:
+    """One process opens the file; the others hear from it."""
+    if directory is None:
+        return None
+    args, checkpoint = loaded.args, loaded.checkpoint
+    cache = ResultCache(Path(directory), result_identity(args, checkpoint.directory, args.tokenizer_model))
+    if ranks.reports:
+        cache.check()
+    return cache

@@ -64,6 +64,14 @@ def stored_items(directory: Path) -> list[Item]:
     return sorted(items, key=lambda item: (item.file, item.offset))
 
 
+def checksums(item: Item) -> list[int]:
+    """The CRC-32 of each record of an item as stored, from the archive's end: nothing is compared."""
+    with item.file.open("rb") as file:
+        archive = cast(IO[bytes], _Slice(file, item.offset, item.length))
+        with zipfile.ZipFile(archive) as records:
+            return [record.CRC for record in records.infolist()]
+
+
 def _is_common(name: str) -> bool:
     return name.split("/")[0] == _COMMON
 

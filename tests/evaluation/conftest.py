@@ -44,7 +44,7 @@ def tokenizer_model(home: Path) -> Path:
     return model
 
 
-_trained: dict[str, Trained] = {}
+_trained: dict[tuple[str, str], Trained] = {}
 
 
 @pytest.fixture
@@ -53,20 +53,21 @@ def trained(
     tiny_llama: list[str],
     tokenizer_model: Path,
     home: Path,
-) -> Callable[[str], Trained]:
+) -> Callable[..., Trained]:
     """`trained("DyT")`: a checkpoint at iterations 2 and 4, trained on its first use."""
 
-    def train(norm: str) -> Trained:
-        if norm not in _trained:
-            directory = home / norm
+    def train(norm: str, unusual: str = UNUSUAL) -> Trained:
+        key = norm, unusual
+        if key not in _trained:
+            directory = home / f"{norm}{len(_trained)}"
             flags = f"--normalization {norm} --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE}"
             flags += f" --tokenizer-type SentencePieceTokenizer --tokenizer-model {tokenizer_model}"
             flags += f" --save {directory} --save-interval 2 --ckpt-format torch_dist"
-            run = megatron_run([*tiny_llama, *UNUSUAL.split(), *flags.split()])
-            _trained[norm] = Trained(directory, tokenizer_model, run.model[0].module)
+            run = megatron_run([*tiny_llama, *unusual.split(), *flags.split()])
+            _trained[key] = Trained(directory, tokenizer_model, run.model[0].module)
             forget_megatron()
             cpu.enable()
-        return _trained[norm]
+        return _trained[key]
 
     return train
 

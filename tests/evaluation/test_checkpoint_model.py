@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dyt.data import train_tokenizer
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import checkpoint_model
 from megatron_dyt.evaluation.checkpoint_model import find_checkpoint, load_model
 
-from .conftest import SEQUENCE, VOCABULARY, Trained
+from .conftest import SEQUENCE, TEXT, VOCABULARY, Trained
 
 Train = Callable[[str], Trained]
 
@@ -168,15 +170,17 @@ def test_missing_tokenizer(trained: Train, fresh_megatron: None) -> None:
         load_model(str(trained("DyT").directory), tokenizer_model="nowhere.model")
 
 
-def test_tokenizer_with_more_tokens_than_the_model(
-    trained: Train, fresh_megatron: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = checkpoint_model.model_flags
-    monkeypatch.setattr(
-        checkpoint_model, "model_flags", lambda saved: flags(saved) | {"padded_vocab_size": 256}
-    )
-    with pytest.raises(UserError, match=f"has {VOCABULARY} tokens.*at most 256"):
-        load_model(str(trained("DyT").directory))
+def test_tokenizer_of_another_model(trained: Train, fresh_megatron: None, tmp_path: Path) -> None:
+    text, small = tmp_path / "text.jsonl", tmp_path / "small.model"
+    text.write_text(json.dumps({"text": TEXT[:3000]}) + "\n")
+    small.write_bytes(train_tokenizer.train([text], 350, max_bytes=10**6))
+    with pytest.raises(UserError, match=r"small.model has 350 tokens, too few for the 512"):
+        load_model(str(trained("DyT").directory), tokenizer_model=str(small))
+
+
+def test_layout_that_does_not_fit(trained: Train, fresh_megatron: None) -> None:
+    with pytest.raises(UserError, match=r"size 2 does not divide the 1 processes; allowed here: 1\."):
+        load_model(str(trained("DyT").directory), tensor_parallel=2)
 
 
 def test_hybrid_model(trained: Train, fresh_megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from lm_eval.api.registry import get_model
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import lm as lm_module
+from megatron_dyt.evaluation.cache import ResultCache
+from megatron_dyt.evaluation.forward import Forward
 from megatron_dyt.evaluation.lm import MegatronDyTLM, prefix_token
 from megatron_dyt.evaluation.scoring import Scorer
 
@@ -20,7 +25,8 @@ from .toy import BOS, EOD, VOCABULARY, ToyModel, ToyTokenizer, naive_score
 
 
 def toy_lm(max_length: int = 16) -> MegatronDyTLM:
-    scorer = Scorer(ToyModel(), vocab_size=VOCABULARY, device=torch.device("cpu"), batch_tokens=64)
+    forward = Forward(ToyModel(), vocab_size=VOCABULARY, device=torch.device("cpu"))
+    scorer = Scorer(forward, batch_tokens=64)
     return MegatronDyTLM(scorer, ToyTokenizer(), max_length=max_length)
 
 
@@ -112,7 +118,7 @@ def test_generation_ends_with_the_document(monkeypatch: pytest.MonkeyPatch) -> N
         assert not options["done"](letters)
         return [[*letters, EOD]]
 
-    monkeypatch.setattr(lm.scorer, "generate", scripted)
+    monkeypatch.setattr(lm.generator, "generate", scripted)
     assert generate(lm, ["xyz"], until=["."]) == ["ab"]
 
 
@@ -136,7 +142,7 @@ def test_prompt_leaves_room_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append((prompts, options["max_new"], options["max_length"]))
         return [[]]
 
-    monkeypatch.setattr(lm.scorer, "generate", spy)
+    monkeypatch.setattr(lm.generator, "generate", spy)
     for wanted, text in ((6, " brown fox"), (1000, "rown fox")):
         generate(lm, ["the quick brown fox"], until=[], max_gen_toks=wanted)
         assert seen.pop() == ([TOKENS(text)], wanted, 16)
@@ -171,6 +177,14 @@ def test_registered_beside_the_built_in_models() -> None:
     assert get_model("dummy").__name__ == "DummyLM"
 
 
+def test_entry_point() -> None:
+    """What lm-eval looks up: a name and `module:object`."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["entry-points"]["lm_eval.models"].items()
+    assert name == "megatron_dyt"
+    assert EntryPoint(name, value, "lm_eval.models").load() is MegatronDyTLM
+
+
 def test_one_rank_for_lm_eval() -> None:
     assert (toy_lm().rank, toy_lm().world_size) == (0, 1)
     assert toy_lm().eot_token_id == EOD
@@ -185,3 +199,40 @@ def test_made_by_lm_eval_from_a_string(trained: Callable[[str], Trained], fresh_
     assert lm.tok_encode("a b")[0] == 1
     assert lm.tok_encode("a b", add_special_tokens=False) == lm.tok_encode("a b")[1:]
     assert lm_module.MegatronDyTLM is type(lm)
+    assert lm.scorer.share == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"load": "x", "batch": 3}, "--model_args batch.*mode"), ({}, "without load")]
+)
+def test_arguments_that_it_does_not_have(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MegatronDyTLM.create_from_arg_obj(given)
+
+
+def test_generated_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = toy_lm(64)
+    expected = generate(lm, ["abc", "xyz"], max_gen_toks=5, until=["q"])
+    lm.scorer.cache = ResultCache(tmp_path, "toy")
+    assert generate(lm, ["abc", "abc"], max_gen_toks=5, until=["q"]) == [expected[0]] * 2
+    asked: list[list[int]] = []
+    compute = lm.generator.generate
+
+    def spy(prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        asked.extend(prompts)
+        return compute(prompts, **options)
+
+    monkeypatch.setattr(lm.generator, "generate", spy)
+    assert generate(lm, ["abc", "xyz"], max_gen_toks=5, until=["q"]) == expected
+    assert asked == [[BOS, *TOKENS("xyz")]]
+    # What is sampled is made anew.
+    asked.clear()
+    for _ in range(2):
+        generate(lm, ["abc"], max_gen_toks=5, until=["q"], do_sample=True, temperature=1.0)
+    assert len(asked) == 2
+
+
+def test_longer_requests_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["the quick brown fox jumps", "abc", "the quick br"]
+    toy_lm().loglikelihood([request("loglikelihood", text, " def") for text in texts])
+    assert "1 of 3 requests are longer than 16 tokens" in capsys.readouterr().err

@@ -18,10 +18,13 @@ import torch
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import __main__ as entry
+from megatron_dyt.evaluation import task_loading
 from megatron_dyt.evaluation.checkpoint_model import load_model
+from megatron_dyt.evaluation.paper import TASKS
 from megatron_dyt.runtime import cpu
 
 from .conftest import SEQUENCE, TEXT, Trained, forget_megatron
+from .task_data import write_all
 
 Train = Callable[[str], Trained]
 LINES = [line[:30] for line in TEXT.split("\n") if len(line) > 30][:24]
@@ -192,28 +195,103 @@ def test_groups_are_shown(
     assert "| dyt_all" in capsys.readouterr().out
 
 
-@pytest.mark.distributed
-def test_two_processes_give_the_same_results(
-    trained: Train, tasks: Path, tmp_path: Path, fresh_megatron: None
+@pytest.fixture(scope="session")
+def task_data(home: Path) -> Path:
+    write_all(home / "data", 5)
+    return home / "data"
+
+
+def paper_run(trained: Trained, task_data: Path, output: Path, *more: str) -> dict[str, Any]:
+    """The paper's tasks in this process, from local files."""
+    given = {"--load": trained.directory, "--task-data": task_data, "--output": output}
+    flags = [str(word) for pair in given.items() for word in pair]
+    entry.main([*flags, "--tasks", "dyt_paper", "--batch-tokens", "600", *more])
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
+
+
+def test_the_paper_s_tasks_from_local_files(
+    trained: Train,
+    task_data: Path,
+    tmp_path: Path,
+    fresh_megatron: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    alone, together = tmp_path / "one.json", tmp_path / "two.json"
+    shared = paper_run(trained("DyT"), task_data, tmp_path / "shared.json", "--cache", str(tmp_path / "kept"))
+    assert set(shared["dyt_paper"]["tasks"]) == set(TASKS)
+    assert shared["dyt_paper"]["figures"] == 21
+    assert shared["n-samples"]["record"] == {"original": 5, "effective": 5}
+    values = [row["value"] for row in shared["dyt_paper"]["tasks"].values()]
+    assert shared["dyt_paper"]["mean"] == pytest.approx(sum(values) / 15)
+    assert shared["limit"] is None
+    shown = capsys.readouterr()
+    assert re.search(r"\| 7b +\| 0.513 +\| 0.513 +\| +\|", shown.out)
+    assert re.search(rf"\| of another size .* {shared['dyt_paper']['mean']:.3f} / ", shown.out)
+    assert f"lm-eval {shared['versions']['lm_eval']}" in shown.out
+    assert re.search(rf"requests are longer than {SEQUENCE} tokens", shown.err)
+
+    restart()
+    again = paper_run(trained("DyT"), task_data, tmp_path / "again.json", "--cache", str(tmp_path / "kept"))
+    assert again["results"] == shared["results"]
+    assert re.search(r"(\d+) of \1 results are in the cache", capsys.readouterr().err)
+
+    restart()
+    flat = paper_run(trained("DyT"), task_data, tmp_path / "flat.json", "--mode", "flat")
+    assert flat["results"] == approximately(shared["results"])
+
+
+def restart() -> None:
+    forget_megatron()
+    cpu.enable()
+
+
+def approximately(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        task: {
+            name: pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+            for name, value in metrics.items()
+        }
+        for task, metrics in results.items()
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("processes", "tp"), [(2, 1), (4, 2)])
+def test_processes_give_the_same_results(
+    trained: Train, tasks: Path, tmp_path: Path, fresh_megatron: None, processes: int, tp: int
+) -> None:
+    """Tensor by data parallel 1 x 2 and 2 x 2, with the results of one task in the cache already."""
+    alone, together, kept = tmp_path / "one.json", tmp_path / "more.json", tmp_path / "kept"
     names = ("--tasks", "dyt_choice,dyt_bits,dyt_answer", "--batch-tokens", "200")
+    cache = ("--cache", str(kept))
+    entry.main(arguments(trained("DyT"), tasks, tmp_path / "part.json", "--tasks", "dyt_choice", *cache))
+    restart()
     entry.main(arguments(trained("DyT"), tasks, alone, *names))
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    flags = arguments(trained("DyT"), tasks, together, *names)
-    subprocess.run(
-        [sys.executable, "-m", *torchrun, "megatron_dyt.evaluation", *flags],
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
+    layout = ("--tensor-model-parallel-size", str(tp))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", *torchrun, "megatron_dyt.evaluation"),
+            *arguments(trained("DyT"), tasks, together, *names, *layout, *cache),
+        ],
         check=True,
-        timeout=600,
+        timeout=900,
         capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    one, two = json.loads(alone.read_text()), json.loads(together.read_text())
-    assert two["processes"] == 2
-    for task, metrics in one["results"].items():
-        for name, value in metrics.items():
-            other = two["results"][task][name]
-            assert other == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
+    one, more = json.loads(alone.read_text()), json.loads(together.read_text())
+    assert (more["processes"], more["tensor_model_parallel_size"]) == (processes, tp)
+    assert more["results"] == approximately(one["results"])
+    assert done.stdout.count("| dyt_choice ") == 1  # One process reports.
+    assert done.stderr.count("24 of 24 results are in the cache") == 1
+
+    # What the processes added is there for the next.
+    restart()
+    (file,) = kept.iterdir()
+    entry.main(arguments(trained("DyT"), tasks, tmp_path / "last.json", *names, *cache))
+    assert json.loads((tmp_path / "last.json").read_text())["results"] == more["results"]
+    assert list(kept.iterdir()) == [file]
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -224,7 +302,11 @@ def test_two_processes_give_the_same_results(
     [
         (["--tasks", "dyt_nothing"], r"unknown dyt_nothing.*dyt_bits"),
         (["--tasks", "dyt_bits", "--include-path", "nowhere"], r"--include-path nowhere: no such"),
+        (["--tasks", "dyt_bits", "--task-data", "nowhere"], r"--task-data nowhere: no such"),
         (["--tasks", "dyt_bits", "--output", "."], r"--output \. is a directory"),
+        (["--tasks", "dyt_bits", "--max-length", "49"], r"49 was given.*sequences of 48\. Give 1 to 48"),
+        (["--tasks", "dyt_bits", "--pp", "2"], r"pipeline.*--tensor-model-parallel-size 1 instead"),
+        (["--tasks", "dyt_bits", "--tp", "3"], r"3 does not divide the 1 processes"),
         (["--tasks", "dyt_bits", "--ckpt-step", "9"], r"iteration 9 is not there"),
         (["--tasks", "dyt_bits", "--device", "tpu"], r"'tpu'.*auto, cpu, cuda"),
         (["--tasks", ","], r"--tasks"),
@@ -262,8 +344,8 @@ def without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_task_without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     without_own_tasks(monkeypatch)
-    with pytest.raises(UserError, match=r"unknown a, b;.*none there"):
-        entry._load_tasks(["a", "b"], None)
+    with pytest.raises(UserError, match=r"unknown a, b;.*dyt_paper, record"):
+        task_loading.load_tasks(["a", "b"])
 
 
 @pytest.mark.parametrize("flag", [["--limit", "0"], ["--batch-tokens", "-1"], ["--ckpt-step", "x"]])

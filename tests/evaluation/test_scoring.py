@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_dyt.evaluation import scoring
-from megatron_dyt.evaluation.checkpoint_model import load_model
-from megatron_dyt.evaluation.scoring import Item, Scorer, plan_batches
+from megatron_dyt.evaluation import forward, scoring
+from megatron_dyt.evaluation.batches import Item
+from megatron_dyt.evaluation.cache import ResultCache
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
+from megatron_dyt.evaluation.forward import Forward
+from megatron_dyt.evaluation.lm import MegatronDyTLM
+from megatron_dyt.evaluation.scoring import Score, Scorer
 
 from .conftest import VOCABULARY, Trained
 from .toy import VOCABULARY as TOY_VOCABULARY
-from .toy import ToyModel, naive_score
+from .toy import ToyModel, naive_score, ranks_one_after_the_other
 
 LENGTHS = [(1, 1), (5, 2), (20, 20), (17, 3), (33, 10), (48, 1), (2, 2), (17, 3)]
 
 
-def toy_scorer(batch_tokens: int = 100, model: ToyModel | None = None) -> Scorer:
-    return Scorer(
-        model or ToyModel(),
-        vocab_size=TOY_VOCABULARY,
-        device=torch.device("cpu"),
-        batch_tokens=batch_tokens,
-    )
+def toy_scorer(batch_tokens: int = 100, model: ToyModel | None = None, **options: Any) -> Scorer:
+    forward = Forward(model or ToyModel(), vocab_size=TOY_VOCABULARY, device=torch.device("cpu"))
+    return Scorer(forward, batch_tokens=batch_tokens, **options)
 
 
 def random_items(vocabulary: int) -> list[Item]:
@@ -33,22 +36,15 @@ def random_items(vocabulary: int) -> list[Item]:
     return [Item(draw(inputs), draw(targets)) for inputs, targets in LENGTHS]
 
 
-def test_plan_batches() -> None:
-    lengths = [3, 9, 1, 4, 4, 200, 4]
-    batches = plan_batches(lengths, 12)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert [5] in batches  # Longer than the budget: alone.
-    for batch in batches:
-        longest = max(lengths[i] for i in batch)
-        assert len(batch) == 1 or len(batch) * longest <= 12
-    assert len(batches) == 4
-    assert plan_batches([], 12) == []
+def scorer_of(loaded: LoadedModel, mode: str, batch_tokens: int = 150) -> Scorer:
+    return MegatronDyTLM.of(loaded, mode=mode, batch_tokens=batch_tokens).scorer
 
 
 @pytest.mark.parametrize("norm", ["RMSNorm", "DyT"])
 def test_equals_one_forward_pass_a_token(
     trained: Callable[[str], Trained], norm: str, fresh_megatron: None
 ) -> None:
+    """Megatron's own logits, one sequence at a time, against batches of rows and of shared rows."""
     loaded = load_model(str(trained(norm).directory))
     with torch.no_grad():
         for parameter in loaded.model.parameters():
@@ -59,36 +55,48 @@ def test_equals_one_forward_pass_a_token(
             positions = torch.arange(len(tokens))[None]
             return loaded.model(torch.tensor([tokens]), positions, None)[0, -1, :VOCABULARY].double()
 
-    items = random_items(VOCABULARY)
+    items = common_items(VOCABULARY)
     # A continuation that the model itself would give.
     own = [7, 8]
     for _ in range(3):
         own.append(int(logits(own).argmax()))
     items.append(Item(own[:-1], own[2:]))
-    scores = loaded.language_model(batch_tokens=150).scorer.score(items)
-    for item, score in zip(items, scores, strict=True):
-        each, greedy = naive_score(logits, *item)
-        assert score.logprob == pytest.approx(sum(each), abs=1e-5 * len(each))
-        assert score.greedy == greedy
-    assert scores[-1].greedy
-    assert not scores[2].greedy
-    assert any(score.logprob < -1 for score in scores)
+    expected = [naive_score(logits, *item) for item in items]
+    for mode in ("flat", "shared"):  # Sharing changes the model.
+        scores = scorer_of(loaded, mode).score(items)
+        for item, score, (each, greedy) in zip(items, scores, expected, strict=True):
+            assert score.logprob == pytest.approx(sum(each), abs=1e-5 * len(item.targets))
+            assert score.greedy == greedy
+        assert scores[-1].greedy
+        assert not scores[2].greedy
+        assert any(score.logprob < -1 for score in scores)
 
 
-def test_batches_do_not_change_scores(trained: Callable[[str], Trained], fresh_megatron: None) -> None:
+@pytest.mark.parametrize("mode", ["flat", "shared"])
+def test_batches_do_not_change_scores(
+    trained: Callable[[str], Trained], fresh_megatron: None, mode: str
+) -> None:
     loaded = load_model(str(trained("DyT").directory))
-    items = random_items(VOCABULARY)
-    alone = [loaded.language_model(1).scorer.score([item])[0] for item in items]
-    together = loaded.language_model(10_000).scorer.score(items)
-    for one, other in zip(alone, together, strict=True):
-        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
-        assert one.greedy == other.greedy
+    items = common_items(VOCABULARY)
+    alone = [scorer_of(loaded, mode, 1).score([item])[0] for item in items]
+    same(scorer_of(loaded, mode, 10_000).score(items), alone)
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "DyT"])
+def test_bf16(trained: Callable[..., Trained], fresh_megatron: None, norm: str) -> None:
+    """Megatron wraps such a model; scores of the two modes agree as far as bf16 goes."""
+    loaded = load_model(str(trained(norm, unusual="--bf16").directory))
+    assert {parameter.dtype for parameter in loaded.model.parameters()} >= {torch.bfloat16}
+    items = common_items(VOCABULARY)
+    flat, shared = (scorer_of(loaded, mode).score(items) for mode in ("flat", "shared"))
+    for item, one, other in zip(items, flat, shared, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=0.02 * len(item.targets))
 
 
 def test_slices_of_the_head_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     items = random_items(TOY_VOCABULARY)
     whole = toy_scorer().score(items)
-    monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", 3 * TOY_VOCABULARY)
+    monkeypatch.setattr(forward, "LOGITS_PER_SLICE", 3 * TOY_VOCABULARY)
     sliced = toy_scorer().score(items)
     for one, other in zip(whole, sliced, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
@@ -110,81 +118,104 @@ def test_forward_passes_keep_to_the_budget() -> None:
     assert len(model.shapes) < len(LENGTHS)
 
 
-def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks of a process group, one after the other: each fills its rows, the sum has all."""
+@pytest.mark.parametrize("share", [None, 8])
+def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch, share: int | None) -> None:
+    """Two ranks, one after the other: each fills its rows, the sum has all."""
     items = random_items(TOY_VOCABULARY)
-    parts: list[torch.Tensor] = []
-    monkeypatch.setattr(scoring.dist, "all_reduce", lambda table, group: parts.append(table.clone()))
-    for rank in (0, 1):
-        scorer = toy_scorer(60)
-        scorer.rank, scorer.ranks = rank, 2
-        scorer.score(items)
-    first, second = parts
-    assert ((first[:, 0] != 0) ^ (second[:, 0] != 0)).all()
     expected = torch.tensor([list(score) for score in toy_scorer(60).score(items)])
-    torch.testing.assert_close((first + second).float(), expected)
-
-
-def test_ranks_share_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [[4, 5], [6], [7, 8, 9]]
-    parts: list[dict[int, list[int]]] = []
-
-    def gather(everyone: list[dict[int, list[int]]], mine: dict[int, list[int]], group: None) -> None:
-        parts.append(mine)
-        everyone[:] = [mine, expected_rest]
-
-    whole = toy_scorer(1).generate(prompts, max_new=3, max_length=50, done=lambda new: False)
-    expected_rest = {0: whole[0]}
-    monkeypatch.setattr(scoring.dist, "all_gather_object", gather)
-    scorer = toy_scorer(1)
-    scorer.rank, scorer.ranks = 0, 2
-    assert scorer.generate(prompts, max_new=3, max_length=50, done=lambda new: False) == whole
-    assert sorted(parts[0]) == [1, 2]
+    parts: list[list[torch.Tensor]] = []
+    for ranks in ranks_one_after_the_other(monkeypatch, sum=lambda part: parts[-1].append(part.clone())):
+        parts.append([])
+        toy_scorer(60, ranks=ranks, share=share).score(items)
+    first, second = (torch.cat(part) for part in parts)
+    assert ((first[:, 0] != 0) ^ (second[:, 0] != 0)).all()
+    total = (first + second).float()
+    torch.testing.assert_close(total[total[:, 0].argsort()], expected[expected[:, 0].argsort()])
 
 
 def test_progress_is_shown_by_the_first_rank_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("megatron_dyt.data.progress.LOG_SECONDS", 0.0)
-    monkeypatch.setattr(scoring.dist, "all_reduce", lambda table, group: None)
-    for rank, shown in ((0, True), (1, False)):
-        scorer = toy_scorer(60)
-        scorer.rank, scorer.ranks = rank, 2
-        scorer.score(random_items(TOY_VOCABULARY), "my task")
-        assert ("my task" in capsys.readouterr().err) == shown
+    shown = []
+    for ranks in ranks_one_after_the_other(monkeypatch, sum=lambda part: part):
+        toy_scorer(60, ranks=ranks).score(random_items(TOY_VOCABULARY), "my task")
+        shown.append(capsys.readouterr().err)
+    assert "my task" in shown[0]
+    assert f"{len(LENGTHS)} of {len(LENGTHS)} requests" in shown[0]
+    assert shown[1] == ""
 
 
-def test_greedy_generation_equals_one_forward_pass_a_token() -> None:
+# --- shared contexts ------------------------------------------------------------------------------
+
+
+def common_items(vocabulary: int, longest: int = 48) -> list[Item]:
+    """Contexts with several continuations, some of one token, some with a common beginning."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda n: torch.randint(3, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
+    items = []
+    for length in (30, 3, 17):
+        context = draw(length)
+        beginning = draw(2)
+        for own in (1, 4, 4, 9):
+            targets = [*beginning, *draw(own)]
+            items.append(Item([*context, *targets[:-1]][-longest:], targets))
+        items += [Item(context, draw(1)) for _ in range(3)]
+    return [*items, *random_items(vocabulary)]
+
+
+def same(ones: list[Score], others: list[Score], tolerance: float = 1e-5) -> None:
+    for one, other in zip(ones, others, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=tolerance)
+        assert one.greedy == other.greedy
+
+
+def test_shared_contexts_do_not_change_toy_scores() -> None:
+    items = common_items(TOY_VOCABULARY)
     model = ToyModel()
-    prompts = [[4, 5, 6], [7], [1, 9, 9, 9]]
-    expected = []
-    for prompt in prompts:
-        row = list(prompt)
-        for _ in range(5):
-            row.append(int(model.logits(row).argmax()))
-        expected.append(row[len(prompt) :])
-    assert (
-        toy_scorer(model=model).generate(prompts, max_new=5, max_length=50, done=lambda new: False)
-        == expected
-    )
-    # Stopped rows stay as they are while the others go on.
-    stop = expected[0][1]
-    stopped = toy_scorer(model=model).generate(
-        prompts, max_new=5, max_length=50, done=lambda new: new[-1] == stop
-    )
-    for new, full in zip(stopped, expected, strict=True):
-        assert new == (full[: full.index(stop) + 1] if stop in full else full)
-    assert len(stopped[0]) == 2
+    flat = toy_scorer().score(items)
+    for batch_tokens in (60, 1000):
+        same(toy_scorer(batch_tokens, model, share=1000).score(items), flat)
+    assert sum(rows * length for rows, length in model.shapes[-5:]) < sum(len(i.inputs) for i in items)
 
 
-def test_sampling_depends_on_the_seed_and_not_on_batches() -> None:
-    prompts = [[4, 5, 6], [7], [1, 9]]
+# --- results that are kept ------------------------------------------------------------------------
 
-    def sample(batch_tokens: int, seed: int) -> list[list[int]]:
-        return toy_scorer(batch_tokens).generate(
-            prompts, max_new=8, max_length=50, done=lambda new: False, temperature=1.5, seed=seed
-        )
 
-    assert sample(1, 0) == sample(1000, 0)
-    assert sample(1000, 0) != sample(1000, 1)
-    assert max(token for new in sample(1000, 0) for token in new) < TOY_VOCABULARY
+def test_known_results_are_not_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = common_items(TOY_VOCABULARY)
+    expected = toy_scorer().score(items)
+    model = ToyModel()
+    first = toy_scorer(model=model, cache=ResultCache(tmp_path, "model"))
+    assert first.score(items[:9]) == expected[:9]
+    assert "in the cache" not in capsys.readouterr().err
+    model.shapes.clear()
+    again = toy_scorer(model=model, cache=ResultCache(tmp_path, "model"), share=8)
+    same(again.score(items), expected)
+    assert f"9 of {len(items)} results are in the cache" in capsys.readouterr().err
+    model.shapes.clear()
+    assert again.score(items) == again.score(items)
+    assert model.shapes == []
+    toy_scorer(model=model, cache=ResultCache(tmp_path, "another model")).score(items)
+    assert model.shapes
+
+
+def test_a_kill_leaves_the_rounds_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = random_items(TOY_VOCABULARY)
+    monkeypatch.setattr(scoring, "ROUND", 2)
+    model = ToyModel()
+
+    @functools.wraps(ToyModel.forward)
+    def fail_late(*arguments: Any, **options: Any) -> Any:
+        if len(model.shapes) == 5:
+            raise KeyboardInterrupt
+        return ToyModel.forward(model, *arguments, **options)
+
+    monkeypatch.setattr(model, "forward", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        toy_scorer(1, model, cache=ResultCache(tmp_path, "model")).score(items)
+    model.shapes.clear()
+    monkeypatch.undo()
+    scores = toy_scorer(1, model, cache=ResultCache(tmp_path, "model")).score(items)
+    same(scores, toy_scorer(1).score(items), 0)
+    assert len(model.shapes) == len(items) - 4

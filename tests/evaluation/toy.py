@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+
+from megatron_dyt.evaluation.ranks import Ranks
 
 BOS, EOD = 1, 2
 FIRST_LETTER = 3
@@ -15,7 +19,9 @@ PADDED = 40
 
 
 class ToyModel(torch.nn.Module):
-    """Each position sees the running mean of the embeddings so far: causal, and order matters."""
+    """Each position sees the mean of the embeddings before it, by mask and position: order matters."""
+
+    config = SimpleNamespace(hidden_size=8)
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,16 +34,20 @@ class ToyModel(torch.nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        attention_mask: None,
+        attention_mask: torch.Tensor | None,
         output_processor: Callable[..., Any],
     ) -> Any:
-        assert attention_mask is None
         self.shapes.append(tuple(tokens.shape))
-        seen = (self.embedding[tokens] * (positions[..., None] + 1)).cumsum(1)
+        if attention_mask is None:
+            seen = torch.ones(tokens.shape[1], tokens.shape[1]).tril()
+        else:
+            assert set(attention_mask.unique().tolist()) <= {0.0, float("-inf")}
+            seen = (attention_mask[:, 0] == 0).float()
+        seen = seen @ (self.embedding[tokens] * (positions[..., None] + 1))
         hidden = seen / (positions[..., None] + 1) ** 2
         return output_processor(
             hidden_states=hidden.transpose(0, 1),
-            output_layer=lambda states, weight: (states @ weight.T, None),
+            output_layer=lambda states, weight, runtime_gather_output=None: (states @ weight.T, None),
             output_weight=self.head,
             scale_logits=lambda logits: logits,
         )
@@ -77,3 +87,28 @@ def naive_score(logits: Callable[[list[int]], torch.Tensor], inputs: list[int], 
         each.append(float(row.log_softmax(0)[target]))
         greedy &= int(row.argmax()) == target
     return each, greedy
+
+
+def ranks_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    sum: Callable[[torch.Tensor], Any] | None = None,
+    merge: Callable[[dict[Any, Any]], Any] | None = None,
+) -> Iterator[Ranks]:
+    """Two ranks without processes: `sum` and `merge` see each one's part, which is all that it gets back."""
+
+    def seen(observer: Callable[[Any], Any] | None) -> Callable[..., Any]:
+        def exchange(_ranks: Ranks, part: Any, *_device: Any) -> Any:
+            assert observer is not None
+            observer(part)
+            return part
+
+        return exchange
+
+    monkeypatch.setattr(Ranks, "count", property(lambda _: 2))
+    monkeypatch.setattr(Ranks, "sum", seen(sum))
+    monkeypatch.setattr(Ranks, "merge", seen(merge))
+    for index in (0, 1):
+        monkeypatch.setattr(Ranks, "index", property(lambda _, index=index: index))
+        monkeypatch.setattr(Ranks, "reports", property(lambda _, index=index: index == 0))
+        yield Ranks()

@@ -1,0 +1,90 @@
+"""New tokens from a Megatron GPT model, greedily or sampled, in batches dealt over ranks."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_dyt.data.progress import Progress
+from megatron_dyt.evaluation.batches import Item, flat_rows, plan_batches
+from megatron_dyt.evaluation.forward import Forward
+from megatron_dyt.evaluation.ranks import Ranks
+
+
+class Generator:
+    """Continues prompts in batches of up to `batch_tokens` tokens, padding included.
+
+    Every process calls with the same prompts and gets all results.
+    """
+
+    def __init__(self, forward: Forward, *, batch_tokens: int, ranks: Ranks | None = None) -> None:
+        self.forward = forward
+        self.batch_tokens = batch_tokens
+        self.ranks = ranks or Ranks()
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        max_new: int,
+        max_length: int,
+        done: Callable[[list[int]], bool],
+        temperature: float = 0.0,
+        seed: int = 1234,
+        what: str = "generating",
+    ) -> list[list[int]]:
+        """New tokens for every prompt, until `done(new tokens)`, or `max_new` of them, or a whole
+        sequence of `max_length` (prompts are shorter).
+
+        Greedy at temperature 0, else sampled; a prompt's random numbers depend on `seed` and its
+        place in `prompts` alone. There is no key-value cache: each token costs a full forward pass.
+        """
+        lengths = [min(len(prompt) + max_new, max_length) for prompt in prompts]
+        batches = plan_batches(lengths, self.batch_tokens)[self.ranks.index :: self.ranks.count]
+        mine: dict[int, list[int]] = {}
+        screen = sys.stderr if self.ranks.reports else io.StringIO()
+        with Progress(what, sum(map(len, batches)), unit="requests", scale=1, stream=screen) as progress:
+            for batch in batches:
+                samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
+                rows = [list(prompts[i]) for i in batch]
+                new = self._continue(rows, samplers, max_new, max_length, done, temperature)
+                mine.update(zip(batch, new, strict=True))
+                progress.update(len(mine))
+        everyone = self.ranks.merge(mine)
+        return [everyone[i] for i in range(len(prompts))]
+
+    def _continue(
+        self,
+        rows: list[list[int]],
+        samplers: list[torch.Generator],
+        max_new: int,
+        max_length: int,
+        done: Callable[[list[int]], bool],
+        temperature: float,
+    ) -> list[list[int]]:
+        starts = [len(row) for row in rows]
+        live = list(range(len(rows)))
+        for _ in range(max_new):
+            inputs = flat_rows([Item(list(rows[i]), [0]) for i in live])
+            last = torch.tensor([len(row) - 1 for row in inputs])
+            (logits,) = self.forward(inputs, (torch.arange(len(live)), last), _itself)
+            for row, row_logits in zip(live, logits, strict=True):
+                rows[row].append(_pick(row_logits, temperature, samplers[row]))
+            live = [i for i in live if len(rows[i]) < max_length and not done(rows[i][starts[i] :])]
+            if not live:
+                break
+        return [row[start:] for row, start in zip(rows, starts, strict=True)]
+
+
+def _itself(logits: torch.Tensor, _where: slice) -> tuple[torch.Tensor, ...]:
+    return (logits,)
+
+
+def _pick(logits: torch.Tensor, temperature: float, sampler: torch.Generator) -> int:
+    if temperature == 0.0:
+        return int(logits.argmax())
+    chances = torch.softmax(logits / temperature, dim=0)
+    return int(torch.multinomial(chances, 1, generator=sampler))

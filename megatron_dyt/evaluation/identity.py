@@ -1,0 +1,45 @@
+"""What a model is, for results that are kept: its weights by their checksums, and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import megatron_dyt
+from megatron_dyt.data.files import sha256
+from megatron_dyt.runtime.checkpoint_crc import Item, checksums, stored_items
+
+
+def weights_identity(directory: Path) -> str:
+    """A hash over the checksums that the checkpoint stores of its model tensors.
+
+    It reads the ends of the stored archives, not the weights. A copy of the checkpoint elsewhere has
+    the same; one saved at another parallel layout has not.
+    """
+    digest = hashlib.sha256()
+    for item in stored_items(directory):
+        if "optimizer." not in item.name:
+            digest.update(f"{item.name} {item.length} {_checksums(item)}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksums(item: Item) -> str:
+    try:
+        return " ".join(map(str, checksums(item)))
+    except (OSError, zipfile.BadZipFile) as error:
+        # The load will say what is wrong with it.
+        return type(error).__name__
+
+
+def result_identity(saved: Namespace, directory: Path, tokenizer: str | None) -> dict[str, object]:
+    """All that the result of a request depends on, besides the request."""
+    is_file = tokenizer is not None and Path(tokenizer).is_file()
+    return {
+        "weights": weights_identity(directory),
+        "tokenizer": sha256(Path(tokenizer)) if tokenizer and is_file else tokenizer,
+        "tokenizer_type": getattr(saved, "tokenizer_type", None),
+        "precision": [bool(getattr(saved, name, False)) for name in ("bf16", "fp16")],
+        "megatron_dyt": megatron_dyt.__version__,
+    }

@@ -1,0 +1,59 @@
+"""The processes of an evaluation: who takes which part of the work, and who reports.
+
+Every data-parallel rank holds a whole model, alone or with its tensor-parallel peers, and knows all
+requests. Peers take the same part, so their collectives match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the data-parallel `group`; None means it is the only process."""
+
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def index(self) -> int:
+        """Which part is this process's, from 0."""
+        return dist.get_rank(self.group) if self.group is not None else 0
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return dist.get_world_size(self.group) if self.group is not None else 1
+
+    @property
+    def reports(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.group is None or dist.get_rank() == 0
+
+    def sum(self, part: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The sum of all parts, on every process."""
+        if self.count == 1:
+            return part
+        shared = part.to(device)
+        dist.all_reduce(shared, group=self.group)
+        return shared.cpu()
+
+    def merge(self, part: dict[Any, Any]) -> dict[Any, Any]:
+        """The union of all parts' dictionaries, on every process."""
+        if self.count == 1:
+            return part
+        parts: list[Any] = [None] * self.count
+        dist.all_gather_object(parts, part, group=self.group)
+        return {key: value for one in parts for key, value in one.items()}
+
+    def from_first(self, value: Any) -> Any:
+        """What the reporting process calls this with, on every process, tensor-parallel peers too."""
+        if self.group is None or dist.get_world_size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]

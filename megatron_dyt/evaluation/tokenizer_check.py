@@ -1,0 +1,63 @@
+"""Whether a tokenizer is the one that a checkpoint was trained with, as far as files tell."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_dyt.data.files import read_json, sha256
+from megatron_dyt.errors import UserError
+
+# Megatron's flags that name data sets, with weights among them.
+_DATA = ("data_path", "train_data_path", "valid_data_path")
+
+
+def check_vocabulary(size: int, saved: Namespace, path: str | None, directory: Path) -> None:
+    """`UserError` unless `size` tokens fill the model's vocabulary but for Megatron's padding."""
+    rows = saved.padded_vocab_size
+    multiple = getattr(saved, "make_vocab_size_divisible_by", None) or 1
+    multiple *= getattr(saved, "tensor_model_parallel_size", None) or 1
+    if size > rows:
+        raise UserError(
+            f"the tokenizer {path} has {size} tokens, but the model in {directory} knows at most {rows}. "
+            f"Give the tokenizer of its training data with --tokenizer-model"
+        )
+    if rows - size >= multiple and path != saved.tokenizer_model:
+        raise UserError(
+            f"the tokenizer {path} has {size} tokens, too few for the {rows} of the model in {directory} "
+            f"(Megatron pads to a multiple of {multiple}). Give the tokenizer of its training data with "
+            f"--tokenizer-model"
+        )
+
+
+def check_against_data(saved: Namespace, path: str | None) -> None:
+    """`UserError` when a data set of the training run is here and was made with another tokenizer.
+
+    Data sets from `megatron-dyt prepare-data` have their tokenizer's SHA-256 in the manifest.
+    """
+    if not path or not Path(path).is_file():
+        return
+    own = sha256(Path(path))
+    for prefix in _data_prefixes(saved):
+        manifest = Path(f"{prefix}.manifest.json")
+        trained = _tokenizer_hash(read_json(manifest))
+        if trained not in (None, own):
+            raise UserError(
+                f"the tokenizer {path} (SHA-256 {own[:12]}…) is not the one that the training data was "
+                f"made with ({trained[:12]}…, says {manifest}). Give that one with --tokenizer-model"
+            )
+
+
+def _data_prefixes(saved: Namespace) -> list[str]:
+    words = [word for name in _DATA for word in getattr(saved, name, None) or []]
+    return [str(word) for word in words]
+
+
+def _tokenizer_hash(manifest: Any) -> str | None:
+    """Of a data set's manifest; None where it has none."""
+    if not isinstance(manifest, dict):
+        return None
+    made_from = manifest.get("made_from")
+    found = made_from.get("tokenizer_sha256") if isinstance(made_from, dict) else None
+    return found if isinstance(found, str) else None

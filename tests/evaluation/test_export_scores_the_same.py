@@ -1,0 +1,87 @@
+"""A checkpoint here and its export in lm-eval's own `hf` model: the same log-probabilities and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from megatron_dyt.evaluation.checkpoint_model import load_model
+from megatron_dyt.evaluation.lm import MegatronDyTLM
+from megatron_dyt.evaluation.task_loading import load_tasks
+from megatron_dyt.hf import export
+from megatron_dyt.runtime import cpu
+
+from .conftest import SEQUENCE, TEXT, Trained
+from .task_data import write_all
+
+PARAGRAPHS = [part for part in TEXT.split("\n\n") if len(part) > 200][:4]
+
+
+@pytest.fixture(scope="session")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> list[Instance]:
+    """The requests of two documents of each of the paper's tasks."""
+    data = tmp_path_factory.mktemp("data")
+    write_all(data, 2)
+    found = []
+    for task in load_tasks(["dyt_paper"], data=data)["tasks"].values():
+        task.build_all_requests(rank=0, world_size=1)
+        found += task.instances
+    return found
+
+
+def whole_texts() -> list[Instance]:
+    texts = enumerate(PARAGRAPHS)
+    return [Instance("loglikelihood_rolling", {}, (text,), i, metadata=("task", i, 1)) for i, text in texts]
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "DyT"])
+def test_same_as_the_export_in_lm_eval_s_hf(
+    trained: Callable[..., Trained],
+    requests: list[Instance],
+    fresh_megatron: None,
+    tmp_path: Path,
+    norm: str,
+) -> None:
+    saved = trained(norm, unusual="--rotary-base 500")
+    lm = MegatronDyTLM.of(load_model(str(saved.directory)), batch_tokens=400)
+    assert lm.scorer.share
+    ours = lm.loglikelihood(requests)
+    rolling = lm.loglikelihood_rolling(whole_texts())
+    prompts = [lm.tok_encode(text)[-40:] for text in PARAGRAPHS]
+    done = lambda new: len(new) == 8  # noqa: E731
+    tokens = lm.generator.generate(prompts, max_new=8, max_length=SEQUENCE, done=done)
+
+    output = tmp_path / "export"
+    export.main(["--load", str(saved.directory), "--output", str(output)])
+    cpu.disable()  # Under it transformers cannot load a model.
+    theirs = hf(output)
+    for one, other in zip(ours, theirs.loglikelihood(requests), strict=True):
+        assert one[0] == pytest.approx(other[0], abs=1e-4)
+        assert one[1] == other[1]
+    for prompt, new in zip(prompts, tokens, strict=True):
+        ids = torch.tensor([prompt])
+        both = theirs.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=[], pad_token_id=0)
+        assert both[0].tolist() == prompt + new
+    # With it, lm-eval scores the BOS of a whole text as well, after the BOS that it puts there itself.
+    theirs.add_bos_token = False
+    expected = theirs.loglikelihood_rolling(whole_texts())
+    assert rolling == pytest.approx(expected, abs=1e-3)
+    assert len({round(one[0], 3) for one in ours}) > len(ours) / 2
+
+
+def hf(directory: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=str(directory),
+        trust_remote_code=True,
+        add_bos_token=True,
+        dtype=torch.float32,
+        device="cpu",
+        batch_size=8,
+    )

@@ -1,0 +1,62 @@
+"""Generation against one full forward pass a token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dyt.evaluation.forward import Forward
+from megatron_dyt.evaluation.generation import Generator
+from megatron_dyt.evaluation.ranks import Ranks
+
+from .toy import VOCABULARY, ToyModel, ranks_one_after_the_other
+
+
+def toy_generator(batch_tokens: int = 100, ranks: Ranks | None = None) -> Generator:
+    forward = Forward(ToyModel(), vocab_size=VOCABULARY, device=torch.device("cpu"))
+    return Generator(forward, batch_tokens=batch_tokens, ranks=ranks)
+
+
+def test_greedy_generation_equals_one_forward_pass_a_token() -> None:
+    model = ToyModel()
+    prompts = [[4, 5, 6], [7], [1, 9, 9, 9]]
+    expected = []
+    for prompt in prompts:
+        row = list(prompt)
+        for _ in range(5):
+            row.append(int(model.logits(row).argmax()))
+        expected.append(row[len(prompt) :])
+    full = toy_generator().generate(prompts, max_new=5, max_length=50, done=lambda new: False)
+    assert full == expected
+    # Stopped rows stay as they are while the others go on.
+    stop = expected[0][1]
+    stopped = toy_generator().generate(prompts, max_new=5, max_length=50, done=lambda new: new[-1] == stop)
+    for new, whole in zip(stopped, expected, strict=True):
+        assert new == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+    assert len(stopped[0]) == 2
+
+
+def test_sampling_depends_on_the_seed_and_not_on_batches() -> None:
+    prompts = [[4, 5, 6], [7], [1, 9]]
+
+    def sample(batch_tokens: int, seed: int) -> list[list[int]]:
+        return toy_generator(batch_tokens).generate(
+            prompts, max_new=8, max_length=50, done=lambda new: False, temperature=1.5, seed=seed
+        )
+
+    assert sample(1, 0) == sample(1000, 0)
+    assert sample(1000, 0) != sample(1000, 1)
+    assert max(token for new in sample(1000, 0) for token in new) < VOCABULARY
+
+
+def test_ranks_share_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[4, 5], [6], [7, 8, 9]]
+    whole = toy_generator(1).generate(prompts, max_new=3, max_length=50, done=lambda new: False)
+    parts: list[dict[int, list[int]]] = []
+    for ranks in ranks_one_after_the_other(monkeypatch, merge=parts.append):
+        # What the other rank would send is missing in the end.
+        with pytest.raises(KeyError):
+            toy_generator(1, ranks).generate(prompts, max_new=3, max_length=50, done=lambda new: False)
+    first, second = parts
+    assert not set(first) & set(second)
+    assert [(first | second)[i] for i in range(3)] == whole
