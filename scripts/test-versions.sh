@@ -14,7 +14,8 @@ PY=.venv/bin/python
 [ -x "$PY" ] || { echo "test-versions: error: .venv is missing; run 'make setup' first." >&2; exit 1; }
 
 TESTED=$("$PY" -c 'from megatron_dyt.mcore.compat import TESTED; print(*TESTED)')
-UNIT=(tests/mcore tests/test_pretrain.py tests/test_run.py tests/evaluation/test_checkpoint_model.py)
+UNIT=(tests/mcore tests/test_pretrain.py tests/test_run.py)
+UNIT+=(tests/evaluation/test_checkpoint_model.py tests/evaluation/test_scoring.py)
 PARALLEL=(tests/distributed/test_equivalence.py tests/distributed/test_families.py)
 # 0.16 has no training loop: its parallel tests are those of megatron.core alone.
 PARALLEL_WITHOUT_LOOP=(tests/distributed/test_families.py)
