@@ -230,6 +230,11 @@ def test_generated_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         generate(lm, ["abc"], max_gen_toks=5, until=["q"], do_sample=True, temperature=1.0)
     assert len(asked) == 2
+    drawn = generate(lm, ["abc", "xyz"], max_gen_toks=5, until=[], do_sample=True, temperature=1.0)
+    prompts = [[BOS, *TOKENS(text)] for text in ("abc", "xyz")]
+    tokens = compute(prompts, max_new=5, max_length=64, done=lambda new: False, temperature=1.0)
+    assert drawn == [ToyTokenizer().detokenize(new) for new in tokens]
+    assert drawn[0] != drawn[1]
 
 
 def test_longer_requests_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_dyt.evaluation import forward, scoring
-from megatron_dyt.evaluation.batches import Item
+from megatron_dyt.evaluation.batches import Item, shared_rows
 from megatron_dyt.evaluation.cache import ResultCache
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
 from megatron_dyt.evaluation.forward import Forward
@@ -177,6 +177,15 @@ def test_shared_contexts_do_not_change_toy_scores() -> None:
     for batch_tokens in (60, 1000):
         same(toy_scorer(batch_tokens, model, share=1000).score(items), flat)
     assert sum(rows * length for rows, length in model.shapes[-5:]) < sum(len(i.inputs) for i in items)
+
+
+def test_padding_sees_itself() -> None:
+    """A token that sees nothing would be NaN, and 0 x NaN is NaN for those that do not see it."""
+    rows = shared_rows(common_items(TOY_VOCABULARY), 1000, 1000)
+    assert len({len(row) for row in rows}) > 1
+    mask = toy_scorer().forward._mask(rows)
+    assert (mask == 0).any(-1).all()
+    assert not mask.isnan().any()
 
 
 # --- results that are kept ------------------------------------------------------------------------
