@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import megatron_dyt
-from megatron_dyt.data.files import sha256
+from megatron_dyt.evaluation.tokenizer_check import tokenizer_hash
 from megatron_dyt.runtime.checkpoint_crc import Item, checksums, stored_items
 
 
@@ -35,10 +35,9 @@ def _checksums(item: Item) -> str:
 
 def result_identity(saved: Namespace, directory: Path, tokenizer: str | None) -> dict[str, object]:
     """All that the result of a request depends on, besides the request."""
-    is_file = tokenizer is not None and Path(tokenizer).is_file()
     return {
         "weights": weights_identity(directory),
-        "tokenizer": sha256(Path(tokenizer)) if tokenizer and is_file else tokenizer,
+        "tokenizer": tokenizer_hash(saved, tokenizer) or tokenizer,
         "tokenizer_type": getattr(saved, "tokenizer_type", None),
         "precision": [bool(getattr(saved, name, False)) for name in ("bf16", "fp16")],
         "megatron_dyt": megatron_dyt.__version__,

@@ -6,8 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_dyt.data.files import read_json, sha256
+from megatron_dyt.data.files import read_json
 from megatron_dyt.errors import UserError
+from megatron_dyt.runtime.dataset_manifest import TOKENIZER_KINDS, manifest_path, tokenizer_sha256
 
 # Megatron's flags that name data sets, with weights among them.
 _DATA = ("data_path", "train_data_path", "valid_data_path")
@@ -36,12 +37,12 @@ def check_against_data(saved: Namespace, path: str | None) -> None:
 
     Data sets from `megatron-dyt prepare-data` have their tokenizer's SHA-256 in the manifest.
     """
-    if not path or not Path(path).is_file():
+    own = tokenizer_hash(saved, path)
+    if own is None:
         return
-    own = sha256(Path(path))
     for prefix in _data_prefixes(saved):
-        manifest = Path(f"{prefix}.manifest.json")
-        trained = _tokenizer_hash(read_json(manifest))
+        manifest = manifest_path(Path(prefix))
+        trained = _stated_hash(read_json(manifest))
         if trained not in (None, own):
             raise UserError(
                 f"the tokenizer {path} (SHA-256 {own[:12]}…) is not the one that the training data was "
@@ -49,15 +50,19 @@ def check_against_data(saved: Namespace, path: str | None) -> None:
             )
 
 
+def tokenizer_hash(saved: Namespace, path: str | None) -> str | None:
+    """SHA-256 of the file of the tokenizer `path`, of the kind in `saved`; None where it has no file here."""
+    kind = TOKENIZER_KINDS.get(getattr(saved, "tokenizer_type", None) or "")
+    return tokenizer_sha256(kind, path) if kind and path else None
+
+
 def _data_prefixes(saved: Namespace) -> list[str]:
     words = [word for name in _DATA for word in getattr(saved, name, None) or []]
     return [str(word) for word in words]
 
 
-def _tokenizer_hash(manifest: Any) -> str | None:
-    """Of a data set's manifest; None where it has none."""
-    if not isinstance(manifest, dict):
-        return None
-    made_from = manifest.get("made_from")
-    found = made_from.get("tokenizer_sha256") if isinstance(made_from, dict) else None
-    return found if isinstance(found, str) else None
+def _stated_hash(manifest: Any) -> str | None:
+    """Of a data set's manifest; None where there is none, or another tool's."""
+    for name in ("made_from", "tokenizer", "sha256"):
+        manifest = manifest.get(name) if isinstance(manifest, dict) else None
+    return manifest if isinstance(manifest, str) else None

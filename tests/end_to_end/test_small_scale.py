@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evaluation.task_data import write_all
 
 from tests.end_to_end import pile
+from tests.evaluation.task_data import write_all
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LENGTH, DOCUMENTS = 30, 256, 600
@@ -136,8 +136,9 @@ def evaluate_export(export: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -
     """lm-eval's own model for Hugging Face directories, on the same documents."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from megatron_dyt.evaluation.task_loading import load_tasks
     from transformers import dynamic_module_utils
+
+    from megatron_dyt.evaluation.task_loading import load_tasks
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
     monkeypatch.syspath_prepend(str(home / "modules"))

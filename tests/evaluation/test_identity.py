@@ -24,12 +24,13 @@ def test_identity_is_of_the_weights(trained: Callable[[str], Trained], tmp_path:
 
 
 def test_identity_is_of_the_tokenizer_too(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    saved, directory = Namespace(bf16=False), trained("DyT").directory / "iter_0000004"
+    kind = {"tokenizer_type": "SentencePieceTokenizer"}
+    saved, directory = Namespace(bf16=False, **kind), trained("DyT").directory / "iter_0000004"
     one, same, other = tmp_path / "one", tmp_path / "same", tmp_path / "other"
     one.write_bytes(b"1")
     same.write_bytes(b"1")
     other.write_bytes(b"2")
     identities = [result_identity(saved, directory, str(path)) for path in (one, same, other)]
     assert identities[0] == identities[1] != identities[2]
-    assert result_identity(Namespace(bf16=True), directory, str(one)) != identities[0]
+    assert result_identity(Namespace(bf16=True, **kind), directory, str(one)) != identities[0]
     assert result_identity(saved, directory, None)["tokenizer"] is None

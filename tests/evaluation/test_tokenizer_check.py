@@ -19,6 +19,7 @@ SAVED = Namespace(
     tokenizer_model="its.model",
 )
 HERE = Path("checkpoint")
+KIND = "SentencePieceTokenizer"
 
 
 def test_sizes_that_padding_explains() -> None:
@@ -43,20 +44,23 @@ def test_data_of_another_tokenizer(tmp_path: Path) -> None:
     own, other = tmp_path / "own.model", tmp_path / "other.model"
     own.write_bytes(b"one")
     other.write_bytes(b"another")
-    made_from = {"made_from": {"tokenizer_sha256": sha256(own)}}
+    made_from = {"made_from": {"tokenizer": {"type": KIND, "sha256": sha256(own)}}}
     (tmp_path / "train.manifest.json").write_text(json.dumps(made_from))
     for flag in ("data_path", "train_data_path"):
-        saved = Namespace(**{flag: ["0.7", str(tmp_path / "train"), "0.3", str(tmp_path / "gone")]})
+        saved = Namespace(
+            tokenizer_type=KIND, **{flag: ["0.7", str(tmp_path / "train"), "0.3", str(tmp_path / "gone")]}
+        )
         check_against_data(saved, str(own))
         with pytest.raises(UserError, match=r"other.model .*says .*train.manifest.json"):
             check_against_data(saved, str(other))
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"made_from": {}}', '{"made_from": 3}'])
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"made_from": {"tokenizer": {}}}', '{"made_from": 3}'])
 def test_nothing_is_known(tmp_path: Path, manifest: str) -> None:
     model = tmp_path / "own.model"
     model.write_bytes(b"one")
     (tmp_path / "train.manifest.json").write_text(manifest)
-    check_against_data(Namespace(data_path=[str(tmp_path / "train")]), str(model))
-    check_against_data(Namespace(data_path=None), str(model))
+    check_against_data(Namespace(tokenizer_type=KIND, data_path=[str(tmp_path / "train")]), str(model))
+    check_against_data(Namespace(tokenizer_type=KIND, data_path=None), str(model))
+    check_against_data(Namespace(tokenizer_type="NullTokenizer"), str(model))
     check_against_data(Namespace(), None)
