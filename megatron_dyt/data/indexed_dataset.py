@@ -1,7 +1,7 @@
 """Writing Megatron's indexed dataset: PREFIX.bin, the ids, and PREFIX.idx, where each document is.
 
 Megatron's own builder keeps three Python lists of all documents until the end, and importing it takes a
-process 0.5 GB; a worker is to do with less. The format is that of megatron/core/datasets/indexed_dataset.py.
+process 0.7 GB; a worker is to do with less. The format is that of megatron/core/datasets/indexed_dataset.py.
 """
 
 from __future__ import annotations
