@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm of any torch model become DyT, in place.
 
 Knows nothing of transformers: a norm is torch's own, or a module whose class is called ...Norm and that
-computes what LayerNorm or RMSNorm computes, which is tried (Llama's, Gemma's, Qwen's, Transformer Engine's).
+computes what LayerNorm or RMSNorm computes, which is tried (Llama's, Gemma's).
 """
 
 from __future__ import annotations
