@@ -118,11 +118,29 @@ def test_tanh_slope_is_accurate_to_saturation(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("size", [101, 200_001])
-def test_tanh_value_is_accurate_from_denormal_to_saturated(size: int) -> None:
-    z = torch.logspace(-39, 2, size, dtype=torch.float64).float()
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_tanh_value_of_small_x_is_accurate_to_its_own_size(implementation: str, size: int) -> None:
+    z = torch.logspace(-39, -1, size, dtype=torch.float64).float()
     z = torch.cat([-z, z])
-    y = dyt(z, torch.ones(1), torch.ones_like(z))
+    one = torch.ones(1)
+    y = torch.ops.megatron_dyt.dyt(z, one, torch.ones_like(z), None, None, "tanh", implementation)
     torch.testing.assert_close(y.double(), torch.tanh(z.double()), rtol=3e-7, atol=1.5e-45)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.05, 0.5, 2.0, 20.0])
+def test_tanh_value_is_accurate_to_the_size_of_the_tensor(std: float) -> None:
+    # On both sides of where the CPU path changes its formula.
+    z = std * torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
+    error = dyt(z, torch.ones(1), torch.ones(1000)).double() - torch.tanh(z.double())
+    assert error.abs().max() < 2e-7
+    assert error.norm() / torch.tanh(z.double()).norm() < 1.5e-6
+
+
+def test_one_row_of_huge_values_does_not_make_the_others_less_accurate() -> None:
+    z = 1e-3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    z[0] *= 1e6
+    y = dyt(z, torch.ones(1), torch.ones(64))
+    torch.testing.assert_close(y.double(), torch.tanh(z.double()), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
