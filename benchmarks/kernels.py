@@ -7,36 +7,30 @@ medians and quartiles, GB/s of the bytes that the operation must move (activatio
 fraction of the copy rate measured in the same run, the error of values and gradients against fp64, and
 the time of one small call on the host. Peers that are not installed are named and left out.
 
-Without a CUDA device it says so and measures the CPU path instead (benchmarks/cpu_norms.py).
+On a CPU, benchmarks/cpu_norms.py does the like.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import cpu_norms
 import torch
+from common_report import add_output, heading, markdown_table, new_report, save
+from common_timing import Clock, DeviceClock, in_turn, summary
 from peers import PEERS, Inputs, Peer, Result, exact
 from torch import Tensor
+
+from megatron_dyt.diagnostics.figures import N_COLORS, Chart, Series, fit_axis, side_by_side
 
 HIDDEN = (2048, 4096, 5120, 8192, 16384)
 TOKENS = (1024, 4096, 8192, 16384, 65536)
 QUICK_HIDDEN, QUICK_TOKENS = (4096, 8192), (1024, 16384)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "transformer-engine", "apex")
 PHASES = ("forward", "backward")
 DEVICE = "cuda"
-# Cycles that the device waits before a timed call: some 0.5 ms, longer than the host takes to launch it.
-HEAD_START = 1_000_000
 SMALL = (16, 1024)
 
 
@@ -65,38 +59,7 @@ def gradients(peer: Peer, result: Result, inputs: Inputs, upstream: Tensor) -> t
     return torch.autograd.grad(outputs, leaves, [upstream] * len(outputs), allow_unused=True)
 
 
-class Timer:
-    """Times single calls on the device, each with a cold L2."""
-
-    def __init__(self) -> None:
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(4 * max(l2, 1 << 25), dtype=torch.int8, device="cuda")
-        self.pending: list[tuple[list[float], torch.cuda.Event, torch.cuda.Event]] = []
-
-    def call(self, into: list[float], function: Callable[[], Any]) -> Any:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        result = function()
-        end.record()
-        self.pending.append((into, start, end))
-        return result
-
-    def collect(self) -> None:
-        """Wait, and put the times, in seconds, where they belong."""
-        torch.cuda.synchronize()
-        for into, start, end in self.pending:
-            into.append(start.elapsed_time(end) / 1e3)
-        self.pending.clear()
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    low, median, high = (1e6 * q for q in statistics.quantiles(seconds, n=4))
-    return {"median_us": median, "quartile1_us": low, "quartile3_us": high, "min_us": 1e6 * min(seconds)}
-
-
-def measure_copy(timer: Timer, rounds: int) -> float:
+def measure_copy(timer: Clock, rounds: int) -> float:
     """Bytes a second, read and written, of torch's copy of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
@@ -125,7 +88,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def errors(peer: Peer, run: Callable[[Inputs], Result], hidden: int, dtype: torch.dtype) -> dict[str, float]:
     """Error of values and gradients against fp64, at 512 tokens; of a weight that the peer keeps, none."""
     inputs = make_inputs(512, hidden, dtype)
-    upstream = torch.randn(512, hidden, device=DEVICE, dtype=dtype)
+    generator = torch.Generator(device=DEVICE).manual_seed(1)
+    upstream = torch.randn(512, hidden, generator=generator, device=DEVICE, dtype=dtype)
     result = run(inputs)
     found = {"y": result[0] if isinstance(result, tuple) else result}
     for name, gradient in zip(used_inputs(peer), gradients(peer, result, inputs, upstream), strict=True):
@@ -167,7 +131,7 @@ def working_peers(hidden: int, dtype: torch.dtype, left_out: dict[str, str]) -> 
 
 
 def measure_shape(
-    timer: Timer,
+    timer: Clock,
     tokens: int,
     hidden: int,
     dtype: torch.dtype,
@@ -179,22 +143,20 @@ def measure_shape(
     inputs = make_inputs(tokens, hidden, dtype)
     upstream = torch.randn(tokens, hidden, device=DEVICE, dtype=dtype)
     seconds: dict[str, dict[str, list[float]]] = {name: {p: [] for p in PHASES} for name in peers}
-    order = list(peers.items())
-    for i in range(rounds + 5):
-        for name, (peer, run) in order[i % len(order) :] + order[: i % len(order)]:
-            into = seconds[name] if i >= 5 else {p: [] for p in PHASES}
-            result = timer.call(into["forward"], lambda run=run: run(inputs))
-            timer.call(into["backward"], lambda peer=peer, r=result: gradients(peer, r, inputs, upstream))
-            timer.collect()
-            del result
-    table: dict[str, Any] = {}
+    for name, (peer, run), counts in in_turn(peers, rounds, 5):
+        into = seconds[name] if counts else {p: [] for p in PHASES}
+        result = timer.call(into["forward"], lambda run=run: run(inputs))
+        timer.call(into["backward"], lambda peer=peer, r=result: gradients(peer, r, inputs, upstream))
+        timer.collect()
+        del result
+    found: dict[str, Any] = {}
     for name, (peer, _) in peers.items():
-        table[name] = {}
+        found[name] = {}
         for phase in PHASES:
             figures = summary(seconds[name][phase])
             rate = moved_bytes(peer, phase, inputs.x.numel(), dtype.itemsize) / figures["median_us"] * 1e6
-            table[name][phase] = figures | {"gb_per_s": rate / 1e9, "of_copy": rate / copy_rate}
-    return table
+            found[name][phase] = figures | {"gb_per_s": rate / 1e9, "of_copy": rate / copy_rate}
+    return found
 
 
 def print_shape(tokens: int, hidden: int, table: dict[str, Any]) -> None:
@@ -216,73 +178,76 @@ def print_errors(hidden: int, table: dict[str, Any]) -> None:
         print(f"{name:28}" + "  ".join(f"{key} {value:.1e}" for key, value in row["errors"].items()))
 
 
-def _run(*command: str) -> str | None:
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
+def table(report: dict[str, Any]) -> str:
+    """Every peer at the largest number of tokens up to 16384: time, fraction of the copy rate, error."""
+    tokens = max((r["tokens"] for r in report["results"] if r["tokens"] <= 16384), default=0)
+    accuracy = {entry["hidden"]: entry["peers"] for entry in report["accuracy"]}
+    columns = ("tokens x hidden", "", "forward, us", "of copy", "backward, us", "of copy", "error of dx")
+    rows = []
+    for result in report["results"]:
+        if result["tokens"] != tokens:
+            continue
+        for name, phases in result["peers"].items():
+            cells = [f(phases[p]) for p in PHASES for f in (_microseconds, _of_copy)]
+            error = accuracy[result["hidden"]][name]["errors"]["dx"]
+            rows.append([f"{tokens} x {result['hidden']}", name, *cells, f"{error:.1e}"])
+    return markdown_table(columns, rows)
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def _microseconds(figures: dict[str, float]) -> str:
+    return f"{figures['median_us']:.1f}"
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    properties = torch.cuda.get_device_properties(0)
-    here = Path(__file__).parent
-    return {
-        "commit": _run("git", "-C", str(here), "rev-parse", "HEAD"),
-        "changed_since": bool(_run("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")),
-        "device": properties.name,
-        "processors": properties.multi_processor_count,
-        "driver_clock_power": _run(
-            "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"
-        ),
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
+def _of_copy(figures: dict[str, float]) -> str:
+    return f"{figures['of_copy']:.2f}"
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, path)
+def picture(report: dict[str, Any]) -> str:
+    """Rates against the width at the most tokens: the peers that add a residual, forward and backward."""
+    tokens = max(result["tokens"] for result in report["results"])
+    results = [result for result in report["results"] if result["tokens"] == tokens]
+    names = [n for n in results[0]["peers"] if n.startswith("add ") and not n.endswith("eager")][:N_COLORS]
+    charts = []
+    for phase in PHASES:
+        lines = [
+            Series(
+                name.removeprefix("add "),
+                [(r["hidden"], r["peers"][name][phase]["gb_per_s"]) for r in results if name in r["peers"]],
+                f"c{i}",
+                marker="circle",
+                label=True,
+            )
+            for i, name in enumerate(names)
+        ]
+        y = fit_axis("GB/s", [v for s in lines for _, v in s.points] + [report["copy_gb_per_s"]], zero=True)
+        x = fit_axis("hidden", [result["hidden"] for result in results], integer=True)
+        text = f"Residual add and norm, {phase}, {tokens} tokens: GB/s by width."
+        charts.append(Chart(f"add + norm, {phase}, {tokens} tokens", text, x, y, lines))
+    title = f"Kernels on {report['hardware']['name']}"
+    copied = Series(f"copy: {report['copy_gb_per_s']:.0f} GB/s", [], "c5", line="none")
+    return side_by_side(charts, title, [copied], 1040, 340)
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[args.dtype]
-    timer = Timer()
+    timer = DeviceClock()
     copy_rate = measure_copy(timer, args.rounds)
-    report: dict[str, Any] = environment() | {
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "copy_gb_per_s": copy_rate / 1e9,
-        "left_out": {},
-        "shapes": [],
-        "accuracy": [],
-    }
-    print(f"{report['device']}, torch {torch.__version__}, {args.dtype}, copy {copy_rate / 1e9:.0f} GB/s")
+    report = new_report("kernels", DEVICE, {"dtype": args.dtype, "rounds": args.rounds})
+    report |= {"copy_gb_per_s": copy_rate / 1e9, "accuracy": []}
+    print(f"{heading(report)}, {args.dtype}, copy {copy_rate / 1e9:.0f} GB/s")
     # torch.compile makes code for each shape; past its limit it would run eagerly without a word.
     torch._dynamo.config.recompile_limit = 8 * len(args.tokens)
     for hidden in args.hidden:
         torch.compiler.reset()
         peers = working_peers(hidden, dtype, report["left_out"])
         for tokens in args.tokens:
-            table = measure_shape(timer, tokens, hidden, dtype, args.rounds, peers, copy_rate)
-            report["shapes"].append({"tokens": tokens, "hidden": hidden, "peers": table})
-            print_shape(tokens, hidden, table)
-            if args.json:
-                write_json(args.json, report)
+            try:
+                figures = measure_shape(timer, tokens, hidden, dtype, args.rounds, peers, copy_rate)
+            except torch.OutOfMemoryError as error:
+                report["left_out"][f"{tokens} x {hidden}"] = str(error)[:200]
+                continue
+            report["results"].append({"tokens": tokens, "hidden": hidden, "peers": figures})
+            print_shape(tokens, hidden, figures)
         accuracy = {n: {"errors": errors(peer, run, hidden, dtype)} for n, (peer, run) in peers.items()}
         report["accuracy"].append({"hidden": hidden, "peers": accuracy})
         print_errors(hidden, accuracy)
@@ -296,26 +261,23 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, nargs="+", help=f"default {HIDDEN}")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds a shape (default 30)")
     parser.add_argument("--quick", action="store_true", help=f"hidden {QUICK_HIDDEN}, tokens {QUICK_TOKENS}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    args = parser.parse_args()
+    add_output(parser)
+    args = parser.parse_args(argv)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
     if not torch.cuda.is_available():
-        print("No CUDA device: the GPU kernels cannot be timed here. Timing the CPU path instead.")
-        cpu_norms.main(["--rounds", str(args.rounds)] + (["--json", str(args.json)] if args.json else []))
-        return
+        parser.error("there is no CUDA device; benchmarks/cpu_norms.py times the CPU path")
     args.hidden = args.hidden or (QUICK_HIDDEN if args.quick else HIDDEN)
     args.tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
     report = measure_all(args)
-    if args.json:
-        write_json(args.json, report)
+    save(report, picture(report), args.output)
 
 
 if __name__ == "__main__":

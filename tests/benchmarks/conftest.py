@@ -1,3 +1,14 @@
-"""Megatron on the CPU for benchmarks that build its layers."""
+"""The benchmarks' modules, which import each other as scripts of one directory do, and Megatron on the CPU."""
+
+from pathlib import Path
+
+import pytest
 
 from tests.mcore.conftest import world  # noqa: F401
+
+DIRECTORY = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DIRECTORY))

@@ -1,9 +1,6 @@
 """The GPU benchmark, as far as it runs without one: its peers, its errors, its bytes and its report."""
 
 import importlib
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,32 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-HERE = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/kernels.py on the CPU."""
-    monkeypatch.syspath_prepend(str(HERE))
     module = importlib.import_module("kernels")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     # Generating code takes longer than all the rest.
     monkeypatch.setattr(module, "PEERS", [p for p in module.PEERS if "compile" not in p.name])
     return module
-
-
-class WallClock:
-    """`Timer` for a CPU."""
-
-    def call(self, into: list[float], function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = function()
-        into.append(time.perf_counter() - start)
-        return result
-
-    def collect(self) -> None:
-        pass
 
 
 def test_installed_peers_compute_what_they_should(kernels: ModuleType) -> None:
@@ -71,39 +52,54 @@ def test_bytes_of_an_operation(kernels: ModuleType) -> None:
 def test_measures_and_reports_every_peer(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "Timer", WallClock)
-    monkeypatch.setattr(kernels, "measure_copy", lambda timer, rounds: 1e9)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: SimpleNamespace(name="a device", multi_processor_count=1),
-    )
-    report_file = tmp_path / "report.json"
-    args = SimpleNamespace(dtype="bf16", rounds=4, hidden=(64,), tokens=(8, 16), json=report_file)
+    timing = importlib.import_module("common_timing")
+    monkeypatch.setattr(kernels, "DeviceClock", timing.WallClock)
+    monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
+    args = SimpleNamespace(dtype="bf16", rounds=4, hidden=(64, 96), tokens=(8, 16))
     report = kernels.measure_all(args)
-    assert [(s["tokens"], s["hidden"]) for s in report["shapes"]] == [(8, 64), (16, 64)]
-    forward = report["shapes"][1]["peers"]["add dyt"]["forward"]
+    assert [(r["tokens"], r["hidden"]) for r in report["results"]] == [(8, 64), (16, 64), (8, 96), (16, 96)]
+    forward = report["results"][1]["peers"]["add dyt"]["forward"]
     rate = 4 * 16 * 64 * 2 / (forward["median_us"] / 1e6)
     assert forward["gb_per_s"] == pytest.approx(rate / 1e9)
     assert forward["of_copy"] == pytest.approx(rate / 1e9)
     assert forward["quartile1_us"] <= forward["median_us"] <= forward["quartile3_us"]
     assert report["left_out"].keys() >= {"dyt liger, hidden 64", "add rmsnorm te, hidden 64"}
     assert report["host"]["dyt"]["median_us"] > 0
-    assert set(report) >= {"commit", "device", "versions", "copy_gb_per_s", "accuracy", "rounds"}
-    kernels.write_json(report_file, report)
-    assert json.loads(report_file.read_text())["shapes"] == report["shapes"]
     out, err = capsys.readouterr()
     assert "16 x 64" in out
     assert "left out: dyt liger" in err
+    # The table has the peers at 16 tokens, the picture those that add a residual.
+    rows = kernels.table(report).splitlines()[2:]
+    peers = report["results"][1]["peers"]
+    assert len(rows) == 2 * len(peers)
+    assert all(row.startswith(("| 16 x 64 |", "| 16 x 96 |")) for row in rows)
+    picture = kernels.picture(report)
+    assert picture.count("<polyline") == 2 * sum(n.startswith("add ") and "eager" not in n for n in peers)
 
 
-def test_without_a_gpu_it_says_so_and_times_the_cpu(
+def test_a_shape_that_does_not_fit_is_left_out(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called: list[list[str]] = []
+    original = kernels.measure_shape
+
+    def measure_shape(clock: Any, tokens: int, *rest: Any) -> Any:
+        if tokens == 16:
+            raise torch.OutOfMemoryError("no memory")
+        return original(clock, tokens, *rest)
+
+    timing = importlib.import_module("common_timing")
+    monkeypatch.setattr(kernels, "DeviceClock", timing.WallClock)
+    monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
+    monkeypatch.setattr(kernels, "measure_shape", measure_shape)
+    report = kernels.measure_all(SimpleNamespace(dtype="bf16", rounds=2, hidden=(64,), tokens=(16, 8)))
+    assert [r["tokens"] for r in report["results"]] == [8]
+    assert report["left_out"]["16 x 64"] == "no memory"
+
+
+def test_without_a_gpu_it_says_so(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(kernels.cpu_norms, "main", called.append)
-    monkeypatch.setattr("sys.argv", ["kernels.py", "--rounds", "7", "--json", "out.json"])
-    kernels.main()
-    assert "No CUDA device" in capsys.readouterr().out
-    assert called == [["--rounds", "7", "--json", "out.json"]]
+    with pytest.raises(SystemExit):
+        kernels.main([])
+    assert "there is no CUDA device; benchmarks/cpu_norms.py times the CPU path" in capsys.readouterr().err
