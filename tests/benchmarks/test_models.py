@@ -1,0 +1,135 @@
+"""The benchmarks of whole models, at tiny shapes: every variant is the model that its name says."""
+
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.needs("training_loop")
+
+
+@pytest.fixture
+def model() -> Iterator[ModuleType]:
+    """benchmarks/model.py in a world of one CPU process."""
+    world = importlib.import_module("megatron_world")
+    with world.one_process_world("cpu"):
+        yield importlib.import_module("model")
+
+
+@pytest.fixture
+def shape(model: ModuleType) -> Any:
+    return model.Shape(layers=2, hidden=32, ffn=64, heads=4, vocabulary=64, tokens=16, sequences=2)
+
+
+def loss_of(model: Any, shape: Any) -> float:
+    tokens = torch.arange(shape.tokens).expand(shape.sequences, -1) * 7 % shape.vocabulary
+    positions = torch.arange(shape.tokens).expand(shape.sequences, -1)
+    loss: float = model(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().item()
+    return loss
+
+
+def test_variants_compute_what_they_are_called(model: ModuleType, shape: Any) -> None:
+    losses = {
+        v.name: loss_of(model.build(shape, v, "cpu", torch.float32), shape)
+        for v in model.VARIANTS
+        if not v.te and v.plain != "compiled"
+    }
+    assert losses["dyt fused"] == losses["dyt"]
+    assert losses["dyt eager"] == pytest.approx(losses["dyt"], rel=1e-6)
+    assert len({round(losses[name], 5) for name in ("rmsnorm torch", "dyt", "derf fused")}) == 3
+
+
+def test_fused_variants_fuse(model: ModuleType, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_dyt.mcore.norm import DyTNorm
+
+    calls: list[str] = []
+    original = DyTNorm.forward_residual
+    monkeypatch.setattr(DyTNorm, "forward_residual", lambda self, *a: calls.append("") or original(self, *a))
+    for variant in model.VARIANTS:
+        if variant.te or variant.plain == "compiled" or variant.dyt is None:
+            continue
+        calls.clear()
+        loss_of(model.build(shape, variant, "cpu", torch.float32), shape)
+        assert bool(calls) == ("fused" in variant.name), variant.name
+
+
+def test_attention_is_megatrons(model: ModuleType, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = model.VARIANTS[0]
+    ours = loss_of(model.build(shape, variant, "cpu", torch.float32), shape)
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    monkeypatch.setattr(model, "make_spec", lambda config, te: gpt_layer_specs.get_gpt_layer_local_spec())
+    theirs = model.build(shape, variant, "cpu", torch.float32)
+    mask = torch.triu(torch.ones(shape.tokens, shape.tokens, dtype=torch.bool), diagonal=1)[None, None]
+    monkeypatch.setattr(theirs, "forward", lambda t, p, _, f=theirs.forward, **kw: f(t, p, mask, **kw))
+    assert loss_of(theirs, shape) == pytest.approx(ours, rel=1e-6)
+
+
+def test_a_row_for_each_variant_that_runs(model: ModuleType, shape: Any) -> None:
+    left_out: dict[str, str] = {}
+    steps = model.working_variants(shape, "cpu", torch.float32, False, left_out)
+    assert steps.keys() | left_out.keys() == {v.name for v in model.VARIANTS}
+    assert left_out.keys() == {"rmsnorm te", "dyt te", "dyt compiled"}
+    rows = model.measure(steps, 2, 32, "cpu")
+    assert [row["variant"] for row in rows] == list(steps)
+    assert rows[0]["tokens_per_s"] == pytest.approx(32 / rows[0]["median_us"] * 1e6)
+    report = {"results": rows, "settings": shape._asdict() | {"dtype": "float32"}}
+    best = min(
+        rows[0]["median_us"], *(row["median_us"] for row in rows if row["variant"] == "rmsnorm te"), 1e9
+    )
+    assert model.table(report).splitlines()[3].endswith(f"{rows[1]['median_us'] / best:.3f} |")
+
+
+def test_hf_variants_share_all_but_the_norms() -> None:
+    hf = importlib.import_module("hf_model")
+    base = hf.make_model(
+        hf.SMALL | {"hidden_size": 32, "num_attention_heads": 4}, 2, 16, "cpu", torch.float32
+    )
+    tokens = torch.arange(16)[None]
+    outputs = {}
+    for name, make in hf.VARIANTS.items():
+        twin, norms = hf.with_norms(base, make)
+        assert len(norms) == 5
+        assert norms[-1] is twin.model.norm
+        assert twin.lm_head.weight is base.lm_head.weight
+        assert twin.model.layers[1].mlp.up_proj.weight is base.model.layers[1].mlp.up_proj.weight
+        outputs[name] = twin(input_ids=tokens).logits
+    torch.testing.assert_close(outputs["rmsnorm"], base(input_ids=tokens).logits, rtol=0, atol=0)
+    torch.testing.assert_close(outputs["dyt plain"], outputs["dyt"], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(outputs["identity"], outputs["dyt"], atol=1e-3)
+
+
+def test_hf_report_has_every_variant_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = importlib.import_module("hf_model")
+    args = type("Args", (), {"layers": 1, "tokens": 8, "rounds": 2, "compile": False})
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    report: dict[str, Any] = {"results": [], "left_out": {}, "settings": shape | {"layers": 1, "tokens": 8}}
+    hf.measure_all(args, shape, "cpu", report)
+    assert [(r["mode"], r["variant"]) for r in report["results"]] == [
+        (mode, variant) for mode in hf.MODES for variant in hf.VARIANTS
+    ]
+    row = report["results"][0]
+    seconds = 100 * row["model"]["median_us"] / 1e6
+    assert f"| {seconds:.2f} |" in hf.table(report).splitlines()[2]
+    assert report["left_out"].keys() == {"compiled"}
+    assert hf.picture(report).count('class="mark') == 8
+
+
+def test_hf_norms_are_trained_alone() -> None:
+    hf = importlib.import_module("hf_model")
+    norm = hf.PlainDyT(8)
+    x = torch.randn(1, 4, 8)
+    hf.layers_pass([norm, norm], x, "training")()
+    leaf = x.clone().requires_grad_()
+    (2 * norm(leaf)).backward(x)
+    # Twice in the pass, and once more with factor 2 here: the same sum again.
+    once = norm.weight.grad.clone()
+    norm.weight.grad = None
+    (2 * norm(leaf)).backward(x)
+    torch.testing.assert_close(once, 2 * norm.weight.grad)
+    norm.weight.grad = None
+    hf.layers_pass([norm], x, "inference")()
+    assert norm.weight.grad is None
