@@ -1,0 +1,229 @@
+"""A training step of `make quickstart`, DyT beside RMSNorm: python benchmarks/cpu_training.py [--output DIR]
+
+Two processes train as the quickstart's two runs do, with their flags out of examples/quickstart.sh, on
+mock data: Megatron's own training loop, optimizer, logging and the plugin's checks included. They take
+turns: one iteration of one, while the other waits, then the other's; so whatever else the machine does
+meets both. Reported are the times of whole iterations, by the clock and of the CPU, their ratio, and the
+ratio's spread over neighbouring pairs of iterations.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common_picture import Bar, bars_svg
+from common_report import add_output, heading, markdown_table, new_report, save
+from common_timing import summary
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart.sh"
+FLAGS = [
+    # The tokenizer's 4096 pieces, with mock data in place of the corpus.
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "4095", "--num-workers", "0"),
+    "--no-create-attention-mask-in-dataloader",
+    # Logged every 5 steps, as there; no evaluation or checkpoint among the timed iterations.
+    *("--log-interval", "5", "--eval-interval", "1000000", "--eval-iters", "0"),
+    *("--save-interval", "1000000"),
+]
+WARM_UP = 4
+
+
+def quickstart_runs(script: str, steps: int) -> dict[str, list[str]]:
+    """Run's name -> its training flags, from the arrays and the `run NAME LR FLAGS` lines of the script."""
+    pattern = r"^(?:HIDDEN=[^\n]*|PORTABLE=\([^\n]*\)|(?:MODEL|RECIPE)=\(\n.*?^\))"
+    arrays = re.findall(pattern, script, re.M | re.S)
+    runs = re.findall(r"^run (\w+) (\S+) (.+)$", script, re.M)
+    if len(arrays) != 4 or not runs:
+        raise ValueError(f"{QUICKSTART} has no HIDDEN, MODEL, RECIPE, PORTABLE and `run` lines as expected")
+    shell = "\n".join(
+        [f"STEPS={steps}", *arrays, 'printf "%s\\n" "${MODEL[@]}" "${RECIPE[@]}" "${PORTABLE[@]}"']
+    )
+    shared = subprocess.run(
+        ["bash", "-euc", shell], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return {name: [*shared, "--lr", rate, *flags.split()] for name, rate, flags in runs}
+
+
+class Seconds(NamedTuple):
+    """Of one iteration: by the clock, and of the process's threads together, without their waiting."""
+
+    wall: float
+    cpu: float
+
+
+# --- in a child: one iteration for each line that it is sent -----------------------------------------
+
+
+def train_in_turn(argv: list[str], turns: Any, done: Any) -> None:
+    """Megatron's training loop, in which each iteration waits for a line and answers with its seconds."""
+    from megatron_dyt import pretrain
+    from megatron_dyt.patching import Patches, Replacement
+    from megatron_dyt.runtime import cpu
+
+    started: list[float] = []
+
+    def wait_for_turn(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            # From one call to the next: logging and what else follows a step belongs to the iteration.
+            now = (time.perf_counter(), time.process_time())
+            done.write(json.dumps([end - start for end, start in zip(now, started, strict=False)]) + "\n")
+            done.flush()
+            turns.readline()
+            started[:] = (time.perf_counter(), time.process_time())
+            return train_step(*args, **kwargs)
+
+        return step
+
+    # Observed from outside of the CPU runtime, which must be on before Megatron is imported.
+    cpu.enable()
+    observers = Patches()
+    observers.apply([Replacement("megatron.training.training", "train_step", wait_for_turn)])
+    pretrain.main(["--device", "cpu", *argv])
+
+
+# --- the parent --------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A child that trains one iteration at a time; `log` gets what it prints."""
+
+    def __init__(self, argv: list[str], log: Path) -> None:
+        self.log = log
+        to_child, self.turns = os.pipe()
+        self.done, from_child = os.pipe()
+        command = [sys.executable, "-W", "ignore", __file__, "--child", str(to_child), str(from_child), *argv]
+        # A lone process uses all cores unless it is told otherwise; waiting must not cost the other's time.
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, pass_fds=(to_child, from_child)
+            )
+        os.close(to_child)
+        os.close(from_child)
+        self.answers = os.fdopen(self.done)
+        self._answer()  # it stands before its first iteration
+
+    def iterate(self) -> Seconds:
+        """Let the child do one iteration."""
+        os.write(self.turns, b"\n")
+        return Seconds(*self._answer())
+
+    def _answer(self) -> list[float]:
+        line = self.answers.readline()
+        if not line:
+            tail = "\n".join(self.log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"the training process ended, exit code {self.process.wait()}:\n{tail}")
+        answer: list[float] = json.loads(line)
+        return answer
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.answers.close()
+        os.close(self.turns)
+
+
+@contextmanager
+def runners(runs: dict[str, list[str]]) -> Iterator[dict[str, Runner]]:
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = {}
+        for name, argv in runs.items():
+            paths = ["--data-cache-path", str(directory / "cache"), "--save", str(directory / name)]
+            found[name] = Runner([*argv, *paths], directory / f"{name}.log")
+            stack.callback(found[name].stop)
+        yield found
+
+
+def measure(runs: dict[str, list[str]], rounds: int) -> dict[str, list[Seconds]]:
+    """Run's name -> each timed iteration; the order within a pair alternates."""
+    seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
+    with runners(runs) as found:
+        order = list(found.items())
+        for i in range(WARM_UP + rounds):
+            for name, runner in order if i % 2 else order[::-1]:
+                taken = runner.iterate()
+                if i >= WARM_UP:
+                    seconds[name].append(taken)
+    return seconds
+
+
+def results(seconds: dict[str, list[Seconds]]) -> list[dict[str, Any]]:
+    """A row a run, with its times over the first run's: medians, and the quartiles of the pairs' ratios."""
+    first = next(iter(seconds.values()))
+    rows = []
+    for name, taken in seconds.items():
+        pairs = [a.wall / b.wall for a, b in zip(taken, first, strict=True)]
+        low, _, high = statistics.quantiles(pairs, n=4)
+        wall, cpu = ([getattr(each, kind) for each in taken] for kind in Seconds._fields)
+        over_first = {
+            "ratio": statistics.median(wall) / statistics.median(s.wall for s in first),
+            "cpu_ratio": statistics.median(cpu) / statistics.median(s.cpu for s in first),
+            "pair_quartile1": low,
+            "pair_quartile3": high,
+        }
+        rows.append({"run": name, **summary(wall), "cpu_us": 1e6 * statistics.median(cpu), **over_first})
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    columns = (
+        "",
+        "iteration, ms",
+        "quartiles",
+        "over the first",
+        "quartiles of pairs",
+        "CPU time, ms",
+        "over the first",
+    )
+    rows = []
+    for row in report["results"]:
+        keys = ("median_us", "quartile1_us", "quartile3_us", "cpu_us")
+        median, low, high, cpu = (f"{row[key] / 1e3:.0f}" for key in keys)
+        spread = f"{row['pair_quartile1']:.3f} to {row['pair_quartile3']:.3f}"
+        ratios = [f"{row[key]:.3f}" for key in ("ratio", "cpu_ratio")]
+        rows.append([row["run"], median, f"{low} to {high}", ratios[0], spread, cpu, ratios[1]])
+    return markdown_table(columns, rows)
+
+
+def picture(report: dict[str, Any]) -> str:
+    keys = ("median_us", "quartile1_us", "quartile3_us")
+    bars = [
+        Bar(row["run"], *(row[key] / 1e3 for key in keys), f"c{i}") for i, row in enumerate(report["results"])
+    ]
+    return bars_svg("An iteration of the quickstart", "milliseconds", [("", bars)], digits=0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40, help="timed iterations of each run (default 40)")
+    add_output(parser)
+    args = parser.parse_args(argv)
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    steps = WARM_UP + args.rounds + 1
+    runs = quickstart_runs(QUICKSTART.read_text(), steps)
+    runs = {name: [*flags, *FLAGS] for name, flags in runs.items()}
+    report = new_report("cpu_training", "cpu", {"rounds": args.rounds, "runs": runs})
+    print(f"{heading(report)}, {args.rounds} iterations of each, in turn")
+    report["results"] = results(measure(runs, args.rounds))
+    print(table(report))
+    save(report, picture(report), args.output)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child_in, child_out = (int(descriptor) for descriptor in sys.argv[2:4])
+        train_in_turn(sys.argv[4:], os.fdopen(child_in), os.fdopen(child_out, "w"))
+    else:
+        main()
