@@ -54,8 +54,8 @@ format: setup ## sort imports and format the code
 	@$(PY) -m ruff check --fix-only --select I .
 	@$(PY) -m ruff format .
 
-bench: setup ## time the kernels on the GPU, or the norms on the CPU where there is none
-	@$(PY) benchmarks/kernels.py
+bench: setup ## run the benchmarks that this machine can; tables go to docs/benchmarks.md
+	@$(PY) benchmarks/run.py
 
 clean: ## remove caches and build outputs; keeps .venv/ and quickstart/
 	@rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache

@@ -122,7 +122,7 @@ def _chunk_rows(rows: int, hidden: int) -> int:
 
 
 class _Workspace(threading.local):
-    """Temporaries that a thread keeps between calls: 3 chunks (48 MiB at most), or 3 rows of a huge hidden."""
+    """Temporaries that a thread keeps between calls: 3 chunks (48 MiB at most), or 3 rows of more."""
 
     def __init__(self) -> None:
         self._memory: dict[torch.dtype, Tensor] = {}

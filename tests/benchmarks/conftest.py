@@ -1,4 +1,4 @@
-"""The benchmarks' modules, which import each other as scripts of one directory do, and Megatron on the CPU."""
+"""Benchmarks can be imported, each other included, as scripts of one directory; a world on the CPU."""
 
 from pathlib import Path
 
