@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dyt.data.files import read_json, write_json
-from megatron_dyt.data.settings import Settings, Shard
-from megatron_dyt.data.sources import FileSource, Source
+from megatron_dyt.data.settings import Settings
 from megatron_dyt.errors import UserError
 from megatron_dyt.runtime.dataset_manifest import FORMAT
 
@@ -24,31 +22,6 @@ Manifest = dict[str, Any]
 def collection_path(directory: Path) -> Path:
     """Where the manifest of a directory of shards is."""
     return directory / "manifest.json"
-
-
-def shards_of(directory: Path, sources: Sequence[Source]) -> list[Shard]:
-    """One shard for each source, with its name; with its place in the name where two are called alike.
-
-    Raises:
-        UserError: two have the same name all the same.
-    """
-    names = [source.name for source in sources]
-    if _twice(names):
-        names = _long_names([source.path for source in sources if isinstance(source, FileSource)])
-    if name := _twice(names):
-        raise UserError(f"two inputs would both be written to {directory / name}; rename one of them")
-    return [Shard(directory / name, (source,)) for name, source in zip(names, sources, strict=True)]
-
-
-def _twice(names: Iterable[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-def _long_names(paths: Sequence[Path]) -> list[str]:
-    """a/x.jsonl and b/x.jsonl as a-x.jsonl and b-x.jsonl."""
-    whole = [path.resolve() for path in paths]
-    root = os.path.commonpath([path.parent for path in whole])
-    return ["-".join(path.relative_to(root).parts) for path in whole]
 
 
 def manifests(directory: Path) -> dict[str, Manifest]:

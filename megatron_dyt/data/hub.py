@@ -70,9 +70,13 @@ class HubSource:
     size: int = 0
 
     @property
+    def base(self) -> str:
+        """What the names of all parts begin with."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", str(self.dataset)).strip("-.")
+
+    @property
     def name(self) -> str:
-        base = re.sub(r"[^A-Za-z0-9._-]+", "-", str(self.dataset)).strip("-.")
-        return f"{base}-{self.index:05d}-of-{self.count:05d}"
+        return f"{self.base}-{self.index:05d}-of-{self.count:05d}"
 
     def __str__(self) -> str:
         return f"{self.dataset}, part {self.index + 1} of {self.count}"

@@ -28,6 +28,7 @@ from megatron_dyt.data.progress import Progress, duration
 from megatron_dyt.data.records import DEFAULT_DOMAIN_KEY, DEFAULT_TEXT_KEY, Fields
 from megatron_dyt.data.settings import Filters, Settings, Shard
 from megatron_dyt.data.shard import finished, output_paths
+from megatron_dyt.data.shard_names import shards_of
 from megatron_dyt.data.sources import BrokenSourceError, Source
 from megatron_dyt.data.tracker import Tracker
 from megatron_dyt.data.verify import verify
@@ -186,7 +187,7 @@ def _shards(args: argparse.Namespace, settings: Settings) -> list[Shard]:
             raise UserError(f"input {source.path} is in the output directory; write to another one")
     if not args.overwrite:
         collection.check_settings(args.output, settings)
-    return collection.shards_of(args.output, found)
+    return shards_of(args.output, found, collection.manifests(args.output), args.overwrite)
 
 
 def _parser() -> argparse.ArgumentParser:

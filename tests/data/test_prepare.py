@@ -147,6 +147,16 @@ def test_files_of_the_same_name_keep_their_directories(run: Run, tmp_path: Path)
     }
 
 
+def test_an_input_is_not_there_twice_when_another_of_its_name_is_added(run: Run, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", [f"of {name}"] * (300 if name == "a" else 200))
+    run("--input", tmp_path / "a" / "x.jsonl", "--output", tmp_path / "out")
+    run("--input", tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl", "--output", tmp_path / "out")
+    whole = read(tmp_path / "out" / "manifest.json")
+    assert (list(whole["shards"]), whole["documents"]) == (["b-x.jsonl", "x"], 500)
+
+
 def test_a_broken_shard_stops_and_can_be_skipped(
     run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

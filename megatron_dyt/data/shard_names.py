@@ -1,0 +1,120 @@
+"""Which shard of a directory each input goes to: its own from earlier, else one by its name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dyt.data.hub import HubSource
+from megatron_dyt.data.settings import Shard
+from megatron_dyt.data.sources import FileSource, Source
+from megatron_dyt.errors import UserError
+
+_PART = re.compile(r"(.*)-\d{5}-of-(\d{5})")
+
+
+def shards_of(
+    directory: Path, sources: Sequence[Source], there: Mapping[str, dict[str, Any]], overwrite: bool
+) -> list[Shard]:
+    """One shard for each source.
+
+    A source that is in the directory keeps its shard, so that nothing is there twice. Others have their own
+    name, with their place in it where two are called alike.
+
+    Args:
+        there: the manifests of the directory's shards, by name.
+        overwrite: whether shards of other sources may be replaced.
+
+    Raises:
+        UserError: a shard would hold two sources, or what is there would be there twice or be lost.
+    """
+    wanted = _names(sources)
+    _check_parts(directory, sources, there)
+    known = _Known(directory, there, sources)
+    names = []
+    for source, name in zip(sources, wanted, strict=True):
+        shard = known.shard_with(source)
+        if not overwrite and _replaces(source, shard, there.get(shard or name)):
+            raise UserError(
+                f"{directory / (shard or name)} was made of other data than {source} is now; write to "
+                "another directory, or give --overwrite to replace it"
+            )
+        names.append(shard or name)
+    if twice := _twice(names):
+        raise UserError(f"two inputs would both be written to {directory / twice}; rename one of them")
+    return [Shard(directory / name, (source,)) for name, source in zip(names, sources, strict=True)]
+
+
+def _replaces(source: Source, shard: str | None, manifest: dict[str, Any] | None) -> bool:
+    """Whether finished data of another source, or of a data set's other revision, would be lost.
+
+    A file that has changed in its place is made again without a question.
+    """
+    if manifest is None:
+        return False
+    if isinstance(source, FileSource):
+        return shard is None
+    return bool(manifest["made_from"]["sources"] != [source.identity()])
+
+
+class _Known:
+    """The sources of finished shards, by where they were and by what they were."""
+
+    def __init__(
+        self, directory: Path, there: Mapping[str, dict[str, Any]], sources: Sequence[Source]
+    ) -> None:
+        self.directory = directory
+        self.places: dict[str, str] = {}
+        self.contents: dict[str, str] = {}
+        self.several = {name for name, manifest in there.items() if len(manifest["sources"]) > 1}
+        for name, manifest in there.items():
+            self.places |= dict.fromkeys(map(os.path.realpath, manifest["sources"]), name)
+            self.contents |= dict.fromkeys(map(str, manifest["made_from"]["sources"]), name)
+        # Two files that are alike by name, size and time stamp are told apart by their places alone.
+        self.alike = Counter(str(source.identity()) for source in sources)
+
+    def shard_with(self, source: Source) -> str | None:
+        content = str(source.identity())
+        shard = self.places.get(os.path.realpath(str(source)))
+        if shard is None and self.alike[content] == 1:
+            shard = self.contents.get(content)
+        if shard and shard in self.several:
+            raise UserError(
+                f"{source} is in {self.directory / shard} already, with other inputs; it would be there "
+                "twice. Write to another directory"
+            )
+        return shard
+
+
+def _check_parts(directory: Path, sources: Sequence[Source], there: Iterable[str]) -> None:
+    """A data set of the Hub is not there in another number of parts."""
+    counts = {source.base: source.count for source in sources if isinstance(source, HubSource)}
+    for part in filter(None, map(_PART.fullmatch, there)):
+        base, count = part[1], int(part[2])
+        if counts.get(base, count) != count:
+            raise UserError(
+                f"{directory} has {base} in {count} parts, but it has {counts[base]} now: its documents would "
+                "be there twice. Write to another directory"
+            )
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    names = [source.name for source in sources]
+    if _twice(names):
+        names = _long_names([source.path for source in sources if isinstance(source, FileSource)])
+    return names
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _long_names(paths: Sequence[Path]) -> list[str]:
+    """a/x.jsonl and b/x.jsonl as a-x.jsonl and b-x.jsonl."""
+    whole = [path.resolve() for path in paths]
+    root = os.path.commonpath([path.parent for path in whole])
+    return ["-".join(path.relative_to(root).parts) for path in whole]
