@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dyt.data.files import read_json, write_json
 from megatron_dyt.data.settings import Settings
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import FORMAT
+from megatron_dyt.runtime.dataset_manifest import FORMAT, manifest_path
 
 _END = ".manifest.json"
 _SUMS = ("documents", "tokens", "text_bytes", "empty_documents")
@@ -28,10 +28,16 @@ def manifests(directory: Path) -> dict[str, Manifest]:
     """The manifest of each finished shard in a directory, by the shard's name."""
     found = {}
     for path in sorted(directory.glob("*" + _END)):
-        manifest = read_json(path)
-        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+        manifest = read_manifest(path)
+        if manifest is not None:
             found[path.name.removesuffix(_END)] = manifest
     return found
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """A manifest of this version; None where there is none."""
+    manifest = read_json(path)
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
 def check_settings(directory: Path, settings: Settings) -> None:
@@ -41,11 +47,21 @@ def check_settings(directory: Path, settings: Settings) -> None:
         UserError: with others, so that they would be mixed, or work of hours replaced.
     """
     for name, manifest in manifests(directory).items():
-        if differing := _differing(manifest, settings):
-            raise UserError(
-                f"{directory / name} was made with other settings ({', '.join(differing)}); write to another "
-                "directory, or give --overwrite to replace all shards there"
-            )
+        _check(directory / name, manifest, settings, "write to another directory, or give --overwrite")
+
+
+def check_shard(prefix: Path, settings: Settings) -> None:
+    """The dataset at `prefix`, if there is one, was made with these settings; `UserError` otherwise."""
+    manifest = read_manifest(manifest_path(prefix))
+    if manifest is not None:
+        _check(prefix, manifest, settings, "give another --output-prefix, or --overwrite")
+
+
+def _check(prefix: Path, manifest: Manifest, settings: Settings, remedy: str) -> None:
+    if differing := _differing(manifest, settings):
+        raise UserError(
+            f"{prefix} was made with other settings ({', '.join(differing)}); {remedy} to replace it"
+        )
 
 
 def _differing(manifest: Manifest, settings: Settings) -> list[str]:

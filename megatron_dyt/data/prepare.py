@@ -27,7 +27,7 @@ from megatron_dyt.data.files import read_json
 from megatron_dyt.data.progress import Progress, duration
 from megatron_dyt.data.records import DEFAULT_DOMAIN_KEY, DEFAULT_TEXT_KEY, Fields
 from megatron_dyt.data.settings import Filters, Settings, Shard
-from megatron_dyt.data.shard import finished, output_paths
+from megatron_dyt.data.shard import all_paths, finished, output_paths
 from megatron_dyt.data.shard_names import shards_of
 from megatron_dyt.data.sources import BrokenSourceError, Source
 from megatron_dyt.data.tracker import Tracker
@@ -180,14 +180,26 @@ def _shards(args: argparse.Namespace, settings: Settings) -> list[Shard]:
         found = hub.find(dataset, settings.fields)
     else:
         found = sources.find(args.input)
+    _check_not_written(args, found)
     if args.output_prefix:
+        if not args.overwrite:
+            collection.check_shard(args.output_prefix, settings)
         return [Shard(args.output_prefix, tuple(found))]
-    for source in found:
-        if isinstance(source, sources.FileSource) and args.output.resolve() in source.path.resolve().parents:
-            raise UserError(f"input {source.path} is in the output directory; write to another one")
     if not args.overwrite:
         collection.check_settings(args.output, settings)
     return shards_of(args.output, found, collection.manifests(args.output), args.overwrite)
+
+
+def _check_not_written(args: argparse.Namespace, found: Sequence[Source]) -> None:
+    """No input is where the output goes."""
+    for source in found:
+        if not isinstance(source, sources.FileSource):
+            continue
+        path = source.path.resolve()
+        if args.output and args.output.resolve() in path.parents:
+            raise UserError(f"input {source.path} is in the output directory; write to another one")
+        if args.output_prefix and path in map(Path.resolve, all_paths(args.output_prefix)):
+            raise UserError(f"input {source.path} would be replaced; give another --output-prefix")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("result")
     output.add_argument("--output", type=Path, metavar="DIR", help="one dataset a file, and a manifest")
     output.add_argument("--output-prefix", type=Path, metavar="P", help="one dataset of all: P.bin, P.idx")
-    output.add_argument("--overwrite", action="store_true", help="replace shards made with other settings")
+    output.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
     output.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
     output.add_argument(
         "--skip-broken-shards", action="store_true", help="leave out files that are truncated or damaged"

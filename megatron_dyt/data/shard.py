@@ -73,6 +73,11 @@ def report_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".malformed.jsonl")
 
 
+def all_paths(prefix: Path) -> tuple[Path, ...]:
+    """Every file that a dataset may have."""
+    return (*output_paths(prefix), manifest_path(prefix), report_path(prefix))
+
+
 def made_from(shard: Shard, settings: Settings) -> dict[str, Any]:
     """What must be equal for an existing dataset to be the one that is asked for."""
     return {**settings.made_from(), "sources": shard.identities()}

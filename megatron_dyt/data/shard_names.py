@@ -97,7 +97,7 @@ def _check_parts(directory: Path, sources: Sequence[Source], there: Iterable[str
         base, count = part[1], int(part[2])
         if counts.get(base, count) != count:
             raise UserError(
-                f"{directory} has {base} in {count} parts, but it has {counts[base]} now: its documents would "
+                f"{directory} has {base} in {count} parts, but it has {counts[base]} now: they would "
                 "be there twice. Write to another directory"
             )
 

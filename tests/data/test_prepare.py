@@ -315,7 +315,7 @@ def test_second_run_does_nothing(
     assert (tmp_path / "train.bin").stat().st_mtime == 1
 
 
-@pytest.mark.parametrize("change", ["source", "flag", "tokenizer", "truncated", "unfinished"])
+@pytest.mark.parametrize("change", ["source", "bos", "tokenizer", "truncated", "unfinished"])
 def test_any_change_makes_the_dataset_again(
     tmp_path: Path,
     source_jsonl: Path,
@@ -332,7 +332,7 @@ def test_any_change_makes_the_dataset_again(
     match change:
         case "source":
             write_jsonl(source, ["one", "two", "three"])
-        case "flag":
+        case "bos":
             command.append("--no-bos")
         case "tokenizer":
             model.write_bytes(train_tokenizer.train([source_jsonl], 500))
@@ -340,6 +340,13 @@ def test_any_change_makes_the_dataset_again(
             (tmp_path / "train.bin").write_bytes(b"12")
         case "unfinished":
             (tmp_path / "train.manifest.json").unlink()
+    if change in ("bos", "tokenizer"):
+        # Other settings, not other text: perhaps a slip, and the work of hours.
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match=rf"train was made with other settings \({change}.*--overwrite"):
+            main(command)
+        assert contents(tmp_path) == before
+        command.append("--overwrite")
     output = output_of(capsys, lambda: main(command))
     assert "up to date" not in output
     assert "cached" in output
@@ -368,7 +375,8 @@ def test_a_moved_tokenizer_or_source_is_the_same(
 def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`refused(problem, flags...)`: the error, and no file that was not there before."""
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl", ["text"])
+    for name in ("a.jsonl", "p.malformed.jsonl"):
+        write_jsonl(tmp_path / name, ["text"])
 
     def check(problem: str, *flags: object) -> None:
         before = contents(tmp_path)
@@ -391,6 +399,7 @@ def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("both name ArXiv", "--input a.jsonl --output out --domains ArXiv --not-domains ArXiv Books"),
         ("none.jsonl does not exist", "--input none.jsonl --output out"),
         ("a.jsonl is in the output directory", "--input a.jsonl --output ."),
+        ("p.malformed.jsonl would be replaced", "--input p.malformed.jsonl --output-prefix p"),
         ("none.model does not exist", "--input a.jsonl --output out --tokenizer-model none.model"),
     ],
 )
