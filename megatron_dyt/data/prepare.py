@@ -96,8 +96,6 @@ def _result(args: argparse.Namespace, settings: Settings, broken: dict[str, str]
     """The manifest of all that is there now; that of a directory is written."""
     if args.output:
         return collection.write_total(args.output, broken, settings)
-    if broken:
-        raise BrokenSourceError("; ".join(broken.values()))
     manifest: dict[str, Any] = read_json(manifest_path(args.output_prefix))
     return manifest
 
@@ -145,6 +143,11 @@ def _check(args: argparse.Namespace) -> None:
         if bool(getattr(args, one)) == bool(getattr(args, other)):
             flags = " or ".join("--" + name.replace("_", "-") for name in (one, other))
             raise UserError(f"give either {flags}")
+    if args.skip_broken_shards and args.output_prefix:
+        raise UserError(
+            "--skip-broken-shards needs --output: a single dataset has no shards to leave out. Leave the "
+            "broken file out of --input"
+        )
     if not args.tokenizer_model:
         raise UserError("give --tokenizer-model, with --tokenizer-type if it is not a SentencePiece model")
     if args.workers < 1:

@@ -400,6 +400,7 @@ def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("none.jsonl does not exist", "--input none.jsonl --output out"),
         ("a.jsonl is in the output directory", "--input a.jsonl --output ."),
         ("p.malformed.jsonl would be replaced", "--input p.malformed.jsonl --output-prefix p"),
+        ("--skip-broken-shards needs --output:", "--input a.jsonl --output-prefix p --skip-broken-shards"),
         ("none.model does not exist", "--input a.jsonl --output out --tokenizer-model none.model"),
     ],
 )
