@@ -99,11 +99,14 @@ def _add(counters: Iterable[Mapping[str, int]]) -> Counter[str]:
 
 
 def write_total(directory: Path, broken: Mapping[str, str], settings: Settings) -> Manifest:
-    """Write the directory's manifest, over its shards of these settings, and return it."""
+    """Write the directory's manifest, over its shards of these settings, and return it.
+
+    What is there of a broken shard is of an earlier state of its source, and left out.
+    """
     ours = {
         name: manifest
         for name, manifest in manifests(directory).items()
-        if not _differing(manifest, settings)
+        if name not in broken and not _differing(manifest, settings)
     }
     manifest = total(ours, broken, settings)
     write_json(collection_path(directory), manifest)

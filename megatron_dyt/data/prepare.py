@@ -56,7 +56,7 @@ def _prepare(args: argparse.Namespace, settings: Settings) -> None:
     started = time.monotonic()
     shards = _shards(args, settings)
     todo = [shard for shard in shards if finished(shard, settings) is None]
-    replaced = [shard.prefix for shard in todo if output_paths(shard.prefix)[1].exists()]
+    existing = [shard.prefix for shard in todo if output_paths(shard.prefix)[1].exists()]
     broken = _write(todo, settings, args) if todo else {}
     if broken and not args.skip_broken_shards:
         raise BrokenSourceError("; ".join(broken.values()))
@@ -65,7 +65,7 @@ def _prepare(args: argparse.Namespace, settings: Settings) -> None:
         raise UserError(f"no document is left: {_left_out(whole) or 'all shards are broken'}")
     took = f"{duration(time.monotonic() - started)}" if todo else "up to date"
     print(f"{summary(args.output or args.output_prefix, whole)}; {took}")
-    if replaced:
+    if replaced := [prefix for prefix in existing if prefix.name not in broken]:
         # Megatron names cached sample indices by the path, not the content (megatron_dataset.py).
         print(
             f"{', '.join(map(str, replaced))} was replaced: delete the indices that Megatron cached for it "

@@ -178,6 +178,21 @@ def test_a_broken_shard_stops_and_can_be_skipped(
     assert read(out / "manifest.json")["broken_shards"] == {}
 
 
+def test_a_shard_that_is_broken_now_does_not_count(
+    run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--input", pile, "--output", tmp_path / "out", "--skip-broken-shards")
+    run(*command)
+    (pile / "01.jsonl.zst").write_bytes((pile / "01.jsonl.zst").read_bytes()[:-10])
+    os.utime(pile / "02.jsonl.zst", (1, 1))
+    text = output_of(capsys, lambda: run(*command))
+    assert "out/02 was replaced" in text
+    assert "out/01" not in text
+    whole = read(tmp_path / "out" / "manifest.json")
+    assert (list(whole["shards"]), list(whole["broken_shards"])) == (["00", "02"], ["01"])
+    assert whole["documents"] == sum(shard["documents"] for shard in whole["shards"].values()) == 7
+
+
 def test_filters_and_keys(run: Run, tmp_path: Path) -> None:
     lines = [
         {"body": "short", "source": "A"},
