@@ -98,16 +98,26 @@ def _add(counters: Iterable[Mapping[str, int]]) -> Counter[str]:
     return result
 
 
-def write_total(directory: Path, broken: Mapping[str, str], settings: Settings) -> Manifest:
+def write_total(
+    directory: Path, wanted: Iterable[str], broken: Mapping[str, str], settings: Settings
+) -> Manifest:
     """Write the directory's manifest, over its shards of these settings, and return it.
 
     What is there of a broken shard is of an earlier state of its source, and left out.
+
+    Raises:
+        UserError: a shard of `wanted` is neither there nor broken.
     """
     ours = {
         name: manifest
         for name, manifest in manifests(directory).items()
         if name not in broken and not _differing(manifest, settings)
     }
+    if missing := set(wanted) - set(ours) - set(broken):
+        raise UserError(
+            f"{directory / min(missing)} has vanished since it was written: another process changes this "
+            "directory. Stop it and run this again"
+        )
     manifest = total(ours, broken, settings)
     write_json(collection_path(directory), manifest)
     return manifest

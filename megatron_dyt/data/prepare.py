@@ -60,7 +60,7 @@ def _prepare(args: argparse.Namespace, settings: Settings) -> None:
     broken = _write(todo, settings, args) if todo else {}
     if broken and not args.skip_broken_shards:
         raise BrokenSourceError("; ".join(broken.values()))
-    whole = _result(args, settings, broken)
+    whole = _result(args, shards, settings, broken)
     if not whole["documents"]:
         raise UserError(f"no document is left: {_left_out(whole) or 'all shards are broken'}")
     took = f"{duration(time.monotonic() - started)}" if todo else "up to date"
@@ -92,10 +92,12 @@ def _write(shards: list[Shard], settings: Settings, args: argparse.Namespace) ->
     return tracker.broken
 
 
-def _result(args: argparse.Namespace, settings: Settings, broken: dict[str, str]) -> dict[str, Any]:
+def _result(
+    args: argparse.Namespace, shards: list[Shard], settings: Settings, broken: dict[str, str]
+) -> dict[str, Any]:
     """The manifest of all that is there now; that of a directory is written."""
     if args.output:
-        return collection.write_total(args.output, broken, settings)
+        return collection.write_total(args.output, [shard.prefix.name for shard in shards], broken, settings)
     manifest: dict[str, Any] = read_json(manifest_path(args.output_prefix))
     return manifest
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dyt.data.files import read_json, sha256, sole_writer, whole_files, write_atomically, write_json
+from megatron_dyt.data.files import (
+    partial_path,
+    read_json,
+    sha256,
+    sole_writer,
+    whole_files,
+    write_atomically,
+    write_json,
+)
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
 from megatron_dyt.data.records import Document, Malformed
 from megatron_dyt.data.settings import Settings, Shard
@@ -101,10 +109,21 @@ def write(shard: Shard, settings: Settings, encode: Encoder, report: Report) -> 
 
     Raises:
         BrokenSourceError: a source cannot be read to its end, or there is no text.
+        UserError: another process is writing it.
     """
+    data, _index = output_paths(shard.prefix)
+    with sole_writer(data):
+        # Another process may have finished it since this one looked.
+        if manifest := finished(shard, settings):
+            partial_path(data).unlink()
+            return manifest
+        return _write(shard, settings, encode, report)
+
+
+def _write(shard: Shard, settings: Settings, encode: Encoder, report: Report) -> dict[str, Any]:
     origin = made_from(shard, settings)
     outputs = data, index = output_paths(shard.prefix)
-    with sole_writer(data), whole_files(outputs) as (partial_data, partial_index):
+    with whole_files(outputs) as (partial_data, partial_index):
         work = _Work(
             settings, encode, IndexedDatasetWriter(partial_data, partial_index, settings.tokenizer.dtype)
         )

@@ -18,7 +18,7 @@ import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_dyt.data import train_tokenizer
+from megatron_dyt.data import train_tokenizer, workers
 from megatron_dyt.data.prepare import main
 from megatron_dyt.errors import UserError
 from tests.data.samples import source_texts, write_jsonl
@@ -191,6 +191,21 @@ def test_a_shard_that_is_broken_now_does_not_count(
     whole = read(tmp_path / "out" / "manifest.json")
     assert (list(whole["shards"]), list(whole["broken_shards"])) == (["00", "02"], ["01"])
     assert whole["documents"] == sum(shard["documents"] for shard in whole["shards"].values()) == 7
+
+
+def test_a_shard_that_vanishes_meanwhile_is_missed(
+    run: Run, pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = workers.run
+
+    def write_and_remove(*args: Any) -> None:
+        write(*args)
+        (tmp_path / "out" / "01.manifest.json").unlink()
+
+    monkeypatch.setattr(workers, "run", write_and_remove)
+    with pytest.raises(UserError, match="out/01 has vanished"):
+        run("--input", pile, "--output", tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_filters_and_keys(run: Run, tmp_path: Path) -> None:

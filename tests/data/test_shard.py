@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def test_documents_are_the_texts_with_their_ends(
     assert documents(corpus.with_name("out")) == expected
 
 
+def test_what_another_process_has_finished_is_not_written_again(settings: Settings, corpus: Path) -> None:
+    manifest = make(settings, corpus)
+    before = names(corpus.parent)
+    os.utime(corpus.with_name("out.bin"), (1, 1))
+    assert make(settings, corpus) == manifest
+    assert corpus.with_name("out.bin").stat().st_mtime == 1
+    assert names(corpus.parent) == before
+
+
 def test_manifest_says_what_there_is(settings: Settings, corpus: Path) -> None:
     manifest = make(settings, corpus)
     directory = corpus.parent
@@ -107,6 +117,7 @@ def test_malformed_records_are_named_and_the_list_is_bounded(
     assert first["problem"].startswith("not valid JSON (")
     assert second == {"source": str(corpus), "line": 7, "problem": "no \"text\" (it has 'body')"}
     monkeypatch.setattr(shard_module, "MAX_REPORTED", 1)
+    os.utime(corpus, (1, 1))
     assert make(settings, corpus)["malformed"].total() == 2
     assert len(report.read_text().splitlines()) == 1
     # What is mended is not named any longer.
