@@ -1,6 +1,8 @@
 """Corpora as a stream of documents: JSON lines (plain, zstd, gzip) and Parquet files.
 
-Memory is bounded by the longest line, whatever the size of a file; a Parquet file is read page by page.
+Whatever the size of a file, memory is bounded: by about twelve times the longest line, which is held as bytes
+and as text; in a Parquet file by some rows, and by twice the largest page, with as many rows as the writer
+has put there.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ FORMATS = {
     ".json": ("json", None),
     ".parquet": ("parquet", None),
 }
-MAX_LINE_BYTES = 256 << 20
+# With one character beyond U+FFFF all of a text takes four bytes a character, and it is held several times.
+MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
-_PARQUET_ROWS = 256
+# Each may be as long as a book; a batch costs about 6 us.
+_PARQUET_ROWS = 4
 
 Item = Document | Malformed
 
@@ -202,7 +206,6 @@ def _parse(line: bytes | None, number: int, fields: Fields) -> Item:
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, Item]]:
-    import pyarrow
     import pyarrow.parquet
 
     size = path.stat().st_size
@@ -216,21 +219,18 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, Item]]:
         wanted = [fields.text, *(name for name in columns if name == fields.domain.split(".")[0])]
         rows, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted, use_threads=False):
-            texts = batch.column(fields.text)
-            if pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type):
-                # As bytes, so that one text that is not UTF-8 does not spoil the others.
-                batch = batch.set_column(
-                    batch.schema.get_field_index(fields.text), fields.text, texts.view(_bytes_like(texts))
-                )
-            for record in batch.to_pylist():
+            for index in range(batch.num_rows):
                 rows += 1
-                yield size * rows // total, as_item(record, rows, fields)
+                yield size * rows // total, _row(batch, index, rows, fields)
 
 
-def _bytes_like(texts: Any) -> Any:
-    import pyarrow
-
-    return pyarrow.binary() if pyarrow.types.is_string(texts.type) else pyarrow.large_binary()
+def _row(batch: Any, index: int, number: int, fields: Fields) -> Item:
+    try:
+        record = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+    except UnicodeDecodeError as error:
+        # Parquet says that it is text, and nobody has looked.
+        return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
+    return as_item(record, number, fields)
 
 
 def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:

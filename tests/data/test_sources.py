@@ -88,6 +88,40 @@ def test_parquet_rows_can_be_malformed_too(tmp_path: Path) -> None:
         list(FileSource(tmp_path / "a.parquet").read(Fields()))
 
 
+def as_text(values: list[bytes]) -> pyarrow.Array:
+    """A column of strings, of which nobody has looked whether they are UTF-8."""
+    return pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+
+
+def test_parquet_domains_and_dictionaries_can_be_malformed(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    names = as_text([b"A", b"\xff", b"A"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y", "z"], "source": names}), path)
+    bad = Malformed(2, "not UTF-8", "invalid start byte at byte 0")
+    assert [item for _position, item in FileSource(path).read(Fields(domain="source"))] == [
+        Document("x", "A"),
+        bad,
+        Document("z", "A"),
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({"text": names.dictionary_encode()}), path)
+    assert [item for _position, item in FileSource(path).read(Fields())] == [
+        Document("A"),
+        bad,
+        Document("A"),
+    ]
+
+
+def test_memory_does_not_grow_with_the_rows_of_a_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [str(number) * 500_000 for number in range(10, 74)]
+    # A row a page, as writers do it with long texts.
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, write_batch_size=1)
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _item in FileSource(path).read(Fields())]
+    assert len(held) == 64
+    assert max(held) < 16 << 20
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) * 2 // 3]
 
