@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ FORMATS = {
     ".json": ("json", None),
     ".parquet": ("parquet", None),
 }
+# What is beside the text in a directory: descriptions of data sets, and what this command writes.
+_NO_TEXT = re.compile(r"(dataset_infos?|state|manifest|.*\.manifest)\.json|.*\.malformed\.jsonl")
 # With one character beyond U+FFFF all of a text takes four bytes a character, and it is held several times.
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
@@ -138,7 +141,7 @@ def _expand(given: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.is_file() and suffix_of(each))
+        found = sorted(each for each in _below(path) if suffix_of(each) and not _NO_TEXT.fullmatch(each.name))
         if not found:
             raise UserError(f"input {given}: no file in it ends with one of {', '.join(FORMATS)}")
         return found
@@ -146,6 +149,23 @@ def _expand(given: str) -> list[Path]:
     if not found:
         raise UserError(f"input {given} does not exist; give files, directories or quoted patterns")
     return found
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """All files below a directory, also behind links, each directory once."""
+    seen: set[str] = set()
+    for place, directories, files in os.walk(directory, onerror=_raise, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            directories.clear()
+            continue
+        seen.add(real)
+        directories.sort()
+        yield from (Path(place, name) for name in files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 @contextmanager

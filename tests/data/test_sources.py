@@ -196,6 +196,27 @@ def test_inputs_are_files_directories_and_patterns(tmp_path: Path) -> None:
     assert [source.path for source in find([str(tmp_path / "*" / "*.jsonl.zst")])] == [paths[2]]
 
 
+def test_linked_directories_are_searched_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "elsewhere" / "1.jsonl", RECORDS[:1])
+    inside = write(tmp_path / "in" / "0.jsonl", RECORDS[:1])
+    for name, target in (("link", path.parent), ("again", path.parent), ("loop", inside.parent)):
+        (inside.parent / name).symlink_to(target)
+    # Directories in order; what was seen is not looked at again.
+    assert [source.path for source in find([str(inside.parent)])] == [
+        inside,
+        inside.parent / "again" / "1.jsonl",
+    ]
+
+
+def test_what_describes_a_data_set_is_no_text(tmp_path: Path) -> None:
+    names = "dataset_infos.json dataset_info.json state.json manifest.json 0.manifest.json 0.malformed.jsonl"
+    for name in (*names.split(), "0.json", "my_manifest.json"):
+        (tmp_path / name).write_text("{}")
+    assert [source.path.name for source in find([str(tmp_path)])] == ["0.json", "my_manifest.json"]
+    # What is named is taken.
+    assert len(find([str(tmp_path / "state.json")])) == 1
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
