@@ -42,12 +42,12 @@ def blend(places: Sequence[Path]) -> list[str]:
 
 
 def _shards(place: Path) -> list[tuple[Path, int, str]]:
-    """(prefix, tokens, tokenizer's hash) of every shard that has documents."""
+    """(prefix, tokens, what the tokenizer is) of every shard that has documents."""
     if not collection_path(place).is_file() and manifest_path(place).is_file():
         one = read_json(manifest_path(place))
-        return [(place, one["tokens"], one["made_from"]["tokenizer"]["sha256"])]
+        return [(place, one["tokens"], str(one["made_from"]["tokenizer"]))]
     whole = read_total(place)
-    tokenizer = whole["made_from"]["tokenizer"]["sha256"]
+    tokenizer = str(whole["made_from"]["tokenizer"])
     return [
         (place / name, shard["tokens"], tokenizer)
         for name, shard in whole["shards"].items()

@@ -51,8 +51,13 @@ class Settings:
 
     def made_from(self) -> dict[str, Any]:
         """As a manifest holds it: equal for equal data, wherever the tokenizer's file is."""
+        tokenizer = self.tokenizer
         made_from = {
-            "tokenizer": {"type": self.tokenizer.kind, "sha256": self.tokenizer.sha256},
+            "tokenizer": {
+                **{"type": tokenizer.kind, "sha256": tokenizer.sha256},
+                # A Hugging Face tokenizer has them in another file than that of the hash.
+                **{"bos": tokenizer.bos, "eos": tokenizer.eos},
+            },
             **{"bos": self.bos, "append_eod": self.append_eod},
             **{"fields": asdict(self.fields), "filters": asdict(self.filters)},
         }

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_dyt.errors import UserError
 
 # Of the manifests that this version writes and reads.
-FORMAT = 2
+FORMAT = 3
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -39,7 +39,7 @@ def check(prefixes: Iterable[str], args: Namespace) -> None:
     """The datasets are as their manifests say, and made with the tokenizer of Megatron's parsed `args`.
 
     Raises:
-        UserError: files have other sizes, the tokenizer is another, or the vocabulary is too small.
+        UserError: files have other sizes, tokenizer, BOS or EOS are others, or the vocabulary is too small.
     """
     manifests = {prefix: _read(prefix) for prefix in prefixes}
     kind = TOKENIZER_KINDS.get(args.tokenizer_type or "")
@@ -56,6 +56,8 @@ def check(prefixes: Iterable[str], args: Namespace) -> None:
                 f"one ({ours[:12]}...), in which its ids mean other text. Give the tokenizer that the data "
                 "were made with, or prepare them with this one"
             )
+        if ours is not None and kind == HUGGING_FACE:
+            _check_ends(prefix, manifest["made_from"], args)
         _check_vocabulary(prefix, manifest["vocab_size"], args)
 
 
@@ -85,6 +87,28 @@ def _check_sizes(prefix: str, outputs: dict[str, Any]) -> None:
             raise UserError(
                 f"dataset {prefix}: {path} has {present} bytes, but its manifest says {expected['bytes']}. "
                 "It is truncated or belongs to another dataset: copy it again or prepare it again"
+            )
+
+
+def _check_ends(prefix: str, made_from: dict[str, Any], args: Namespace) -> None:
+    """BOS and EOS in the data are those of the Hugging Face tokenizer, which its hash does not cover."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.tokenizer_model,
+        local_files_only=True,
+        use_fast=not getattr(args, "tokenizer_hf_no_use_fast", False),
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )
+    for name, written, id_ in (
+        ("bos", made_from["bos"], tokenizer.bos_token_id),
+        ("eos", made_from["append_eod"], tokenizer.eos_token_id),
+    ):
+        if written and made_from["tokenizer"][name] != id_:
+            raise UserError(
+                f"dataset {prefix} has {name.upper()} {made_from['tokenizer'][name]}, but that of "
+                f"--tokenizer-model {args.tokenizer_model} is {id_}. Give the tokenizer_config.json that the "
+                "data were made with, or prepare them with this one"
             )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from megatron_dyt.data.prepare import main
 from megatron_dyt.data.train_tokenizer import train
@@ -117,6 +118,41 @@ def test_what_does_not_fit_is_named(
     args = arguments(data, **spoil(data))
     with pytest.raises(UserError, match=problem):
         check([str(data / "train")], args)
+
+
+def write_ends(directory: Path, bos: str, eos: str) -> None:
+    names = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+@pytest.fixture
+def hub_data(data: Path) -> dict[str, Any]:
+    """The dataset "ends", made with the Hugging Face tokenizer in "hf", and the flags for it."""
+    (data / "hf").mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "<a>": 1, "<b>": 2, "<c>": 3}, "?"))
+    tokenizer.add_special_tokens(["<a>", "<b>", "<c>"])
+    tokenizer.save(str(data / "hf" / "tokenizer.json"))
+    write_ends(data / "hf", "<a>", "<b>")
+    prepare(data)
+    return {"tokenizer_type": HUGGING_FACE, "tokenizer_model": str(data / "hf")}
+
+
+def prepare(data: Path) -> None:
+    command = ["--input", str(data / "text.jsonl"), "--tokenizer-type", HUGGING_FACE, "--workers", "1"]
+    main([*command, "--tokenizer-model", str(data / "hf"), "--output-prefix", str(data / "ends")])
+
+
+def test_other_ends_of_a_hugging_face_tokenizer_are_named(data: Path, hub_data: dict[str, Any]) -> None:
+    args = arguments(data, **hub_data)
+    check([str(data / "ends")], args)
+    write_ends(data / "hf", "<c>", "<b>")
+    with pytest.raises(UserError, match=r"ends has BOS 1, but that of --tokenizer-model .*hf is 3"):
+        check([str(data / "ends")], args)
+    with pytest.raises(UserError, match=r"other settings \(tokenizer\)"):
+        prepare(data)
+    write_ends(data / "hf", "<a>", "<c>")
+    with pytest.raises(UserError, match=r"ends has EOS 2, but that of .*hf is 3"):
+        check([str(data / "ends")], args)
 
 
 def test_training_checks_it_for_every_data_set_of_a_blend(data: Path, made: Path) -> None:
