@@ -68,8 +68,8 @@ def _prepare(args: argparse.Namespace, settings: Settings) -> None:
     if replaced := [prefix for prefix in existing if prefix.name not in broken]:
         # Megatron names cached sample indices by the path, not the content (megatron_dataset.py).
         print(
-            f"{', '.join(map(str, replaced))} was replaced: delete the indices that Megatron cached for it "
-            f"(the directory of --data-cache-path, else {replaced[0].parent}/cache) before training on it"
+            f"replaced: {', '.join(map(str, replaced))}. Delete the indices that Megatron cached for what "
+            f"was there (the directory of --data-cache-path, else {replaced[0].parent}/cache) before training"
         )
 
 

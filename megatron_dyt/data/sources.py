@@ -1,13 +1,13 @@
 """Corpora as a stream of documents: JSON lines (plain, zstd, gzip) and Parquet files.
 
-Whatever the size of a file, memory is bounded: by about twelve times the longest line, which is held as bytes
-and as text; in a Parquet file by some rows, and by twice the largest page, with as many rows as the writer
-has put there.
+Memory is bounded whatever the size of a file: longer lines than `MAX_LINE_BYTES` are malformed, and a Parquet
+file is read page by page, with as many rows to a page as its writer has put there.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ FORMATS = {
 }
 # What is beside the text in a directory: descriptions of data sets, and what this command writes.
 _NO_TEXT = re.compile(r"(dataset_infos?|state|manifest|.*\.manifest)\.json|.*\.malformed\.jsonl")
-# With one character beyond U+FFFF all of a text takes four bytes a character, and it is held several times.
+# A text takes up to ten times its bytes while it is worked on, and a worker is to stay below 1 GB.
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 # Each may be as long as a book; a batch costs about 6 us.
@@ -189,8 +189,9 @@ def _read_json(path: Path, compression: str | None, fields: Fields) -> Iterator[
     import pyarrow
 
     with pyarrow.OSFile(str(path)) as raw, _decompressed(raw, compression) as stream:
-        for number, line in enumerate(split_lines(stream), start=1):
-            yield raw.tell(), _parse(line, number, fields)
+        # By map, so that a line is gone when its document is worked on.
+        for item in map(_parse, split_lines(stream), itertools.count(1), itertools.repeat(fields)):
+            yield raw.tell(), item
 
 
 def _decompressed(raw: Any, compression: str | None) -> Any:
@@ -209,11 +210,18 @@ def split_lines(stream: Any) -> Iterator[bytes | None]:
         # What is too long is counted, not held.
         begun.append(first if size <= MAX_LINE_BYTES else b"")
         if others:
-            yield b"".join(begun) if size <= MAX_LINE_BYTES else None
+            yield _joined(begun) if size <= MAX_LINE_BYTES else None
             yield from others[:-1]
             begun, size = [others[-1]], len(others[-1])
     if size:
-        yield b"".join(begun) if size <= MAX_LINE_BYTES else None
+        yield _joined(begun) if size <= MAX_LINE_BYTES else None
+
+
+def _joined(parts: list[bytes]) -> bytes:
+    """The parts as one, and no longer in the list: a long line is in memory once."""
+    whole = b"".join(parts)
+    parts.clear()
+    return whole
 
 
 def _parse(line: bytes | None, number: int, fields: Fields) -> Item:

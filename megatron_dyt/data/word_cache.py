@@ -50,6 +50,7 @@ def obstacle(model: bytes) -> str | None:
         if piece.type == kinds.NORMAL and ("\n" in piece.piece or "\0" in piece.piece):
             return f"piece {piece.piece!r} holds a line end or a zero byte"
     reasons = (
+        # A unigram model adds up scores over the whole text: rounding decides ties by what stands before.
         (trainer.model_type != trainer.BPE, "it is not a BPE model"),
         # Unknown characters beside each other would be one token.
         (not trainer.byte_fallback, "it has no byte fallback"),

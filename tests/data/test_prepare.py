@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 import pytest
 import sentencepiece
+import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dyt.data import train_tokenizer, workers
@@ -108,7 +109,7 @@ def test_finished_shards_are_left_alone_and_others_written(
     assert "up to date" in output_of(capsys, lambda: run(*command))
     assert {path.stat().st_mtime for path in out.iterdir()} == {1.0}
     (out / "01.idx").write_bytes(b"damaged")
-    assert "was replaced" in output_of(capsys, lambda: run(*command))
+    assert "replaced: " in output_of(capsys, lambda: run(*command))
     assert contents(out) == before
     untouched = {path.name for path in out.iterdir() if path.stat().st_mtime == 1}
     # Equal content keeps its file: the malformed lines and the total are the same again.
@@ -186,7 +187,7 @@ def test_a_shard_that_is_broken_now_does_not_count(
     (pile / "01.jsonl.zst").write_bytes((pile / "01.jsonl.zst").read_bytes()[:-10])
     os.utime(pile / "02.jsonl.zst", (1, 1))
     text = output_of(capsys, lambda: run(*command))
-    assert "out/02 was replaced" in text
+    assert "out/02. Delete the indices" in text
     assert "out/01" not in text
     whole = read(tmp_path / "out" / "manifest.json")
     assert (list(whole["shards"]), list(whole["broken_shards"])) == (["00", "02"], ["01"])
@@ -235,6 +236,14 @@ def test_a_hugging_face_data_set(run: Run, tmp_path: Path, monkeypatch: pytest.M
     found = sorted((tmp_path / "out").glob("*.bin"))
     expected = sorted((tmp_path / "expected").glob("*.bin"))
     assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
+
+
+def test_a_hugging_face_tokenizer(hugging_face: Path, pile: Path, tmp_path: Path) -> None:
+    kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hugging_face)]
+    main([*kind, "--input", str(pile), "--output", str(tmp_path / "out"), "--workers", "1"])
+    tokenizer = tokenizers.Tokenizer.from_file(str(hugging_face / "tokenizer.json"))
+    expected = [[BOS, *tokenizer.encode(text).ids, EOS] for text in source_texts()[::3]]
+    assert documents(tmp_path / "out" / "00") == expected
 
 
 # --- interrupted -----------------------------------------------------------------------------------------

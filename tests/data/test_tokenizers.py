@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,6 @@ def split(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     ids, lengths = tokenizer.encoder()(texts)
     assert ids.dtype == tokenizer.dtype
     return [each.tolist() for each in np.split(ids, np.cumsum(lengths)[:-1])]
-
-
-@pytest.fixture
-def hugging_face(tmp_path: Path) -> Path:
-    directory = tmp_path / "hf"
-    directory.mkdir()
-    tokenizer = library.Tokenizer(library.models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(source_texts(), trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    # Both ways to name a token.
-    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory
 
 
 @pytest.mark.parametrize("cached", [True, False])

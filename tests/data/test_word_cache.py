@@ -176,9 +176,3 @@ def test_what_is_against_the_cache_is_named(
     found = obstacle(changed(make_model("as trained here"), change))
     assert found is not None
     assert re.search(reason, found)
-
-
-def test_a_unigram_model_is_refused_for_a_reason(make_model: Callable[..., Path]) -> None:
-    """Its scores are added up over the whole text, so that rounding decides ties by what stands before."""
-    model = make_model("unigram", model_type="unigram")
-    assert obstacle(model.read_bytes()) == "it is not a BPE model"
