@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_dyt.data.collection import Manifest
-from megatron_dyt.data.progress import Progress
+from megatron_dyt.data.progress import Progress, duration
 from megatron_dyt.data.settings import Shard
 from megatron_dyt.data.workers import Broken, Event, Finished, Progressed
 
@@ -52,5 +52,10 @@ class Tracker:
             notes.insert(0, f"{rate:.1f} MB/s of text")
         if len(self.shards) > 1:
             notes.append(f"{len(self.manifests)} of {len(self.shards)} shards done")
+        if not self.progress.total and self.manifests and text_bytes:
+            # Text of all shards, if those that are not done are like the others.
+            written = sum(self.now[number].text_bytes for number in self.manifests)
+            missing = written / len(self.manifests) * (len(self.shards) - len(self.broken)) - text_bytes
+            notes.append(f"about {duration(max(missing, 0) / 1e6 / rate)} left")
         done = sum(each.read for each in self.now.values()) if self.progress.total else text_bytes
         self.progress.update(done, ", ".join(notes))

@@ -69,3 +69,23 @@ def test_a_broken_shard_is_said_and_not_counted(
     assert "0.0M tokens" in log.getvalue().splitlines()[-1]
     assert track.broken == {"b": "b is truncated"}
     assert track(FINISHED) == skip
+
+
+def test_time_left_is_by_the_shards_that_are_done_where_the_size_is_unknown(
+    shards: list[Shard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track, log = tracker(shards, 0, True, monkeypatch)
+    track(Progressed(1, 0, 15_000_000, 1))
+    track(FINISHED)
+    track(Broken(2, "gone"))
+    first, second, _broken, third = log.getvalue().splitlines()
+    assert "left" not in first
+    # The clock stands at 30 s: 45 MB, and 45 to come. At 50 s, with 2 shards to do, 15 to come.
+    assert second.endswith("1 of 3 shards done, about 30 s left")
+    assert third.endswith("1 of 3 shards done, about 17 s left")
+
+
+def test_shards_without_text_say_no_time(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+    track, log = tracker(shards, 0, False, monkeypatch)
+    assert track(Finished(1, {"text_bytes": 0, "tokens": 0}))
+    assert "left" not in log.getvalue()
