@@ -94,12 +94,15 @@ def _check_ends(prefix: str, made_from: dict[str, Any], args: Namespace) -> None
     """BOS and EOS in the data are those of the Hugging Face tokenizer, which its hash does not cover."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.tokenizer_model,
-        local_files_only=True,
-        use_fast=not getattr(args, "tokenizer_hf_no_use_fast", False),
-        trust_remote_code=getattr(args, "trust_remote_code", False),
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.tokenizer_model,
+            local_files_only=True,
+            use_fast=not getattr(args, "tokenizer_hf_no_use_fast", False),
+            trust_remote_code=getattr(args, "trust_remote_code", False),
+        )
+    except (OSError, ValueError):
+        return  # Not all of it is on this machine yet, or Megatron will say what is wrong with it.
     for name, written, id_ in (
         ("bos", made_from["bos"], tokenizer.bos_token_id),
         ("eos", made_from["append_eod"], tokenizer.eos_token_id),

@@ -153,6 +153,10 @@ def test_other_ends_of_a_hugging_face_tokenizer_are_named(data: Path, hub_data: 
     write_ends(data / "hf", "<a>", "<c>")
     with pytest.raises(UserError, match=r"ends has EOS 2, but that of .*hf is 3"):
         check([str(data / "ends")], args)
+    # A tokenizer that cannot be loaded is Megatron's to complain of.
+    check(
+        [str(data / "ends")], arguments(data, **hub_data | {"tokenizer_model": f"{data}/hf/tokenizer.json"})
+    )
 
 
 def test_training_checks_it_for_every_data_set_of_a_blend(data: Path, made: Path) -> None:
