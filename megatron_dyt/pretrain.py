@@ -17,7 +17,15 @@ import torch
 
 from megatron_dyt.errors import run_main
 from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import dataset_helpers, datasets, device, launch, preflight, training_api
+from megatron_dyt.runtime import (
+    dataset_helpers,
+    datasets,
+    device,
+    launch,
+    preflight,
+    save_worker,
+    training_api,
+)
 from megatron_dyt.runtime.datasets import mtp_on_this_rank
 
 if TYPE_CHECKING:
@@ -62,7 +70,7 @@ def _pretrain(entry: float) -> None:
     preflight.check(parse_args())
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    with launch.clean_end():
+    with launch.clean_end(), save_worker.protected():
         training_api.pretrain(
             run,
             datasets.build,

@@ -98,9 +98,10 @@ SPEED=(--transformer-impl "${TRANSFORMER_IMPL:-transformer_engine}" --attention-
   --no-create-attention-mask-in-dataloader)
 [ "${PRECISION:-bf16}" = fp32 ] || SPEED+=(--bf16)
 # Of ten checkpoints one stays; the others go when the next one is there. A damaged one is passed over.
-SAFETY=(--ckpt-format torch_dist --async-save --save-interval "$SAVE_INTERVAL"
-  --save-retain-interval "$((10 * SAVE_INTERVAL))" --dyt-load-fallback
-  --exit-signal-handler --distributed-timeout-minutes 30)
+# Megatron saves asynchronously with its own persistent writer only; mcore's needs no other package.
+SAFETY=(--ckpt-format torch_dist --async-save --use-persistent-ckpt-worker --async-strategy mcore
+  --save-interval "$SAVE_INTERVAL" --save-retain-interval "$((10 * SAVE_INTERVAL))"
+  --dyt-load-fallback --exit-signal-handler --distributed-timeout-minutes 30)
 LOGGING=(--log-interval 10 --eval-interval 500 --eval-iters 20 --log-throughput
   --tensorboard-dir "$OUT/tensorboard")
 [ "$NORM" != DyT ] || LOGGING+=(--dyt-stats-interval 100)

@@ -25,6 +25,7 @@ import torch
 from megatron_dyt.errors import UserError, run_main
 from megatron_dyt.mcore import compat, handshake
 from megatron_dyt.runtime import device, preflight
+from megatron_dyt.runtime.report import say
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def _validated(flags: list[str], vocab_size: int) -> Any:
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(report):
             args = arguments.parse_args()
-            arguments.validate_args(args)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                arguments.validate_args(args)
     except SystemExit as refusal:
         last = (errors.getvalue().strip().splitlines() or ["no message"])[-1]
         raise UserError(f"Megatron's parser refuses the flags: {last}") from refusal
@@ -139,6 +142,9 @@ def _validated(flags: list[str], vocab_size: int) -> Any:
         raise UserError(f"Megatron refuses the flags: {refusal or type(refusal).__name__}") from refusal
     finally:
         sys.argv = own
+    # Such as that it switches a flag off.
+    for text in dict.fromkeys(" ".join(str(each.message).split()) for each in caught):
+        say(f"Megatron warns: {text}")
     _set_vocabulary(args, vocab_size)
     args.perform_initialization = False  # There is nothing to fill.
     global_vars._GLOBAL_ARGS = args  # No tokenizer, no loggers: only what the model's builder reads.

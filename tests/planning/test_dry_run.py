@@ -64,6 +64,17 @@ def test_what_megatron_refuses_is_refused(flags: list[str], message: str) -> Non
         dry_run.simulate([*load("125m").flags(), *RUN, "--micro-batch-size", "1", *flags], 8, 32000)
 
 
+@pytest.mark.parametrize(("more", "stays"), [([], False), (["--use-persistent-ckpt-worker"], True)])
+def test_what_megatron_switches_off_is_said(
+    more: list[str], stays: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saving = ["--ckpt-format", "torch_dist", "--async-save", *more]
+    flags = [*load("125m").flags(), *RUN, "--micro-batch-size", "1", *saving]
+    args, _stages = dry_run.simulate(flags, 8, 32000)
+    assert args.async_save == stays
+    assert ("Megatron warns: --async-save is not supported" in capsys.readouterr().out) != stays
+
+
 def test_a_plan_can_be_tried_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--model", "125m", "--nodes", "2", "--dry-run", "--norm", "RMSNorm"]
     assert plan(command) == 0
