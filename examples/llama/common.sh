@@ -97,7 +97,7 @@ make_flags() {
 SPEED=(--transformer-impl "${TRANSFORMER_IMPL:-transformer_engine}" --attention-backend auto
   --no-create-attention-mask-in-dataloader)
 [ "${PRECISION:-bf16}" = fp32 ] || SPEED+=(--bf16)
-# Of ten checkpoints one stays; the others go when the next one is there. A damaged one is passed over.
+# Of ten checkpoints one stays, beside the last two (--dyt-load-fallback). A damaged one is passed over.
 # Megatron saves asynchronously with its own persistent writer only; mcore's needs no other package.
 SAFETY=(--ckpt-format torch_dist --async-save --use-persistent-ckpt-worker --async-strategy mcore
   --save-interval "$SAVE_INTERVAL" --save-retain-interval "$((10 * SAVE_INTERVAL))"
@@ -185,10 +185,12 @@ finished() {
   [ "$(saved_step)" -ge "$steps" ]
 }
 
-# Counts, in a file, the starts in a row that brought no new checkpoint.
+# Counts, in a file, the starts in a row that brought no new checkpoint. After a damaged one was passed over, its
+# step is saved anew, so the files say it.
 count_vain_start() {
-  local file=$OUT/vain-starts count=0
-  if [ "$(saved_step)" -gt "$1" ]; then
+  local file=$OUT/vain-starts count=0 last
+  last=$OUT/checkpoint/$(printf 'iter_%07d' "$(saved_step)")/metadata.json
+  if [ "$last" -nt "$OUT/started" ]; then
     rm -f "$file"
   else
     [ -f "$file" ] && count=$(<"$file")
@@ -196,7 +198,7 @@ count_vain_start() {
   fi
 }
 
-go_on() { # with the exit code, and the step that was there at the start
+go_on() { # with the exit code
   local code=$1
   if finished; then
     rm -f "$OUT/vain-starts"
@@ -206,7 +208,7 @@ go_on() { # with the exit code, and the step that was there at the start
   [ -n "${SLURM_JOB_ID:-}" ] ||
     fail "stopped before the last step (exit code $code). Start it again to resume from the last complete checkpoint."
   [ "$code" -ne 2 ] || fail "the input is wrong (see above); not requeued."
-  count_vain_start "$2"
+  count_vain_start
   if [ -f "$OUT/vain-starts" ] && [ "$(<"$OUT/vain-starts")" -ge 3 ]; then
     rm -f "$OUT/vain-starts"
     fail "three starts in a row brought no new checkpoint (exit code $code); not requeued."
@@ -230,9 +232,9 @@ main() {
     return
   fi
   mkdir -p "$OUT"
-  local code=0 begin
-  begin=$(saved_step)
-  say "training into $OUT, from step $begin"
+  touch "$OUT/started"
+  local code=0
+  say "training into $OUT, from step $(saved_step)"
   launch || code=$?
-  go_on "$code" "$begin"
+  go_on "$code"
 }

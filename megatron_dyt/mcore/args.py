@@ -155,7 +155,8 @@ def _add_load_flags(group: Any) -> None:
         "--dyt-load-fallback",
         action="store_true",
         help="If the checkpoint to load is damaged, say so and load the complete one before it; in the "
-        "--save directory the damaged one is renamed. Default: stop. For every norm.",
+        "--save directory the damaged one is renamed. --save-retain-interval then keeps the last two. "
+        "Default: stop. For every norm.",
     )
 
 

@@ -53,6 +53,30 @@ def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_args_from_checkpoint
 
 
+def wrap_delete(original: Callable[..., None]) -> Callable[..., None]:
+    """`checkpointing._async_delete_checkpoint_impl`, one checkpoint behind when there may be a fallback.
+
+    With --save-retain-interval Megatron deletes the checkpoint before the one just saved. The newest of those
+    before it goes in its place, so that the last two are there.
+    """
+
+    @functools.wraps(original)
+    def delete(save: str, iteration: int, *rest: Any) -> None:
+        args = parsed_args()
+        if getattr(args, "dyt_load_fallback", False) and "://" not in save:
+            earlier = checkpoint_dir.earlier_complete(
+                checkpoint_dir.iteration_directory(save, str(iteration))
+            )
+            numbers = [int(path.name.removeprefix("iter_")) for path in earlier if not path.is_symlink()]
+            passing = [number for number in numbers if number % args.save_retain_interval]
+            if not passing:
+                return
+            iteration = passing[0]
+        original(save, iteration, *rest)
+
+    return delete
+
+
 def verify(
     checkpoint_dir_: Any, wanted: set[str], check_data: bool = True, group: dist.ProcessGroup | None = None
 ) -> None:

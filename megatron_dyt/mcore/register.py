@@ -126,6 +126,7 @@ TRAINING = (
         checkpoint_damage.wrap_load_args,
     ),
     Seam("megatron.training.training", "load_checkpoint", checkpoint_damage.wrap_load_checkpoint),
+    Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", checkpoint_damage.wrap_delete),
     Seam(
         "megatron.training.training",
         "get_standard_config_overrides",

@@ -13,7 +13,10 @@ import pytest
 from . import fakes
 
 ROOT = Path(__file__).resolve().parents[2]
-SAVE_THREE = 'echo 3 > "$TRACKER"'
+SAVE_THREE = """
+    mkdir -p "$OUT/checkpoint/iter_0000003"; echo "{}" > "$OUT/checkpoint/iter_0000003/metadata.json"
+    echo 3 > "$TRACKER"
+"""
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_containers_are_for_looking_and_for_training(home: Path) -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 137])
 def test_an_unfinished_run_is_requeued(home: Path, code: int) -> None:
-    result = run(home, **fakes.slurm(home), FAKE_TRAIN=f"{SAVE_THREE}; exit {code}")
+    result = run(home, **fakes.slurm(home), FAKE_TRAIN=f"{SAVE_THREE} exit {code}")
     assert result.returncode == 0
     assert f"not finished (exit code {code}); requeued, it resumes from step 3" in result.stdout
     assert told(home, "scontrol").splitlines()[-1] == "requeue 17"
@@ -82,15 +85,22 @@ def test_wrong_input_is_not_requeued(home: Path) -> None:
 def test_three_starts_without_progress_end_it(home: Path) -> None:
     job = fakes.slurm(home)
     assert run(home, **job, FAKE_TRAIN="exit 1").returncode == 0
-    assert run(home, **job, FAKE_TRAIN=f"{SAVE_THREE}; exit 1").returncode == 0  # Progress: counted anew.
+    assert run(home, **job, FAKE_TRAIN=f"{SAVE_THREE} exit 1").returncode == 0  # Progress: counted anew.
     codes = [run(home, **job, FAKE_TRAIN="exit 1").returncode for _ in range(3)]
     assert codes == [0, 0, 2]
     assert told(home, "scontrol").count("requeue 17") == 4
     assert run(home, **job, FAKE_TRAIN="exit 1").returncode == 0  # Started again by hand.
 
 
+def test_the_step_of_a_damaged_checkpoint_saved_anew_is_progress(home: Path) -> None:
+    job = fakes.slurm(home)
+    for _ in range(4):  # Each time 3 was damaged, 2 was loaded, and 3 is saved again.
+        assert run(home, **job, FAKE_TRAIN=f"{SAVE_THREE} exit 1").returncode == 0
+    assert not (home / "run/vain-starts").exists()
+
+
 def test_without_slurm_it_says_how_to_go_on(home: Path) -> None:
-    result = run(home, FAKE_TRAIN=f"{SAVE_THREE}; exit 1")
+    result = run(home, FAKE_TRAIN=f"{SAVE_THREE} exit 1")
     assert result.returncode == 2
     assert "stopped before the last step (exit code 1). Start it again" in result.stderr
     assert run(home, FAKE_TRAIN='echo 10 > "$TRACKER"').returncode == 0
@@ -108,7 +118,7 @@ def test_several_nodes_by_hand(home: Path) -> None:
 # What torchrun does: it starts a process, and told to end, kills it before it has saved.
 TORCHRUN = f"""
 trap 'touch "$FAKE_HOME/told"; kill -KILL $worker; exit 1' TERM
-(trap 'sleep 0.5; {SAVE_THREE}; exit 0' TERM; touch "$FAKE_HOME/up"; while :; do sleep 0.05; done) &
+(trap 'sleep 0.5; {SAVE_THREE} exit 0' TERM; touch "$FAKE_HOME/up"; while :; do sleep 0.05; done) &
 worker=$!
 wait $worker
 """

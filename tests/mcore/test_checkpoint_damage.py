@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,3 +141,34 @@ def test_another_directory_is_left_as_it_is(
 def test_object_stores_are_left_alone() -> None:
     checkpoint_damage.verify("msc://bucket/iter_0000001", {"weight"})
     assert checkpoint_damage._to_load(SimpleNamespace(load="msc://bucket")) is None
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save", "--use-persistent-ckpt-worker"]])
+def test_with_the_fallback_the_last_two_are_kept(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, flags: list[str]
+) -> None:
+    saving = ["--save", str(tmp_path), "--save-interval", "1", "--save-retain-interval", "3"]
+    megatron_run([*dyt(tiny_llama), "--train-iters", "5", *saving, "--dyt-load-fallback", *flags])
+    deadline = time.monotonic() + 20
+    while (kept := sorted(path.name[-1] for path in tmp_path.glob("iter_*"))) != ["3", "4", "5"]:
+        assert time.monotonic() < deadline, kept  # Megatron deletes in the background.
+        time.sleep(0.05)
+
+
+def test_without_it_megatrons_choice_stays(tmp_path: Path) -> None:
+    deleted: list[tuple[str, int]] = []
+    checkpoint_damage.wrap_delete(lambda *args: deleted.append(args))(str(tmp_path), 7)
+    assert deleted == [(str(tmp_path), 7)]
+
+
+def test_of_those_before_the_last_two_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (2, 3, 6, 7, 8):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+        (tmp_path / f"iter_{number:07d}" / "metadata.json").write_text("{}")
+    flags = SimpleNamespace(dyt_load_fallback=True, save_retain_interval=3)
+    monkeypatch.setattr(checkpoint_damage, "parsed_args", lambda: flags)
+    deleted: list[int] = []
+    delete = checkpoint_damage.wrap_delete(lambda _save, number, *_rest: deleted.append(number))
+    delete(str(tmp_path), 7)  # 8 is saved: 7 and 8 stay, 6 is retained.
+    delete(str(tmp_path), 2)
+    assert deleted == [2]

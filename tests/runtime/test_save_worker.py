@@ -14,8 +14,8 @@ from megatron_dyt.runtime import save_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A rank that has noted SIGTERM asks its writer for a save. As Megatron's it is a daemon of a fork server, beside
-# the server process of a queue. At the end it is still there.
+# A rank that has noted SIGTERM asks its writer for a save. As Megatron's it is a daemon of a fork server,
+# beside the server process of a queue. At the end it is still there.
 RANK = """
 import multiprocessing, signal, sys, time
 from pathlib import Path
