@@ -180,6 +180,7 @@ finished() {
   local word previous='' steps=0
   for word in "${TRAINING[@]}"; do
     [ "$previous" = --train-iters ] && steps=$word
+    [[ $word = --train-iters=* ]] && steps=${word#*=}
     previous=$word
   done
   [ "$(saved_step)" -ge "$steps" ]

@@ -99,6 +99,14 @@ def test_the_step_of_a_damaged_checkpoint_saved_anew_is_progress(home: Path) -> 
     assert not (home / "run/vain-starts").exists()
 
 
+@pytest.mark.parametrize("flags", [["--train-iters", "3"], ["--train-iters=3"]])
+def test_the_last_step_is_the_one_given_last(home: Path, flags: list[str]) -> None:
+    result = run(home, *flags, **fakes.slurm(home), FAKE_TRAIN=SAVE_THREE)
+    assert result.returncode == 0
+    assert "finished: all steps are in" in result.stdout
+    assert "requeue" not in told(home, "scontrol")
+
+
 def test_without_slurm_it_says_how_to_go_on(home: Path) -> None:
     result = run(home, FAKE_TRAIN=f"{SAVE_THREE} exit 1")
     assert result.returncode == 2
