@@ -8,7 +8,8 @@
 # It plans the parallel layout for this cluster, tries the flags under a simulated world, and refuses what
 # cannot work before a GPU is taken. Checkpoints are written every SAVE_INTERVAL steps, and on SIGTERM, which Slurm
 # sends ten minutes before the time is up. Started again, by hand or by the requeue under Slurm, a run resumes
-# from the last complete checkpoint; three starts in a row without a new checkpoint end it.
+# from the last complete checkpoint; three starts in a row without a new checkpoint end it. To stop a job for good,
+# with a checkpoint:  touch OUT/stop; scancel --signal=TERM JOB
 # Flags given on the command line come last and win.
 #
 # Settings (environment):
@@ -209,6 +210,11 @@ go_on() { # with the exit code
   [ -n "${SLURM_JOB_ID:-}" ] ||
     fail "stopped before the last step (exit code $code). Start it again to resume from the last complete checkpoint."
   [ "$code" -ne 2 ] || fail "the input is wrong (see above); not requeued."
+  if [ -e "$OUT/stop" ]; then
+    rm "$OUT/stop"
+    say "not requeued, as $OUT/stop asked; submitted again, it resumes from step $(saved_step)"
+    return
+  fi
   count_vain_start
   if [ -f "$OUT/vain-starts" ] && [ "$(<"$OUT/vain-starts")" -ge 3 ]; then
     rm -f "$OUT/vain-starts"

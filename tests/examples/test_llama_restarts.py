@@ -92,6 +92,16 @@ def test_three_starts_without_progress_end_it(home: Path) -> None:
     assert run(home, **job, FAKE_TRAIN="exit 1").returncode == 0  # Started again by hand.
 
 
+def test_a_stop_file_keeps_a_job_from_being_requeued_once(home: Path) -> None:
+    job = fakes.slurm(home)
+    result = run(home, **job, FAKE_TRAIN=f'{SAVE_THREE} touch "$OUT/stop"')
+    assert result.returncode == 0
+    assert "not requeued, as" in result.stdout
+    assert "requeue" not in told(home, "scontrol")
+    assert run(home, **job, FAKE_TRAIN=SAVE_THREE).returncode == 0
+    assert "requeue 17" in told(home, "scontrol")
+
+
 def test_the_step_of_a_damaged_checkpoint_saved_anew_is_progress(home: Path) -> None:
     job = fakes.slurm(home)
     for _ in range(4):  # Each time 3 was damaged, 2 was loaded, and 3 is saved again.
