@@ -129,6 +129,32 @@ try_flags() {
     "${what[@]}" -- "${TRAINING[@]}"
 }
 
+# Two runs in one OUT would clear away each other's saves. A requeued job finds its own number in the lock.
+take_lock() {
+  local lock=$OUT/lock own other
+  own="host $(hostname) $$"
+  [ -z "${SLURM_JOB_ID:-}" ] || own="job $SLURM_JOB_ID"
+  if ! (set -o noclobber && echo "$own" >"$lock") 2>/dev/null; then
+    other=$(<"$lock")
+    # shellcheck disable=SC2086 # A kind, and one or two words.
+    [ "$other" = "$own" ] || ! may_run $other ||
+      fail "$other trains into $OUT (by $lock). Take another OUT, or end it first; if it is gone, remove that file."
+    echo "$own" >"$lock"
+  fi
+  trap 'rm -f "$OUT/lock"' EXIT
+}
+
+# Whether "job ID" or "host NAME PID" runs, or cannot be asked.
+may_run() {
+  local answer
+  if [ "$1" = job ]; then
+    answer=$(squeue -h -j "$2" 2>&1) || true
+    [[ -n $answer && $answer != *"Invalid job id"* ]]
+  else
+    [ "$2" != "$(hostname)" ] || kill -0 "$3" 2>/dev/null
+  fi
+}
+
 # --- starting it ---------------------------------------------------------------------------------------
 
 launch() {
@@ -239,6 +265,7 @@ main() {
     return
   fi
   mkdir -p "$OUT"
+  [ "${NODE_RANK:-0}" != 0 ] || take_lock
   touch "$OUT/started"
   local code=0
   say "training into $OUT, from step $(saved_step)"

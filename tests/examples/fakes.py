@@ -34,6 +34,13 @@ echo "$*" >> "$FAKE_HOME/scontrol"
 if [ "$1 $2" = "show hostnames" ]; then echo localhost; fi
 """
 
+# squeue: the job whose number is in $FAKE_HOME/queue is there.
+SQUEUE = """#!/usr/bin/env bash
+if grep -qsx "$3" "$FAKE_HOME/queue"; then echo "$3 RUNNING"; exit; fi
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
+"""
+
 # python: recipe and plan of ten steps; training and torchrun are what the test says in $FAKE_TRAIN.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
@@ -53,7 +60,7 @@ esac
 
 def slurm(home: Path) -> dict[str, str]:
     """The environment of a batch job whose srun and scontrol are ours; what they are told goes to `home`."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
         _executable(home / "bin" / name, text)
     return {
         "FAKE_HOME": str(home),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -173,3 +174,44 @@ def test_weights_and_biases(home: Path) -> None:
     assert "--wandb" not in told(home, "python")
     run(home, FAKE_TRAIN="exit 1", WANDB_PROJECT="dyt", NORM="RMSNorm")
     assert "--wandb-project dyt --wandb-exp-name llama-7b-RMSNorm --wandb-save-dir" in told(home, "python")
+
+
+KEEP_LOCK = 'cp "$OUT/lock" "$FAKE_HOME/held"; echo 10 > "$TRACKER"'
+
+
+@pytest.mark.parametrize(
+    ("lock", "runs"),
+    [
+        ("job 17", False),  # requeued
+        ("job 18", False),
+        ("job 19", True),
+        (f"host {socket.gethostname()} {os.getpid()}", True),
+        (f"host {socket.gethostname()} 999999999", False),
+        ("host elsewhere 1", True),
+    ],
+)
+def test_two_runs_do_not_share_a_directory(home: Path, lock: str, runs: bool) -> None:
+    (home / "run").mkdir()
+    (home / "run/lock").write_text(f"{lock}\n")
+    (home / "queue").write_text("19\n")
+    result = run(
+        home, **fakes.slurm(home), FAKE_TRAIN='cp "$OUT/lock" "$FAKE_HOME/held"; echo 10 > "$TRACKER"'
+    )
+    if runs:
+        assert result.returncode == 2
+        assert f"error: {lock} trains into {home / 'run'}" in result.stderr
+        assert told(home, "run/lock") == f"{lock}\n"
+        assert told(home, "python") == ""
+    else:
+        assert result.returncode == 0, result.stderr
+        assert told(home, "held") == "job 17\n"
+        assert not (home / "run/lock").exists()
+
+
+def test_without_slurm_a_process_holds_the_lock(home: Path) -> None:
+    result = run(home, FAKE_TRAIN=KEEP_LOCK)
+    assert result.returncode == 0, result.stderr
+    assert told(home, "held").startswith(f"host {socket.gethostname()} ")
+    other = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "head", "FAKE_TRAIN": "exit 0"}
+    assert run(home, **other).returncode == 0  # Node 0 holds it for all.
+    assert not (home / "run/lock").exists()
