@@ -3,7 +3,8 @@
 #
 #   Slurm:      sbatch --nodes 64 --time 2-0 examples/llama/7b.sh [MEGATRON FLAGS]
 #   by hand:    on every node, with NODES, NODE_RANK and MASTER_ADDR set:  bash examples/llama/7b.sh [FLAGS]
-#   look first: PLAN_ONLY=1 bash examples/llama/7b.sh     prints plan and flags, tries them without a GPU, ends
+#   look first: PLAN_ONLY=1 bash examples/llama/7b.sh     prints plan and flags, tries them without a GPU, ends;
+#                                                         of the settings below, checks those that are there
 #
 # It plans the parallel layout for this cluster, tries the flags under a simulated world, and refuses what
 # cannot work before a GPU is taken. Checkpoints are written every SAVE_INTERVAL steps, and on SIGTERM, which Slurm
@@ -57,14 +58,18 @@ alone() {
 # --- what to run ---------------------------------------------------------------------------------------
 
 check_settings() {
-  if [ -n "${PLAN_ONLY:-}" ]; then return; fi
-  local name
+  local name found
+  ALL_SET=1
   for name in TRAIN_DATA VALID_DATA TOKENIZER_MODEL; do
-    [ -n "${!name:-}" ] || fail "$name is not set; see the head of examples/llama/common.sh."
+    [ -n "${!name:-}" ] || ALL_SET=
+    [ -n "${!name:-}${PLAN_ONLY:-}" ] || fail "$name is not set; see the head of examples/llama/common.sh."
   done
-  [ -f "$TOKENIZER_MODEL" ] || fail "TOKENIZER_MODEL=$TOKENIZER_MODEL is not a file."
-  TRAIN_DATA=$(blend "$TRAIN_DATA") || exit
-  VALID_DATA=$(blend "$VALID_DATA") || exit
+  [ -z "${TOKENIZER_MODEL:-}" ] || [ -f "$TOKENIZER_MODEL" ] || fail "TOKENIZER_MODEL=$TOKENIZER_MODEL is not a file."
+  for name in TRAIN_DATA VALID_DATA; do
+    [ -n "${!name:-}" ] || continue
+    found=$(blend "${!name}") || exit
+    printf -v "$name" %s "$found"
+  done
 }
 
 # The blend that TRAIN_DATA or VALID_DATA stands for; refuses data sets that are not there.
@@ -120,7 +125,7 @@ set_data_flags() {
 
 try_flags() {
   local what
-  if [ -z "${PLAN_ONLY:-}" ]; then
+  if [ -n "$ALL_SET" ]; then
     what=(--files --tokenizer-model "$TOKENIZER_MODEL")
   else
     what=(--vocab-size "$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")")

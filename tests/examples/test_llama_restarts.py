@@ -169,6 +169,13 @@ def test_a_prepared_directory_becomes_its_blend(home: Path) -> None:
     assert "--train-data-path 0.25 some/prefix 0.75 other/prefix --valid-data-path" in told(home, "python")
 
 
+def test_looking_first_prints_what_would_run(home: Path) -> None:
+    (home / "prepared").mkdir()
+    result = run(home, TRAIN_DATA=str(home / "prepared"), PLAN_ONLY="1")
+    assert result.returncode == 0, result.stderr
+    assert "--train-data-path 0.25 some/prefix 0.75 other/prefix --valid-data-path" in result.stdout
+
+
 def test_weights_and_biases(home: Path) -> None:
     run(home, FAKE_TRAIN="exit 1")
     assert "--wandb" not in told(home, "python")

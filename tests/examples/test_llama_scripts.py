@@ -109,6 +109,8 @@ def test_the_rmsnorm_twin_takes_the_script_s_flags() -> None:
             {"TRAIN_DATA": "0.5 no/where", "VALID_DATA": "b", "TOKENIZER_MODEL": "setup.py"},
             "no/where.idx is missing",
         ),
+        ({"PLAN_ONLY": "1", "TRAIN_DATA": "no/where"}, "no/where.idx is missing"),
+        ({"PLAN_ONLY": "1", "TOKENIZER_MODEL": "none.model"}, "none.model is not a file"),
         ({"PLAN_ONLY": "1", "NODES": "1"}, "does not fit on 1 x 8 GPUs"),
         ({"PLAN_ONLY": "1", "NODES": "128", "NORM": "LayerNorm"}, "invalid choice: 'LayerNorm'"),
     ],
@@ -142,10 +144,11 @@ def test_truncated_data_are_refused_before_anything_starts(tmp_path: Path, data:
     os.truncate(tmp_path / "data.bin", 1000)
     places = {"VALID_DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "run")}
     settings = data | places | {"GPUS_PER_NODE": "2"}
-    result = run("125m", *SMALL.split(), **settings)
-    assert result.returncode == 2
-    assert "data.bin has 1000 bytes" in result.stderr
-    assert not (tmp_path / "run").exists()
+    for looking in ({}, {"PLAN_ONLY": "1"}):
+        result = run("125m", *SMALL.split(), **settings, **looking)
+        assert result.returncode == 2
+        assert "data.bin has 1000 bytes" in result.stderr
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
