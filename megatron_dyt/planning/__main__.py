@@ -82,7 +82,8 @@ def _dry_run(plan: Plan, norm: str) -> int:
     world = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.gpus_per_node)]
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(recipe.vocab_size - 1)]
     flags = [*recipe.flags(norm), *plan.layout.flags(), "--bf16", *tokenizer]
-    return dry_run.main([*world, "--vocab-size", str(recipe.vocab_size), "--", *flags])
+    count = ["--parameters", str(memory.model_parameters(recipe, plan.layout, norm))]
+    return dry_run.main([*world, *count, "--vocab-size", str(recipe.vocab_size), "--", *flags])
 
 
 def _fixed(args: argparse.Namespace) -> dict[str, int | str]:
@@ -128,7 +129,7 @@ def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
         f"step: {recipe.tokens_per_step / 1e6:.2f}M tokens, {best.layout.micro_batches(recipe)} "
         f"micro-batches a pipeline, bubble {best.bubble:.1%}",
         f"run: {recipe.train_iters} steps, {recipe.tokens / 1e9:.0f}B tokens, {duration:.1f} days at "
-        f"{mfu:.0%} MFU ({24 * duration * cluster.gpus:,.0f} GPU-hours)",
+        f"{mfu:.0%} MFU ({_hours(24 * duration * cluster.gpus)} GPU-hours)",
         f"checkpoint: {memory.checkpoint_bytes(recipe) / 1e9:.0f} GB, weights and optimizer state",
         "others that fit (estimated step relative to this one, memory in GB):",
     ]
@@ -136,6 +137,10 @@ def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
         ratio, needed = plan.step / best.step, plan.memory.total / 1e9
         lines.append(f"  {plan.layout.describe()}: {ratio:.3f}, {needed:.0f}")
     return [*lines, "flags: " + shlex.join(best.layout.flags())]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
 
 
 def reasons(plans: list[Plan]) -> list[str]:

@@ -8,10 +8,11 @@ FLOPs utilisation (MFU) that the user gives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.planning import memory
-from megatron_dyt.planning.layout import Cluster, Layout, possible
+from megatron_dyt.planning.layout import Cluster, Layout, check, possible
 from megatron_dyt.recipes import Recipe
 
 # The estimate cannot tell steps apart that differ by less than this fraction.
@@ -120,6 +121,9 @@ def ranked(
         UserError: no layout is possible on this cluster, or none fits into its memory.
     """
     wanted = fixed or {}
+    if wanted.keys() >= {"tp", "pp", "vpp", "micro_batch"}:
+        sizes: dict[str, Any] = dict(wanted)
+        check(recipe, cluster, Layout(dp=max(1, cluster.gpus // (sizes["tp"] * sizes["pp"])), **sizes))
     plans = [
         estimate(recipe, cluster, layout, speeds)
         for layout in possible(recipe, cluster)

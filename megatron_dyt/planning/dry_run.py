@@ -2,8 +2,9 @@
 
 Passes the flags of a launch through Megatron's own parser and validation under a simulated world of that
 many ranks, and builds the model of every pipeline stage on the meta device, where tensors have shapes and
-no storage. It needs neither GPUs nor the memory of the model. Reported: parameters a rank, and that those
-of all ranks add up to one model. A flag that Megatron would refuse on the cluster is refused here.
+no storage. It needs neither GPUs nor the memory of the model. Reported: parameters a rank, and what those
+of all ranks add up to; with --parameters it must be that. A flag that Megatron would refuse on the cluster
+is refused here.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--files", action="store_true", help="check tokenizer and data files too, as training does"
     )
+    parser.add_argument("--parameters", type=int, help="how many the whole model must have")
     options = parser.parse_args(own)
     if not flags:
         raise UserError(
@@ -72,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     world = options.nodes * options.gpus_per_node
     vocab_size = options.vocab_size or _entries(options.tokenizer_model)
     args, stages = simulate(flags, world, vocab_size)
+    total = whole(args, stages)
+    if options.parameters not in (None, total):
+        raise UserError(
+            f"the ranks' parameters add up to {total:,}, and the recipe has {options.parameters:,}: "
+            "the flags make another model"
+        )
     if options.files:
         preflight.check_tokenizer(args)
         preflight.check_data(args)
@@ -209,10 +217,15 @@ def _counted(index: int, chunks: list[torch.nn.Module]) -> Stage:
     return Stage(index, split, replicated, norms)
 
 
+def whole(args: Any, stages: list[Stage]) -> int:
+    """Parameters of the model that the ranks hold together."""
+    return sum(args.tensor_model_parallel_size * stage.split + stage.replicated for stage in stages)
+
+
 def report(args: Any, stages: list[Stage], world_size: int) -> list[str]:
     """Lines for a reader."""
     tp = args.tensor_model_parallel_size
-    total = sum(tp * stage.split + stage.replicated for stage in stages)
+    total = whole(args, stages)
     lines = [
         f"dry run: {world_size} ranks, TP {tp} x PP {len(stages)} x DP {args.data_parallel_size}; Megatron "
         "accepts the flags",

@@ -1,9 +1,9 @@
 """Bytes that a rank of a layout needs: weights, gradients, optimizer state, activations.
 
 bf16 training with fp32 gradients and Megatron's distributed optimizer. Activations are counted tensor by
-tensor, as flash attention, SwiGLU and an unfused DyT keep them for the backward pass (the method of
-arXiv 2205.05198, for LLaMA's layer). These are estimates: the allocator's slack, NCCL's buffers and the
-CUDA context are in `RESERVE`.
+tensor, as flash attention, SwiGLU and DyT keep them for the backward pass (the method of arXiv 2205.05198,
+for LLaMA's layer). DyT keeps as much fused with the residual stream as apart (docs/kernels.md). These are
+estimates: the allocator's slack, NCCL's buffers and the CUDA context are in `RESERVE`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,17 @@ def stage_parameters(recipe: Recipe, layout: Layout, stage: int) -> int:
         if not (recipe.tie_embeddings and first):
             count += embedding
     return count
+
+
+def model_parameters(recipe: Recipe, layout: Layout, norm: str = "DyT") -> int:
+    """Parameters of the whole model with DyT or RMSNorm, its vocabulary padded for the layout."""
+    copies = 1 if recipe.tie_embeddings and layout.pp == 1 else 2  # The last stage has its own.
+    embeddings = copies * padded_vocab(recipe, layout.tp) * recipe.hidden_size
+    unpadded = (1 if recipe.tie_embeddings else 2) * recipe.vocab_size * recipe.hidden_size
+    one_norm = norm_parameters(recipe) if norm == "DyT" else recipe.hidden_size
+    scale = int(norm == "DyT" or recipe.preset == "unit")  # of the embedding
+    matrices = recipe.parameters_without_norms - unpadded
+    return matrices + embeddings + (2 * recipe.num_layers + 1) * one_norm + scale
 
 
 def checkpoint_bytes(recipe: Recipe) -> float:

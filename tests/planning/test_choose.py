@@ -51,6 +51,13 @@ def test_days_by_hand() -> None:
         (1, 80e9, {}, "does not fit on 1 x 8 GPUs of 80 GB: the leanest layout .* needs .* GB"),
         (7, 80e9, {}, "cannot be laid out on 7 x 8 GPUs"),
         (128, 80e9, {"tp": 3}, "GPUs and tp 3: TP x PP"),
+        (
+            128,
+            80e9,
+            {"tp": 8, "pp": 3, "vpp": 1, "micro_batch": 1},
+            "PP 3 x 1 chunks does not divide 80 layers",
+        ),
+        (1, 80e9, {"tp": 8, "pp": 4, "vpp": 1, "micro_batch": 1}, "is 32 GPUs; the cluster has 8"),
     ],
 )
 def test_what_cannot_be_planned(nodes: int, memory: float, fixed: dict[str, int | str], message: str) -> None:

@@ -9,7 +9,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.planning import dry_run, memory
 from megatron_dyt.planning.__main__ import main as plan
 from megatron_dyt.planning.choose import Speeds, ranked
-from megatron_dyt.planning.layout import Cluster
+from megatron_dyt.planning.layout import Cluster, Layout
 from megatron_dyt.recipes import load
 
 RUN = ["--bf16", "--tokenizer-type", "NullTokenizer", "--vocab-size", "31999"]
@@ -39,6 +39,7 @@ def test_the_papers_sizes(name: str, nodes: int) -> None:
     norms = (2 * recipe.num_layers + 1) * (recipe.hidden_size + 1)
     total = sum(layout.tp * stage.split + stage.replicated for stage in stages)
     assert total == recipe.parameters_without_norms + padding + norms + 1
+    assert total == memory.model_parameters(recipe, layout)
     assert sum(stage.norms for stage in stages) == 2 * recipe.num_layers + 1
 
 
@@ -80,6 +81,14 @@ def test_a_plan_can_be_tried_at_once(capsys: pytest.CaptureFixture[str]) -> None
     assert plan(command) == 0
     text = capsys.readouterr().out
     assert text.index("layout: TP") < text.index("dry run: 16 ranks") < text.index("dry run: fine")
+
+
+def test_another_model_than_the_recipes_is_refused() -> None:
+    flags = [*load("125m").flags(), *RUN, "--micro-batch-size", "1", "--num-layers", "10"]
+    layout = Layout(1, 1, 1, 8, 1)
+    count = str(memory.model_parameters(load("125m"), layout))
+    with pytest.raises(UserError, match=r"add up to [0-9,]+, and the recipe has [0-9,]+"):
+        dry_run.main(["--vocab-size", "32000", "--parameters", count, "--", *flags])
 
 
 def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:

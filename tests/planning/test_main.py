@@ -51,6 +51,11 @@ def test_gpu_hours_are_days_of_all_gpus(capsys: pytest.CaptureFixture[str]) -> N
     assert f"{data['gpu_hours']:,.0f} GPU-hours" in capsys.readouterr().out
 
 
+def test_few_gpu_hours_are_not_rounded_to_one(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", "125m"])
+    assert "(1.4 GPU-hours)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bad", [["--mfu", "1.5"], ["--gpu-memory", "0"]])
 def test_impossible_numbers_are_refused(bad: list[str]) -> None:
     with pytest.raises(UserError, match="must be positive, and the MFU at most 1"):
