@@ -81,10 +81,14 @@ def convert(job: Conversion) -> list[ConvertedNorm]:
     Raises:
         UserError: no LLaMA in `job.load`, no tokenizer, too little text, or no room.
     """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     check_free("--output", job.output)
     _check_source(job.load)
-    tokenizer, model = _load(job.load)
-    batch = _calibration_batch(job, tokenizer, model.config)
+    # The text before the model, which takes minutes to read.
+    tokenizer = _loaded(job.load, AutoTokenizer)
+    batch = _calibration_batch(job, tokenizer, _loaded(job.load, LlamaConfig))
+    model = _loaded(job.load, LlamaForCausalLM, dtype="auto").eval()
     check_space("--output", job.output, sum(each.numel() * each.itemsize for each in model.parameters()))
     say(f"calibrating {job.load} with {job.sequences} sequences of {job.length} tokens")
     report = convert_norms(model, {"input_ids": batch, "use_cache": False}, bias=job.bias)
@@ -117,17 +121,14 @@ def _check_source(load: Path) -> None:
         )
 
 
-def _load(load: Path) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
+def _loaded(load: Path, kind: Any, **options: Any) -> Any:
+    """What transformers' class `kind` makes of the directory."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(load))
-        model = LlamaForCausalLM.from_pretrained(str(load), dtype="auto")
+        return kind.from_pretrained(str(load), **options)
     except Exception as error:
         raise UserError(
             f"--load {load} cannot be loaded with its tokenizer ({describe(error)}). Copy it again"
         ) from error
-    return tokenizer, model.eval()
 
 
 def _calibration_batch(job: Conversion, tokenizer: Any, config: Any) -> Tensor:

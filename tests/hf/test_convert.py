@@ -119,6 +119,8 @@ def test_what_cannot_be_converted(
     llama: Callable[..., Any], tmp_path: Path, more: list[str], message: str
 ) -> None:
     llama()
+    for weights in (tmp_path / "hf").glob("*.safetensors"):
+        weights.unlink()  # Said before they are read.
     with pytest.raises(UserError, match=message):
         main(command(tmp_path, *more))
     assert not (tmp_path / "dyt").exists()
