@@ -118,18 +118,20 @@ class Guard:
         @functools.wraps(original)
         def step() -> Any:
             self.norm, self.refused = None, False
-            before = self._alphas()
+            # Megatron-FSDP gives the module other parameters during the step; those of before are updated.
+            alphas = [site.module.alpha for site in self.sites]
+            before = self._values(alphas)
             result = original()
-            self._judge(before, self._alphas())
+            self._judge(before, self._values(alphas))
             return result
 
         return step
 
-    def _alphas(self) -> torch.Tensor:
-        """Copies of this rank's alphas in fp32, one a site; nan where another rank has it (FSDP)."""
-        if not self.sites:
+    def _values(self, alphas: list[nn.Parameter]) -> torch.Tensor:
+        """Copies of these alphas in fp32; nan where another rank has it (FSDP)."""
+        if not alphas:
             return torch.zeros(0, device=self._device())
-        return torch.cat([_alpha(site.module) for site in self.sites])
+        return torch.cat([_value(alpha) for alpha in alphas])
 
     def _device(self) -> Any:
         parameter = next((p for chunk in self.chunks for p in chunk.parameters()), None)
@@ -231,8 +233,8 @@ def _turned_bad(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return sign | (before.isfinite() & ~after.isfinite())
 
 
-def _alpha(module: DyTNorm) -> torch.Tensor:
-    alpha = _local(module.alpha.detach())
+def _value(parameter: nn.Parameter) -> torch.Tensor:
+    alpha = _local(parameter.detach())
     return alpha.float() if alpha.numel() else alpha.new_full((1,), math.nan, dtype=torch.float32)
 
 

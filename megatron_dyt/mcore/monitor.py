@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_dyt.mcore import safety_net
+from megatron_dyt.mcore.embedding import EmbeddingScale
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 
 # alpha * std(x) at the start. The paper's models start at 0.09 (70B, FFN) to 1.02 (7B, attention);
@@ -69,7 +71,8 @@ class Monitor:
     ) -> None:
         self.sites = find_sites(chunks)
         self.scale = find_embedding_scale(chunks)
-        self.scale_value: float | None = None
+        self.scale_value: torch.Tensor | None = None
+        self._scale_hook: RemovableHandle | None = None
         self.linear_gain = linear_gain
         self.stats_file = stats_file
         self.interval = interval
@@ -79,15 +82,24 @@ class Monitor:
 
     def look(self) -> None:
         """Record the next forward pass of every site."""
-        self.samples = {}
-        self.scale_value = None if self.scale is None else float(self.scale.detach())
+        self.samples, self.scale_value = {}, None
+        if self.scale is not None and self._scale_hook is None:
+            # In its forward pass: between two steps Megatron-FSDP has parts of a parameter only.
+            self._scale_hook = self.scale.register_forward_pre_hook(self._record_scale)
         for site in self.sites:
             site.module.probe = self._record
 
     def stop_looking(self) -> None:
         """Record nothing any more."""
+        if self._scale_hook is not None:
+            self._scale_hook.remove()
+            self._scale_hook = None
         for site in self.sites:
             site.module.probe = None
+
+    def _record_scale(self, module: nn.Module, _inputs: Any) -> None:
+        if module.training and self.scale_value is None:
+            self.scale_value = module.scale.detach().clone()  # type: ignore[operator]
 
     def _record(self, module: DyTNorm, x: torch.Tensor) -> None:
         # Not of an evaluation between two steps.
@@ -141,7 +153,7 @@ class Monitor:
             if fresh:
                 lines += [self._warning(role, value) for value in {min(drive), max(drive)} if _off(value)]
         if self.scale_value is not None:
-            lines.append(f"DyT embedding scale {self.scale_value:.4g}")
+            lines.append(f"DyT embedding scale {float(self.scale_value):.4g}")
         if not GOOD_GAIN[0] <= self.linear_gain <= GOOD_GAIN[1]:
             lines.append(
                 f"WARNING: DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
@@ -181,7 +193,7 @@ class Monitor:
                 }
             )
         if self.scale_value is not None:
-            record["embedding_scale"] = self.scale_value
+            record["embedding_scale"] = float(self.scale_value)
         assert self.stats_file is not None
         os.makedirs(os.path.dirname(self.stats_file), exist_ok=True)
         with open(self.stats_file, "a", encoding="utf-8") as file:
@@ -220,13 +232,10 @@ def unwrap(chunk: nn.Module) -> nn.Module:
     return chunk
 
 
-def find_embedding_scale(chunks: list[nn.Module]) -> torch.Tensor | None:
-    """The embedding scale's parameter, on the rank that has it (not a copy of it)."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if name.endswith("embedding_scale.scale") and not getattr(parameter, "shared", False):
-                return parameter
-    return None
+def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:
+    """The embedding scale, on the rank that has it (not a copy of it)."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return next((each for each in modules if isinstance(each, EmbeddingScale) and not each.is_copy), None)
 
 
 _active: Monitor | None = None

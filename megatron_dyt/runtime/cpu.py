@@ -21,6 +21,7 @@ import torch
 from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches
 from megatron_dyt.runtime import cpu_table
+from megatron_dyt.runtime.cpu_flags import CONNECTIONS
 from megatron_dyt.runtime.cuda_stand_ins import device_count
 
 _patches = Patches()
@@ -143,10 +144,9 @@ def _quiet_rng_warning() -> None:
 
 def _satisfy_connection_check() -> None:
     """Megatron demands CUDA_DEVICE_MAX_CONNECTIONS=1 with tensor parallelism on any device."""
-    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
-    if variable not in os.environ:
-        os.environ[variable] = "1"
-        _closing.callback(os.environ.pop, variable, None)
+    if CONNECTIONS not in os.environ:
+        os.environ[CONNECTIONS] = "1"
+        _closing.callback(os.environ.pop, CONNECTIONS, None)
 
 
 def _use_all_cores() -> None:

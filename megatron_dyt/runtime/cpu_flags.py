@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class Flag:
         return given == self.value or given in self.fine
 
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
 # A flag that the installed Megatron does not have is skipped: there is nothing to switch off.
 FLAGS = (
     Flag("distributed_backend", "gloo", "--distributed-backend gloo"),
@@ -47,6 +50,12 @@ FLAGS = (
     Flag("async_strategy", "mcore", "--async-strategy mcore", only_with="async_save"),
     Flag("moe_grouped_gemm", False, "no --moe-grouped-gemm"),
     Flag("moe_permute_fusion", False, "no --moe-permute-fusion"),
+    Flag(
+        "gradient_reduce_div_fusion",
+        False,
+        "--no-gradient-reduce-div-fusion",
+        only_with="use_megatron_fsdp",
+    ),
 )
 
 # Features that change the numbers, so they are refused and not switched off.
@@ -71,11 +80,19 @@ def adjust(args: Namespace) -> list[str]:
             "attention, which needs a GPU; on CPU leave it at 1 and use tensor, pipeline or data "
             "parallelism"
         )
+    fsdp = getattr(args, "use_megatron_fsdp", False)
+    if fsdp and getattr(args, "save", None):
+        raise UserError(
+            "--save was given with --use-megatron-fsdp, whose checkpoints cannot be written on CPU: a rank "
+            "waits for optimizer state that others do not have with PyTorch's Adam. Leave out one of them"
+        )
     changed = []
     for flag in FLAGS:
         if hasattr(args, flag.name) and not flag.works(args):
             setattr(args, flag.name, flag.value)
             changed.append(flag.shown)
+    # Tensor parallelism wants 1, Megatron-FSDP anything else; here it has no meaning.
+    os.environ[CONNECTIONS] = "8" if fsdp else "1"
     threads = torch.get_num_threads()
     say(f"CPU runtime ({threads} threads a process) set {' '.join(changed) or 'no flags'}")
     return changed

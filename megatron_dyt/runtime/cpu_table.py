@@ -11,7 +11,7 @@ import torch
 
 from megatron_dyt.mcore import compat
 from megatron_dyt.patching import Replacement
-from megatron_dyt.runtime import cpu_async, cpu_flags, latent_attention, torch_adam
+from megatron_dyt.runtime import cpu_async, cpu_flags, cpu_fsdp, latent_attention, torch_adam
 from megatron_dyt.runtime import cuda_stand_ins as stand_in
 
 
@@ -180,6 +180,7 @@ def _megatron_core_rows() -> list[Replacement]:
     queue_getter = "get_write_results_queue" if public else "_get_write_results_queue"
     return [
         *latent_attention.rows(),
+        *cpu_fsdp.rows(),
         Replacement(random, "_set_cuda_rng_state", _always(stand_in.set_rng_state)),
         Replacement(writer, queue_getter, cpu_async.results_queue),
         Replacement(caller, "AsyncCallsQueue._get_async_caller", cpu_async.forking_caller),

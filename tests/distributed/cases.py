@@ -7,6 +7,7 @@ A case is a plain dictionary, because it travels to the worker as JSON:
     like        reference case whose initial weights it starts from; None draws them
     against     reference case that it is compared with
     load        whether the flags load a checkpoint, so that no weights are set
+    allowed     name of the tolerances in `compare.ALLOWED`
     unmarked    {"norm" or "embedding": [parameter names]} that lose their sequence-parallel mark
     without     names of `worker.ABSENCES`: other special cases that the run has to do without
 
@@ -43,6 +44,7 @@ LATENT = (
 )
 MODELS = {
     "dense": f"--num-layers 4 {GROUPED} {UNTIED}",
+    "bf16": f"--num-layers 4 {GROUPED} {UNTIED} --bf16 --micro-batch-size 1",
     "tied": f"--num-layers 2 {GROUPED} --global-batch-size 8",
     "one_kv_head": f"--num-layers 2 --group-query-attention --num-query-groups 1 {UNTIED}",
     "qk": f"--num-layers 2 {GROUPED} {UNTIED} --qk-layernorm",
@@ -65,6 +67,10 @@ EP2 = "--expert-model-parallel-size 2"
 ALLGATHER = "--moe-token-dispatcher-type allgather"
 ACCUMULATED = "--micro-batch-size 1"
 DIST_OPT = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000"
+FSDP = (
+    "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --use-distributed-optimizer "
+    "--ckpt-format fsdp_dtensor"
+)
 # The first stage's layers of "mtp" fill a bucket exactly: what comes next, the embedding scale, would begin
 # another one there, and end one on the second stage.
 UNEVEN_BUCKETS = "--ddp-bucket-size 19120"
@@ -84,6 +90,7 @@ def case(model: str, name: str = "", flags: str = "", steps: int = STEPS, **opti
         "like": model if name else None,
         "against": model,
         "load": False,
+        "allowed": "fp32",
         "unmarked": {},
         "without": [],
     } | options
@@ -143,6 +150,10 @@ TWO_PROCESSES = chosen(
         case("dense", "pp2_virtual", VPP2),
         case("dense", "dp2", ACCUMULATED),
         case("dense", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
+        case("dense", "dp2_fsdp", f"{FSDP} {ACCUMULATED}"),
+        case("moe", "dp2_fsdp", FSDP),
+        # Sums of few bf16 gradients in fp32 are exact: nothing looser than in fp32.
+        case("bf16", "dp2_distributed_optimizer", DIST_OPT),
         case("dense", "tp2_sp_unfused", f"{TP2_SP} {UNFUSED}"),
         case("dense", "pp2_full_recompute", f"{PP2} {FULL}"),
         case("tied", "tp2_sp", TP2_SP),
@@ -173,6 +184,8 @@ FOUR_PROCESSES = [
     case("dense", "tp4_sp", f"--tensor-model-parallel-size 4 {SP}"),
     case("dense", "tp2_sp_pp2_virtual", f"{TP2_SP} {VPP2}"),
     case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT} {ACCUMULATED}"),
+    case("bf16", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}", allowed="bf16"),
+    case("dense", "tp2_sp_dp2_fsdp", f"{TP2_SP} {FSDP} {ACCUMULATED}"),
     case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
     case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2} --expert-tensor-parallel-size 1"),
     case("latent", "tp2_pp2", f"{TP2} {PP2}"),

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tests.distributed.record import Run
 
-# Norm-relative. fp32 sums in another order give about 1e-6 at worst; a gradient that lacks one of two
-# ranks' parts is off by about 0.5.
+
+@dataclass(frozen=True)
+class Allowed:
+    """Relative errors: of a parameter's first gradient (by norm), of the losses and gradient norms of all
+    steps, of a parameter after them (by norm)."""
+
+    gradient: float
+    series: float
+    final: float
+
+
+# fp32 sums in another order give about 1e-6 at worst; a gradient that lacks one of two ranks' parts is off
+# by about 0.5.
 TOLERANCE = 1e-5
+ALLOWED = {
+    "fp32": Allowed(TOLERANCE, TOLERANCE, TOLERANCE),
+    # Tensor parallel ranks round each layer's partial sums to bf16 (2^-9), and an alpha's gradient is the
+    # small sum of large terms of both signs: 0.026 was measured, 7e-4 for losses, 5e-3 at the end. Without
+    # the marks of sequence parallelism the same case is off by 1.4, 0.07 and 0.3.
+    "bf16": Allowed(0.1, 2**-8, 2**-6),
+}
 
 
-def differences(run: Run, reference: Run) -> list[str]:
+def differences(run: Run, reference: Run, allowed: Allowed = ALLOWED["fp32"]) -> list[str]:
     """Everything in which `run` is not the same training as `reference`; empty when nothing is."""
     return [
         *_differing_tensors(run, reference, "initial", 0.0),
-        *differing_gradients(run, reference),
-        *_differing_series(run, reference, "losses"),
-        *_differing_series(run, reference, "grad_norms"),
-        *_differing_tensors(run, reference, "final", TOLERANCE),
+        *_differing_tensors(run, reference, "gradient", allowed.gradient),
+        *_differing_series(run, reference, "losses", allowed.series),
+        *_differing_series(run, reference, "grad_norms", allowed.series),
+        *_differing_tensors(run, reference, "final", allowed.final),
     ]
 
 
@@ -30,11 +50,11 @@ def _differing_tensors(run: Run, reference: Run, part: str, allowed: float) -> l
     return [f"{part} of {name}: off by {error:.2g}" for name, error in errors.items() if error > allowed]
 
 
-def _differing_series(run: Run, reference: Run, what: str) -> list[str]:
+def _differing_series(run: Run, reference: Run, what: str, allowed: float) -> list[str]:
     found, expected = run.series(what), reference.series(what)
     assert len(found) == len(expected), f"{run.name}: {len(found)} {what} for {len(expected)}"
     return [
         f"{what} of step {step}: {a!r} for {b!r}"
         for step, (a, b) in enumerate(zip(found, expected, strict=True), start=1)
-        if not abs(a - b) <= TOLERANCE * abs(b)
+        if not abs(a - b) <= allowed * abs(b)
     ]

@@ -47,8 +47,7 @@ def _run(results: Path, name: str, processes: int, todo: list[dict[str, Any]], w
     job.write_text(json.dumps({"output": str(results), "cases": todo}), encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / worker), str(job)]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    settings["MEGATRON_DYT_DEVICE"] = os.environ.get("MEGATRON_DYT_DEVICE", "cpu")
+    settings = {"OMP_NUM_THREADS": "1", "MEGATRON_DYT_DEVICE": os.environ.get("MEGATRON_DYT_DEVICE", "cpu")}
     # A run inside the test process has left its own address here.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
     with log.open("w") as output:

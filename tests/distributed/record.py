@@ -7,6 +7,7 @@ that went its own way is seen.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ class Shard:
 
 def shards(model: list[Any]) -> list[Shard]:
     """This rank's parameters, copied."""
+    with _whole(model):
+        return _copies(model)
+
+
+def _copies(model: list[Any]) -> list[Shard]:
     return [
         Shard(shard.name, shard.shape, shard.place, shard.data.detach().cpu().clone())
         for shard in _parameters(model)
@@ -54,6 +60,9 @@ def set_weights(model: list[Any], weights: dict[str, torch.Tensor] | None) -> No
 
 def gradient_shards(model: list[Any]) -> list[Shard]:
     """This rank's gradients after Megatron has finished them."""
+    if is_fsdp(model[0]):
+        with _whole(model, gradients=True):
+            return _copies(model)
     parameters = [p for chunk in model for p in chunk.parameters()]
     for chunk in model:
         _gather_gradients(chunk)
@@ -78,6 +87,39 @@ def _gradient_of(part: torch.Tensor, parameters: list[Any]) -> torch.Tensor:
     raise AssertionError("a shard is not a view of a parameter")
 
 
+def is_fsdp(chunk: Any) -> bool:
+    """Whether Megatron-FSDP has the chunk's parameters."""
+    return bool(chunk.ddp_config.use_megatron_fsdp)
+
+
+@contextlib.contextmanager
+def _whole(model: list[Any], gradients: bool = False) -> Iterator[None]:
+    """While it is entered, an FSDP model has whole plain parameters, or their gradients in their place."""
+    with contextlib.ExitStack() as put_back:
+        for chunk in filter(is_fsdp, model):
+            # As reading the state does, so that it does not do so then.
+            chunk.module._replace_param_with_distributed_if_needed()
+            for name, parameter in chunk.param_and_grad_buffer.optimizer_named_parameters:
+                path, _, last = name.rpartition(".")
+                module = chunk.module.module.get_submodule(path)
+                put_back.callback(module._parameters.__setitem__, last, module._parameters[last])
+                whole = _from_all_ranks(parameter, parameter.grad if gradients else parameter)
+                module._parameters[last] = torch.nn.Parameter(whole)
+        yield
+
+
+def _from_all_ranks(parameter: Any, part: Any) -> torch.Tensor:
+    """The tensor of which this rank has `parameter.megatron_fsdp_slice`, counted flat; None has nothing."""
+    shape = parameter.orig_param.shape
+    flat = torch.zeros(shape.numel(), device=torch.cuda.current_device())
+    if part is not None:
+        flat[parameter.megatron_fsdp_slice] = part.to_local().flatten()
+    expert = not getattr(parameter.orig_param, "allreduce", True)
+    group = parameter.megatron_fsdp_dist_index.get_fsdp_group(is_expert_parallel=expert)
+    torch.distributed.all_reduce(flat, group=group)
+    return flat.view(shape)
+
+
 def _gather_gradients(chunk: Any) -> None:
     """With the distributed optimizer a rank has the finished gradient of its part of each bucket only."""
     if not chunk.ddp_config.use_distributed_optimizer:
@@ -92,9 +134,10 @@ def _gather_gradients(chunk: Any) -> None:
 def _parameters(model: list[Any]) -> Iterator[Shard]:
     """This rank's parameters, as views: writing to a shard's data writes to the parameter."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-    from megatron.core.utils import unwrap_model
 
-    for chunk in unwrap_model(model):
+    from megatron_dyt.mcore.monitor import unwrap
+
+    for chunk in map(unwrap, model):
         state = chunk.sharded_state_dict()
         apply_factories(state)
         for item in _leaves(state):
@@ -124,6 +167,7 @@ def causal_mask(length: int) -> torch.Tensor:
     return torch.ones(1, length, length).tril() < 0.5
 
 
+@torch.no_grad()
 def logits(model: list[Any]) -> torch.Tensor | None:
     """Logits [batch, sequence, vocabulary] of fixed tokens, on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -39,6 +39,7 @@ from tests.distributed import record
 from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
+FSDP = "megatron.core.distributed.fsdp.mcore_fsdp_adapter"
 MOCK_DATA = "megatron.core.datasets.gpt_dataset"
 
 
@@ -69,6 +70,8 @@ def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: i
     weights = None
     if case["like"] is not None and not case["load"]:
         weights = record.load(output, case["like"]).full("initial")
+    # Megatron checks it: 1 with tensor parallelism, anything else with FSDP.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if "--use-megatron-fsdp" in case["argv"] else "1"
     start_groups(store, rank, world_size)
     result: dict[str, Any] = {"losses": [], "grad_norms": []}
     patches = Patches()
@@ -123,7 +126,7 @@ def observers(result: dict[str, Any], case: dict[str, Any], weights: Any) -> lis
 
     def around_train(train: Callable[..., Any]) -> Callable[..., Any]:
         def start(forward_step: Any, model: Any, optimizer: Any, *rest: Any, **options: Any) -> Any:
-            if not case["load"]:
+            if not case["load"] and not record.is_fsdp(model[0]):
                 record.set_weights(model, weights)
                 optimizer.reload_model_params()
             result["initial"] = record.shards(model)
@@ -134,6 +137,14 @@ def observers(result: dict[str, Any], case: dict[str, Any], weights: Any) -> lis
             return answer
 
         return start
+
+    def around_fsdp(init: Callable[..., None]) -> Callable[..., None]:
+        def build(self: Any, config: Any, ddp_config: Any, module: Any, *rest: Any, **options: Any) -> None:
+            # Afterwards a rank has parts of the parameters.
+            record.set_weights([module], weights)
+            init(self, config, ddp_config, module, *rest, **options)
+
+        return build
 
     def around_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **options: Any) -> Any:
@@ -155,6 +166,7 @@ def observers(result: dict[str, Any], case: dict[str, Any], weights: Any) -> lis
         return finish
 
     return [
+        Replacement(FSDP, "FullyShardedDataParallel.__init__", around_fsdp),
         Replacement(TRAINING, "train", around_train),
         Replacement(TRAINING, "train_step", around_step),
         Replacement(TRAINING, "finalize_model_grads", around_finalize),

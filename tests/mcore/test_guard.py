@@ -263,3 +263,26 @@ def test_the_deepest_layer_comes_first_and_the_rest_is_counted() -> None:
     assert text.startswith("layer 8 on rank 8, 9; layer 7 on rank 7, 9; ")
     assert text.endswith("layer 3 on rank 3, 9; and 3 more, in shallower layers.")
     assert merge({}) == "Every single gradient is finite: their norm overflows."
+
+
+def test_alphas_are_followed_where_the_optimizer_has_them(
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
+) -> None:
+    """As with Megatron-FSDP: in the step the module gets other parameters, which hold anything by then."""
+    model = build_gpt(make_config())
+    site = model.decoder.final_layernorm
+    trained = site.alpha
+    updates = iter([0.2, -0.1])
+
+    def step() -> None:
+        trained.data.fill_(next(updates))
+        site.alpha = torch.nn.Parameter(torch.tensor([-5.0]))
+
+    optimizer = SimpleNamespace(
+        get_grad_norm=lambda: 1.0, clip_grad_norm=lambda: 1.0, step_with_ready_grads=lambda: True, step=step
+    )
+    Guard([model], optimizer).install()
+    optimizer.step()
+    site.alpha = trained
+    with pytest.raises(TrainingFault, match=r"decoder\.final_layernorm has alpha -0\.1, was 0\.2"):
+        optimizer.step()

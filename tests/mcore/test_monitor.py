@@ -200,3 +200,22 @@ def test_sites_are_found_under_any_number_of_wrappers(make_monitor: Callable[...
         wrapper.module = model
         model = wrapper
     assert [site.name for site in monitor.find_sites([model])] == plain
+
+
+def test_the_embedding_scale_is_read_where_it_is_whole(
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
+) -> None:
+    """Between two steps a rank of Megatron-FSDP may have nothing of it."""
+    watch, model = make_monitor()
+    module = model.embedding.embedding_scale
+    whole, module.scale = module.scale, torch.nn.Parameter(torch.empty(0))
+    watch.look()
+    module.scale = whole
+    loss_of(model)
+    assert "DyT embedding scale 50" in watch.start_up_lines()
+    with torch.no_grad():
+        whole.fill_(7.0)
+    loss_of(model)
+    assert "DyT embedding scale 50" in watch.start_up_lines()  # Of the first pass, as all else.
+    watch.after_step(1)
+    assert not module._forward_pre_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 
 import pytest
@@ -47,6 +48,16 @@ def test_the_async_writer_is_chosen_where_there_is_one() -> None:
     assert (args.async_save, args.async_strategy) == (True, "mcore")
 
 
+def test_megatron_fsdp_has_its_own_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron refuses 1 with it, and anything else with tensor parallelism."""
+    monkeypatch.setenv(cpu_flags.CONNECTIONS, "1")
+    args = Namespace(use_megatron_fsdp=True, save=None, gradient_reduce_div_fusion=True)
+    assert cpu_flags.adjust(args) == ["--no-gradient-reduce-div-fusion"]
+    assert os.environ[cpu_flags.CONNECTIONS] != "1"
+    assert cpu_flags.adjust(Namespace(use_megatron_fsdp=False, gradient_reduce_div_fusion=True)) == []
+    assert os.environ[cpu_flags.CONNECTIONS] == "1"
+
+
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert cpu_flags.adjust(Namespace(tp_comm_overlap=True)) == ["no --tp-comm-overlap"]
@@ -59,6 +70,7 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ({"fp8": "hybrid"}, "--fp8-format was given"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 was given"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2 needs"),
+        ({"use_megatron_fsdp": True, "save": "here"}, "--save was given with --use-megatron-fsdp"),
     ],
 )
 def test_what_needs_a_gpu_is_refused(given: dict[str, object], named: str) -> None:
