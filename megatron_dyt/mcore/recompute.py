@@ -43,8 +43,8 @@ class FreedOutput:
             self._forget()
 
     def _fill(self, _gradient: Tensor) -> None:
-        assert self.y is not None
-        assert self.x is not None
+        if self.y is None or self.x is None:
+            return  # filled already: another backward of the same graph (retain_graph)
         self.norm.recompute(self.y, self.x)
         self._forget()
 

@@ -69,6 +69,23 @@ def test_gradients_are_those_without_recomputation(
         torch.testing.assert_close(again[name], gradient, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_graph_that_is_retained_can_be_used_again(
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any], fuse: bool
+) -> None:
+    config = make_config(**LAYERNORM)
+    config.dyt = DyTConfig.unit(32, bias=True, fuse_residual=fuse)
+    model = build_gpt(config)
+    tokens = torch.arange(16)[None]
+    mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), diagonal=1)[None, None]
+    # Not Megatron's cross entropy, whose backward writes over what it would need again.
+    loss = model(tokens, tokens, mask).square().mean()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for again, gradient in zip(torch.autograd.grad(loss, parameters), first, strict=True):
+        assert torch.equal(again, gradient)
+
+
 def test_evaluation_frees_the_outputs_and_holds_nothing(
     make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
 ) -> None:
