@@ -37,7 +37,8 @@ def fold_(model: nn.Module) -> Folding:
 
     Norms are replicated over tensor parallel ranks and column-parallel layers hold all input channels, so
     each rank folds its own part. Left as they are: DyT on queries and keys, in front of experts (the router
-    reads it too), of cross-attention and of a tied output layer. For evaluation: layers get biases that
+    reads it too), of sparse attention (its indexer does), of cross-attention, of a tied output layer, and of
+    the heads of T5 and BERT. For evaluation: layers get biases that
     the model's arguments do not know of, so neither train nor save what comes out.
 
     Returns:
@@ -71,7 +72,9 @@ def _sites_of(model: nn.Module) -> Iterator[tuple[DyTNorm, list[Any], str]]:
             yield (norms[1], *_behind_mlp_norm(module.mlp))
         output = getattr(module, "output_layer", None)
         if output is not None:
-            decoder = module.decoder
+            # Only where the final norm is right in front of it: T5's and BERT's output layers have heads of
+            # their own, and no attribute of this name beside them.
+            decoder = getattr(module, "decoder", None)
             final = getattr(decoder, "final_layernorm", None) or getattr(decoder, "final_norm", None)
             if isinstance(final, DyTNorm):
                 yield (final, *_behind_final_norm(module, output))
@@ -79,6 +82,8 @@ def _sites_of(model: nn.Module) -> Iterator[tuple[DyTNorm, list[Any], str]]:
 
 def _behind_input_norm(attention: Any) -> tuple[list[Any], str]:
     name = type(attention).__name__
+    if getattr(getattr(attention, "core_attention", None), "requires_dsa_inputs", False):
+        return [], "the indexer of sparse attention reads it too"
     found = [getattr(attention, slot, None) for slot in _ATTENTION_INPUTS.get(name, ())]
     linears = [linear for linear in found if linear is not None]
     return linears, "" if linears else f"attention of type {name} is not known"

@@ -11,6 +11,7 @@ import torch
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.mcore.folding import fold_
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from tests import families
 
 Make = Callable[..., Any]
 
@@ -124,13 +125,53 @@ def test_other_layers_keep_a_bias_that_they_cannot_take(build: Make) -> None:
     assert reasons == {"decoder.layers.0.input_layernorm": "Linear has a part of the input channels"}
 
 
-def test_bf16_weights_are_rounded_once(make_config: Make) -> None:
+@pytest.mark.needs("latent_attention_without_te")
+def test_sparse_attention_is_left(build: Make) -> None:
+    model = build(latent=True)
+    # As DSAttention does: its indexer takes what attention is given, and not the projections of it.
+    model.decoder.layers[1].self_attention.core_attention.requires_dsa_inputs = True
+    before = model.decoder.layers[1].input_layernorm.weight.clone()
+    left = {name: why for name, why in fold_(model).left.items() if name.endswith("input_layernorm")}
+    assert left == {"decoder.layers.1.input_layernorm": "the indexer of sparse attention reads it too"}
+    assert torch.equal(model.decoder.layers[1].input_layernorm.weight, before)
+
+
+# T5 has an encoder and a decoder of two layers; the decoder's third norm is in front of cross-attention.
+FAMILIES = {"gpt": 5, "t5": 8, "bert": 4, "vit": 4, "hybrid": 5}
+
+
+@pytest.mark.parametrize(("family", "folded"), FAMILIES.items(), ids=FAMILIES.keys())
+@pytest.mark.usefixtures("world")
+def test_every_family_computes_the_same(family: str, folded: int) -> None:
+    model = families.build(family, families.config_for(family)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, norm in dyt_sites(model):
+            for parameter in (norm.weight, norm.bias):
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        before = families.loss_of(family, model)
+        weights = {name: p.clone() for name, p in model.named_parameters() if name.endswith("weight")}
+        result = fold_(model)
+        after = families.loss_of(family, model)
+    assert len(result.folded) == folded
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
+    changed = {name for name, p in model.named_parameters() if name in weights and not p.equal(weights[name])}
+    assert len(changed) == 2 * folded  # the norm and the one layer behind it
+
+
+def test_bf16_weights_and_bias_are_rounded_once(make_config: Make) -> None:
     from megatron_dyt.mcore.folding import _fold_into
 
-    norm = DyTNorm(make_config(params_dtype=torch.bfloat16), 32, role="ffn")
-    linear = torch.nn.Linear(32, 8, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    config = make_config(params_dtype=torch.bfloat16)
+    config.dyt = DyTConfig.unit(32, bias=True)
+    norm = DyTNorm(config, 32, role="ffn")
+    linear = torch.nn.Linear(32, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         norm.weight.normal_()
-        before = linear.weight.clone()
+        norm.bias.normal_()
+        weight, bias = linear.weight.double(), linear.bias.double()
         _fold_into(norm, linear)
-    assert torch.equal(linear.weight, (before.float() * norm.weight.float()).bfloat16())
+        exact_weight, exact_bias = weight * norm.weight.double(), bias + weight @ norm.bias.double()
+    assert torch.equal(linear.weight, exact_weight.bfloat16())
+    assert torch.equal(linear.bias, exact_bias.bfloat16())
