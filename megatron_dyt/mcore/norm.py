@@ -88,7 +88,7 @@ class DyTNorm(DynamicTanh):
         """
         gives_both = self.returns_residual
         if isinstance(x, DeferredSum):
-            y, x = self.forward_residual(x.x, x.residual)
+            y, x = self.forward_residual(*x.take())
             gives_both = True
         elif gives_both:
             y, x = self.forward_fork(x)

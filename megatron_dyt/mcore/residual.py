@@ -30,22 +30,38 @@ _NO_CROSS_ATTENTION = {
     "cross_attn_bda": "IdentityFuncOp",
 }
 _LAYER_MODULE = "megatron.core.transformer.transformer_layer"
+_HELP = "This layer has code of its own between attention and the next norm; pass --no-dyt-fuse-residual."
 
 
 class DeferredSum:
-    """x + residual, both of shape (sequence, batch, hidden), not added yet."""
+    """x + residual, both of shape (sequence, batch, hidden) and one dtype, not added yet."""
 
-    __slots__ = ("residual", "x")
+    __slots__ = ("_terms",)
 
     def __init__(self, x: Tensor, residual: Tensor) -> None:
-        self.x = x
-        self.residual = residual
+        self._terms: tuple[Tensor, Tensor] | None = (x, residual)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The two terms, once: Megatron's layer holds this object while its MLP runs, and must not hold them.
+
+        Raises:
+            RuntimeError: they have been taken.
+        """
+        if self._terms is None:
+            raise RuntimeError(f"the sum in front of a DyTNorm is used twice. {_HELP}")
+        terms, self._terms = self._terms, None
+        return terms
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{name!r} is asked of a residual sum that is still to be made by the DyTNorm behind it. {_HELP}"
+        )
 
 
 def deferred_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tensor | DeferredSum]:
     """Megatron's `get_bias_dropout_add` that leaves a plain add to the norm after it.
 
-    With a bias or dropout there is more to do than add, and Megatron's own function does it.
+    With a bias, dropout or two dtypes there is more to do than add, and Megatron's own function does it.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
@@ -55,7 +71,7 @@ def deferred_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tens
         x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float
     ) -> Tensor | DeferredSum:
         x, bias = x_with_bias
-        if bias is not None or (training and probability > 0):
+        if bias is not None or (training and probability > 0) or x.dtype != residual.dtype:
             summed: Tensor = add_now(x_with_bias, residual, probability)
             return summed
         return DeferredSum(x, residual)
@@ -149,16 +165,24 @@ def uses_cuda_graphs(config: Any) -> bool:
 def _splits_layers(config: Any) -> bool:
     """Whether graphs end inside a layer, where only tensors can be handed on.
 
-    No scope is the whole layer. The list is called `cuda_graph_modules` from 0.18 on.
+    No scope is the whole layer, but not for experts with Megatron's own graphs: a layer of these can be
+    changed to graphs of its parts when it is built (`transition_moe_cudagraphs`). The list is called
+    `cuda_graph_modules` from 0.18 on.
     """
+    if getattr(config, "cuda_graph_impl", None) == "local" and _has(config, "num_moe_experts"):
+        return True
     scopes = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None) or ()
     return any(getattr(scope, "name", scope) not in ("full", "full_iteration") for scope in scopes)
 
 
 def _is_megatrons(layer: Any) -> bool:
     """Whether a layer class has Megatron's own code around its norms, which takes what they return."""
-    methods = (getattr(layer, name, None) for name in ("_forward_attention", "_forward_mlp"))
-    return all(getattr(method, "__module__", None) == _LAYER_MODULE for method in methods)
+    for each in getattr(layer, "__mro__", ()):
+        if each.__module__ == _LAYER_MODULE:
+            return True
+        if any(name.startswith(("forward", "_forward")) for name in vars(each)):
+            return False
+    return False
 
 
 def _has(config: Any, name: str) -> bool:

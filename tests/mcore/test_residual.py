@@ -1,6 +1,7 @@
 """DyT fused with the residual stream in the model: where it is done, and that it changes nothing."""
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -194,6 +195,8 @@ OBSTACLES = [
     ("activation offloading", {"fine_grained_activation_offloading": True}),
     ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}),
     *(("CUDA graphs of parts of a layer", {**GRAPHS, name: ["attn"]}) for name in SCOPES),
+    # `transition_moe_cudagraphs` makes graphs of parts, once the model is there.
+    ("CUDA graphs of parts of a layer", {**GRAPHS, "num_moe_experts": 4}),
     ("--recompute-modules layernorm with CUDA graphs", {**GRAPHS, **SELECTIVE}),
 ]
 
@@ -229,23 +232,35 @@ def test_cuda_graphs_of_whole_layers_do_not(
     assert residual.obstacles(config, make_spec(config)) == []
 
 
+METHODS = ("forward", "_forward_attention", "_forward_mlp", "_forward_pre_mlp_layernorm", "_forward_post_mlp")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_layer_class_that_handles_norms_itself_is_left_alone(
+    configured: Callable[..., Any], make_spec: Callable[..., Any], method: str
+) -> None:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    own = type("OwnLayer", (TransformerLayer,), {method: lambda self, *args: None})
+    layer = make_spec(configured())
+    for layer.module in (own, type("OwnLayer", (own,), {})):
+        assert residual.obstacles(configured(), layer) == ["the layer class OwnLayer"]
+
+
+def test_other_subclasses_and_other_modules_are_told_apart(
     configured: Callable[..., Any], make_spec: Callable[..., Any]
 ) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     class Subclass(TransformerLayer):
-        pass
-
-    class OwnLayer(TransformerLayer):
-        def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError
+        def helper(self) -> None:
+            pass
 
     layer = make_spec(configured())
     layer.module = Subclass
     assert residual.obstacles(configured(), layer) == []
-    layer.module = OwnLayer
-    assert residual.obstacles(configured(), layer) == ["the layer class OwnLayer"]
+    layer.module = torch.nn.Identity
+    assert residual.obstacles(configured(), layer) == ["the layer class Identity"]
 
 
 @pytest.mark.parametrize(
@@ -290,8 +305,49 @@ def test_a_bias_or_dropout_is_megatrons_business(make_config: Callable[..., Any]
     for training, probability in ((False, 0.5), (True, 0.0)):
         deferred = add(training, False)((x, None), stream, probability)
         assert isinstance(deferred, residual.DeferredSum)
-        assert deferred.x is x
-        assert deferred.residual is stream
+        terms = deferred.take()
+        assert terms[0] is x
+        assert terms[1] is stream
+
+
+def test_the_sum_has_the_dtype_of_the_residual_stream(make_config: Callable[..., Any]) -> None:
+    """Megatron casts what is added to it; the kernel would take the wider of the two."""
+    x, stream = torch.randn(2, 1, 4), torch.randn(2, 1, 4, dtype=torch.bfloat16)
+    add = residual.deferred_bias_dropout_add(True, False)
+    assert torch.equal(add((x, None), stream, 0.0), x.bfloat16() + stream)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_output_of_attention_is_gone_while_the_mlp_runs(
+    make_config: Callable[..., Any],
+    build_gpt: Callable[..., Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    fuse: bool,
+) -> None:
+    """Nothing needs it after the add, so no frame of Megatron's layer may hold it: that is peak memory."""
+    config = make_config()
+    config.dyt = DyTConfig.unit(32, fuse_residual=fuse)
+    model = build_gpt(config)
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_proj.register_forward_hook(
+            lambda module, args, output: outputs.append(weakref.ref(output[0]))
+        )
+        layer.mlp.linear_fc2.register_forward_pre_hook(
+            lambda module, args: alive.append(outputs[-1]() is not None)
+        )
+    loss_of(model)
+    assert alive == [False, False]
+
+
+def test_other_code_that_gets_the_sum_is_told_what_to_do() -> None:
+    total = residual.DeferredSum(torch.ones(2), torch.ones(2))
+    with pytest.raises(AttributeError, match=r"'float' is asked of a residual sum .* --no-dyt-fuse-residual"):
+        total.float()
+    total.take()
+    with pytest.raises(RuntimeError, match=r"used twice.*--no-dyt-fuse-residual"):
+        total.take()
 
 
 def test_megatrons_spec_is_not_changed(make_config: Callable[..., Any]) -> None:
