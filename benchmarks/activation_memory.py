@@ -3,7 +3,8 @@
 Counts what one layer of a LLaMA keeps for backward: every storage that autograd saves, once, parameters
 excepted, as large as it is when forward is over. Megatron's local spec in bf16, attention's inside
 recomputed, as flash attention does. Runs on the CPU. Bytes are no matter of the device, except for PyTorch's
-RMSNorm, which on CPUs keeps fp32 copies; so there is also one that keeps what the fused ones for GPUs do.
+RMSNorm, which on CPUs keeps fp32 copies; so there is also an emulation that keeps what the fused ones for
+GPUs do.
 """
 
 import argparse
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("RMSNorm, fused kernel", "fused"),
+    Case("RMSNorm, fused (emulated)", "fused"),
     Case("RMSNorm, PyTorch on CPU", "torch"),
     Case("DyT, residual apart", "DyT"),
     Case("DyT", "DyT", fused=True),
