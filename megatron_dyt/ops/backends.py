@@ -15,7 +15,7 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 class Implementation(NamedTuple):
-    """Code for one backend, with the signatures of `triton_dyt.forward`, `.residual_forward`, `.backward`.
+    """Code for one backend, with the signatures of the functions of these names in `triton_dyt`.
 
     `forward` takes a contiguous tensor to write y into as an optional last argument.
     """
@@ -25,6 +25,7 @@ class Implementation(NamedTuple):
     forward: Callable[..., Tensor]
     residual_forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., list[Tensor]]
+    fp8_forward: Callable[..., Tensor]
 
 
 def _add_first(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -78,6 +79,20 @@ def _reference_backward(
     return needed_gradients((dx.contiguous(), *parameter_gradients), needs)
 
 
+def _reference_fp8_forward(
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    function: str,
+    scale: Tensor,
+) -> Tensor:
+    wide = x.to(reference.compute_dtype(x))
+    y = reference.dyt_forward(wide, alpha, weight, bias, function=function, shift=shift)
+    return (y * scale).to(torch.float8_e4m3fn).contiguous()
+
+
 def _in_triton(name: str) -> Callable[..., Any]:
     """A function of `triton_dyt`, which is imported at the first call: it takes Triton to be there."""
 
@@ -104,6 +119,20 @@ def _compiled_backward(*args: Any) -> list[Tensor]:
     *tensors, needs = args
     gradients: list[Tensor] = compiled(_reference_backward)(*tensors, tuple(needs))
     return gradients
+
+
+def _compiled_fp8_forward(*args: Any) -> Tensor:
+    y8: Tensor = compiled(_reference_fp8_forward)(*args)
+    return y8
+
+
+def _triton_fp8_forward(x: Tensor, *rest: Any) -> Tensor:
+    """The kernel, where the device can write FP8; torch.compile has it in software elsewhere."""
+    from megatron_dyt.ops import triton_dyt
+
+    if triton_dyt.has_fp8(x.device):
+        return triton_dyt.fp8_forward(x, *rest)
+    return _compiled_fp8_forward(x, *rest)
 
 
 @functools.cache
@@ -139,6 +168,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         cpu_dyt.forward,
         _add_first(cpu_dyt.forward),
         _add_last(cpu_dyt.backward),
+        _reference_fp8_forward,
     ),
     "triton": Implementation(
         "triton",
@@ -146,6 +176,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _in_triton("forward"),
         _in_triton("residual_forward"),
         _in_triton("backward"),
+        _triton_fp8_forward,
     ),
     # Inductor makes Triton kernels of the functions and dtypes that ours do not have.
     "compiled": Implementation(
@@ -154,6 +185,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _compiled_forward,
         _add_first(_compiled_forward),
         _add_last(_compiled_backward),
+        _compiled_fp8_forward,
     ),
     "reference": Implementation(
         "torch",
@@ -161,6 +193,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _reference_forward,
         _add_first(_reference_forward),
         _add_last(_reference_backward),
+        _reference_fp8_forward,
     ),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.ops import reference
-from megatron_dyt.ops.backends import choose_implementation, compiled
+from megatron_dyt.ops.backends import IMPLEMENTATIONS, choose_implementation
 from megatron_dyt.ops.checks import check_function, check_tensors
 
 FP8 = torch.float8_e4m3fn
@@ -68,20 +68,6 @@ def dyt_fp8(
     return y8, scale_inv
 
 
-def _in_torch(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    scale: Tensor,
-) -> Tensor:
-    wide = x.to(reference.compute_dtype(x))
-    y = reference.dyt_forward(wide, alpha, weight, bias, function=function, shift=shift)
-    return (y * scale).to(FP8).contiguous()
-
-
 def _kernel(
     x: Tensor,
     alpha: Tensor,
@@ -92,17 +78,8 @@ def _kernel(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     scale = fp8_scale(weight, bias)
-    args = (x, alpha, weight, bias, shift, function, scale)
-    return _forward(implementation, x.device)(*args), scale.reciprocal()
-
-
-def _forward(implementation: str, device: torch.device) -> Any:
-    if implementation == "triton":
-        from megatron_dyt.ops import triton_dyt
-
-        if triton_dyt.has_fp8(device):
-            return triton_dyt.fp8_forward
-    return compiled(_in_torch) if implementation in ("triton", "compiled") else _in_torch
+    forward = IMPLEMENTATIONS[implementation].fp8_forward
+    return forward(x, alpha, weight, bias, shift, function, scale), scale.reciprocal()
 
 
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

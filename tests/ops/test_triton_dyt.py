@@ -499,10 +499,15 @@ def test_fp8_output(device: str, shape: tuple[int, ...], dtype: torch.dtype, fun
     y8, scale_inv = dyt_fp8(
         x, alpha, weight, bias, function=function, shift=inputs.get("shift"), backend="triton"
     )
-    scaled = exact(inputs, torch.ones_like(x), function)[0] / scale_inv.double()
+    y = exact(inputs, torch.ones_like(x), function)[0]
+    scaled = y / scale_inv.double()
     error = (y8.double() - scaled).abs()
-    # Half a step: of 2^-3 of the power of two below, or of 2^-9. tanh.approx and ties add to it.
-    near = error <= 1.01 * torch.clamp(scaled.abs() * 2**-4, min=2**-10) + 448 * 2**-11
+    # What fp32 is good for, and tanh.approx, whose error is relative to weight * f and not to y.
+    slack = torch.full_like(scaled, 448 * 2**-20)
+    if device == "cuda" and function == "tanh":
+        slack += CUDA_SLACK * (y - bias.double()).abs() / scale_inv.double()
+    # Half a step: of 2^-3 of the power of two below, or of 2^-9.
+    near = error <= torch.clamp(scaled.abs() * 2**-4, min=2**-10) + slack
     if device == "cpu":
         # Triton's interpreter loses the carry when a significand is rounded up to the next power of two.
         near |= torch.frexp(scaled.float().to(torch.float8_e4m3fn).float().abs())[0] == 0.5
