@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dyt.errors import UserError
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
 from megatron_dyt.ops.backends import choose_implementation
-from megatron_dyt.ops.dyt_fp8 import dyt_fp8
+from megatron_dyt.ops.dyt_fp8 import dyt_fp8, fp8_scale
 from megatron_dyt.ops.library import dyt_gradients, save_for_backward
 
 
@@ -87,7 +87,7 @@ class _ToFloat8(torch.autograd.Function):
             fp8_scale_inv=scale_inv,
             fp8_dtype=e4m3,
             quantizer=quantizer(
-                scale=scale_inv.reciprocal(), amax=torch.zeros_like(scale_inv), fp8_dtype=e4m3
+                scale=fp8_scale(weight, bias), amax=torch.zeros_like(scale_inv), fp8_dtype=e4m3
             ),
         )
         return y

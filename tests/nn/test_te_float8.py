@@ -14,6 +14,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.nn import DynamicTanh
 from megatron_dyt.nn.te_float8 import quantized_for_te
 from megatron_dyt.ops import dyt_fp8
+from megatron_dyt.ops.dyt_fp8 import fp8_scale
 
 
 class Float8Tensor(torch.Tensor):
@@ -28,8 +29,7 @@ class Float8Tensor(torch.Tensor):
     ) -> None:
         assert data.dtype == torch.uint8
         assert fp8_dtype == quantizer.fp8_dtype == "e4m3"
-        assert torch.equal(quantizer.scale, 1 / fp8_scale_inv)
-        self.data_, self.scale_inv = data, fp8_scale_inv
+        self.data_, self.scale_inv, self.scale = data, fp8_scale_inv, quantizer.scale
 
     def dequantize(self) -> Tensor:
         return (self.data_.view(torch.float8_e4m3fn).float() * self.scale_inv).to(self.dtype)
@@ -77,6 +77,40 @@ def test_a_linear_layer_sees_the_fp8_values_and_dyt_its_gradient(te: ModuleType,
     expected = torch.autograd.grad(norm(x), leaves[:-1], g @ linear.weight.detach())
     for actual, e in zip(found, (*expected, g.T @ dequantized), strict=True):
         torch.testing.assert_close(actual, e)
+
+
+def test_the_scale_is_the_one_that_quantized(te: ModuleType) -> None:
+    """And no reciprocal of a reciprocal, which rounds twice."""
+    norm, weights = DynamicTanh(1), torch.linspace(0.5, 2, 50)
+    for weight in weights:
+        torch.nn.init.constant_(norm.weight, weight.item())
+        y: Any = quantized_for_te(norm, torch.ones(1, 1))
+        assert torch.equal(y.scale, fp8_scale(norm.weight, norm.bias))
+        assert torch.equal(y.scale_inv, y.scale.reciprocal())
+
+
+@pytest.mark.gpu
+def test_real_transformer_engine_takes_it() -> None:
+    te = pytest.importorskip("transformer_engine.pytorch")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a CUDA device with FP8")
+    torch.manual_seed(0)
+    norm = DynamicTanh(64, device="cuda")
+    x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    linear = te.Linear(64, 128, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    y: Any = quantized_for_te(norm, x)
+    y8, scale_inv = dyt_fp8(x, norm.alpha, norm.weight, norm.bias)
+    dequantized = (y8.float() * scale_inv).bfloat16()
+    torch.testing.assert_close(y.dequantize(), dequantized)
+    with te.fp8_autocast(enabled=True):
+        out = linear(y)
+    out.sum().backward()
+    # The weight is quantized as well, by TE's own recipe: 2^-4 a term.
+    expected = dequantized.float() @ linear.weight.float().T
+    assert (out.float() - expected).norm() < 2**-4 * expected.norm()
+    gradient = norm(x)
+    (dx,) = torch.autograd.grad(gradient, x, linear.weight.sum(0).expand_as(gradient))
+    assert (x.grad - dx).float().norm() < 2**-3 * dx.float().norm()
 
 
 def test_without_transformer_engine_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
