@@ -152,8 +152,7 @@ TWO_PROCESSES = chosen(
         case("dense", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
         case("dense", "dp2_fsdp", f"{FSDP} {ACCUMULATED}"),
         case("moe", "dp2_fsdp", FSDP),
-        # Sums of few bf16 gradients in fp32 are exact: nothing looser than in fp32.
-        case("bf16", "dp2_distributed_optimizer", DIST_OPT),
+        case("bf16", "dp2_distributed_optimizer", DIST_OPT, allowed="bf16_data_parallel"),
         case("dense", "tp2_sp_unfused", f"{TP2_SP} {UNFUSED}"),
         case("dense", "pp2_full_recompute", f"{PP2} {FULL}"),
         case("tied", "tp2_sp", TP2_SP),

@@ -26,6 +26,9 @@ ALLOWED = {
     # small sum of large terms of both signs: 0.026 was measured, 7e-4 for losses, 5e-3 at the end. Without
     # the marks of sequence parallelism the same case is off by 1.4, 0.07 and 0.3.
     "bf16": Allowed(0.1, 2**-8, 2**-6),
+    # Data parallel ranks sum bf16 gradients in fp32, so the first ones are as equal as in fp32. Later a last
+    # bit of the fp32 weights may round to another bf16 weight: 4e-4 and 1.5e-3 were measured.
+    "bf16_data_parallel": Allowed(TOLERANCE, 2**-8, 2**-6),
 }
 
 
