@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dyt.errors import UserError
@@ -56,19 +57,24 @@ def megatron_version() -> str:
 
 
 def megatron_build() -> str:
-    """The version with what Megatron appends inside a git repository, its commit: "0.19.2+0123abc".
+    """The version, in a checkout of Megatron with its commit: "0.19.2+0123abc".
+
+    Megatron appends the commit of whatever repository its files lie in. Of an installed one that is
+    not Megatron's: an environment may be in a repository of the user's, who may commit at any time.
 
     Raises:
         UserError: megatron-core is not installed.
     """
     try:
-        from megatron.core.package_info import __version__
+        import megatron.core.package_info as package_info
     except ImportError as error:
         raise UserError(
             "megatron-core is not installed (or does not import: "
             f"{error}). Install it with: pip install 'megatron-dyt[train]'."
         ) from error
-    return str(__version__)
+    version = str(package_info.__version__)
+    is_checkout = (Path(package_info.__file__).parents[2] / ".git").exists()
+    return version if is_checkout else version.partition("+")[0]
 
 
 def check_version() -> str:

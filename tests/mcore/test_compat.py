@@ -50,12 +50,19 @@ def test_a_missing_megatron_says_how_to_install_it(monkeypatch: pytest.MonkeyPat
         compat.megatron_version()
 
 
-def test_the_commit_of_the_working_directory_is_no_part_of_the_version(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("checkout", "build"), [(True, "0.19.2+0123abc"), (False, "0.19.2")])
+def test_a_commit_counts_in_a_checkout_of_megatron_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool, build: str
 ) -> None:
     from megatron.core import package_info
 
+    # An environment inside a repository of the user's.
+    (tmp_path / ".git").mkdir()
+    root = tmp_path / "site-packages"
+    (root / (".git" if checkout else "")).mkdir(parents=True)
     monkeypatch.setattr(package_info, "__version__", "0.19.2+0123abc")
+    monkeypatch.setattr(package_info, "__file__", str(root / "megatron" / "core" / "package_info.py"))
+    assert compat.megatron_build() == build
     assert compat.megatron_version() == "0.19.2"
 
 
