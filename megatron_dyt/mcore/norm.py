@@ -33,7 +33,7 @@ class DyTNorm(DynamicTanh):
 
     Attributes:
         role: "attn", "ffn", "final" or "qk".
-        returns_residual: whether `forward` returns (output, residual). Megatron's main branch reads it.
+        returns_residual: whether `forward` returns (output, residual).
         refills: whether an output that is recomputed is freed and filled by `mcore/recompute.py`, and not
             by Megatron, which has its own ways with CUDA graphs and offloaded activations.
         output_dtype: the parameters' with `fp32_residual_connection`, where the input is fp32 and the
