@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 ALLOWED = {
     "fp32": Allowed(TOLERANCE, TOLERANCE, TOLERANCE),
     # Tensor parallel ranks round each layer's partial sums to bf16 (2^-9), and an alpha's gradient is the
-    # small sum of large terms of both signs: 0.026 was measured, 7e-4 for losses, 5e-3 at the end. Without
+    # small sum of large terms of both signs: 0.03 was measured, 1e-3 for losses, 6e-3 at the end. Without
     # the marks of sequence parallelism the same case is off by 1.4, 0.07 and 0.3.
     "bf16": Allowed(0.1, 2**-8, 2**-6),
     # Data parallel ranks sum bf16 gradients in fp32, so the first ones are as equal as in fp32. Later a last
