@@ -46,20 +46,28 @@ def config_for(family: str, normalization: str = "DyT", **overrides: Any) -> Any
     return config
 
 
-def build(family: str, config: Any) -> Any:
-    """The family's model, its weights the same at every call with the same tensor parallel size."""
+def build(family: str, config: Any, **stage: bool) -> Any:
+    """The family's model, its weights the same at every call with the same tensor parallel size.
+
+    stage: `pre_process` and `post_process`, of the families that know pipeline stages.
+    """
     torch.manual_seed(7)
-    return FAMILIES[family](config)
+    return FAMILIES[family](config, **stage)
 
 
-def gpt(config: Any) -> Any:
+def gpt(config: Any, **stage: bool) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     # Without rotation a bias on the keys would change nothing, and its gradient be noise.
     return GPTModel(
-        config, spec, vocab_size=VOCABULARY, max_sequence_length=LENGTH, position_embedding_type="rope"
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+        **stage,
     )
 
 
@@ -78,7 +86,7 @@ def t5(config: Any) -> Any:
     )
 
 
-def bert(config: Any) -> Any:
+def bert(config: Any, **stage: bool) -> Any:
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
 
@@ -89,6 +97,7 @@ def bert(config: Any) -> Any:
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         share_embeddings_and_output_weights=True,
+        **stage,
     )
 
 
@@ -127,7 +136,7 @@ def radio(config: Any, norm: Any = torch.nn.LayerNorm) -> Any:
     )
 
 
-def hybrid(config: Any) -> Any:
+def hybrid(config: Any, **stage: bool) -> Any:
     path, name = "hybrid.hybrid_model", "HybridModel"
     if compat.hybrid_stack()[1] == "MambaStack":
         path, name = "mamba.mamba_model", "MambaModel"
@@ -142,6 +151,7 @@ def hybrid(config: Any) -> Any:
         max_sequence_length=LENGTH,
         position_embedding_type="learned_absolute",
         **{pattern: MOE_PATTERN if config.num_moe_experts else DENSE_PATTERN},
+        **stage,
     )
 
 
@@ -177,7 +187,7 @@ def hybrid_spec() -> Any:
     )
 
 
-FAMILIES: dict[str, Callable[[Any], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "gpt": gpt,
     "t5": t5,
     "bert": bert,
@@ -189,21 +199,31 @@ FAMILIES: dict[str, Callable[[Any], Any]] = {
 
 def loss_of(family: str, model: Any) -> torch.Tensor:
     """A scalar of fixed data. Not of RADIO, whose forward needs the package einops."""
+    return loss(family, forward(family, model))
+
+
+def forward(family: str, model: Any) -> Any:
+    """What the model makes of fixed data; on a pipeline stage that is not the last, what it hands on."""
     tokens = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) * 7 % VOCABULARY
     labels = tokens.roll(-1, 1)
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     hidden = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), diagonal=1)[None, None]
     seen = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
     if family == "t5":
-        output = model(tokens, tokens.flip(1), seen, hidden, seen, lm_labels=labels)
-    elif family == "bert":
-        output, binary = model(tokens, torch.ones(BATCH, LENGTH), positions % 2, lm_labels=labels)
-        return output.mean() + binary.square().mean()
-    elif family in ("gpt", "hybrid"):
-        output = model(tokens, positions, hidden, labels=labels)
-    else:
-        generator = torch.Generator().manual_seed(3)
-        images = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)
-        output = model(images, None)
+        return model(tokens, tokens.flip(1), seen, hidden, seen, lm_labels=labels)
+    if family == "bert":
+        return model(tokens, torch.ones(BATCH, LENGTH), positions % 2, lm_labels=labels)
+    if family in ("gpt", "hybrid"):
+        return model(tokens, positions, hidden, labels=labels)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)
+    return model(images, None)
+
+
+def loss(family: str, output: Any) -> torch.Tensor:
+    """A scalar of what the last stage of a model has made."""
+    if family == "bert":
+        return output[0].mean() + output[1].square().mean()
+    if family in ("vit", "radio"):
         return (output * torch.linspace(-1, 1, output.shape[-1])).square().mean()
     return output.mean()

@@ -11,14 +11,14 @@ import torch
 
 from megatron_dyt.mcore import compat
 from megatron_dyt.patching import Replacement
-from megatron_dyt.runtime import cpu_async, cpu_flags, cpu_fsdp, latent_attention, torch_adam
+from megatron_dyt.runtime import cpu_async, cpu_collectives, cpu_flags, cpu_fsdp, latent_attention, torch_adam
 from megatron_dyt.runtime import cuda_stand_ins as stand_in
 
 
 def rows() -> list[Replacement]:
     """The table for the installed packages: `megatron.training` may be absent."""
     training = _megatron_training_rows() if compat.has_training() else []
-    return [*_torch_cuda_rows(), *_tensor_rows(), *_megatron_core_rows(), *training]
+    return [*_torch_cuda_rows(), *_tensor_rows(), *cpu_collectives.rows(), *_megatron_core_rows(), *training]
 
 
 def _always(value: Any) -> Callable[[Any], Any]:

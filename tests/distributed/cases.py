@@ -187,6 +187,8 @@ FOUR_PROCESSES = [
     case("dense", "tp2_sp_dp2_fsdp", f"{TP2_SP} {FSDP} {ACCUMULATED}"),
     case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
     case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2} --expert-tensor-parallel-size 1"),
+    # Experts split over tensor parallel ranks: of unequal numbers of tokens.
+    case("moe", "tp2_sp_ep2_expert_tp2", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 2"),
     case("latent", "tp2_pp2", f"{TP2} {PP2}"),
     case("mtp", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
     case("mtp", "pp2_dp2_distributed_optimizer", f"{PP2} {DIST_OPT} {UNEVEN_BUCKETS} {ACCUMULATED}"),

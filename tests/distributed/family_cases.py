@@ -19,16 +19,18 @@ SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2_sp": SEQUENCE_PARALLEL,
+    "pp2": {"pipeline_model_parallel_size": 2},
 }
 EXPERTS = {"num_moe_experts": 2, "moe_router_load_balancing_type": "none", "moe_ffn_hidden_size": 64}
-# Family, fields of its config, layouts. Megatron's vision transformer knows no sequence
-# parallelism (`direct.wrap_vision_init`); MoE under tensor parallelism wants it.
+# Family, fields of its config, layouts. T5 has no pipeline stages: Megatron's parallel state has none for an
+# encoder. Megatron's vision transformer knows no sequence parallelism (`direct.wrap_vision_init`); MoE under
+# tensor parallelism wants it.
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "gpt": ("gpt", {"qk_layernorm": True}, ("tp2", "tp2_sp")),
+    "gpt": ("gpt", {"qk_layernorm": True}, ("pp2", "tp2", "tp2_sp")),
     "t5": ("t5", {}, ("tp2", "tp2_sp")),
-    "bert": ("bert", {}, ("tp2", "tp2_sp")),
+    "bert": ("bert", {}, ("pp2", "tp2", "tp2_sp")),
     "vit": ("vit", {}, ("tp2",)),
-    "hybrid": ("hybrid", {}, ("tp2", "tp2_sp")),
+    "hybrid": ("hybrid", {}, ("pp2", "tp2", "tp2_sp")),
 }
 # The router of 0.16 multiplies with Transformer Engine's function, whether it is there or not.
 if not importlib.metadata.version("megatron-core").startswith("0.16."):

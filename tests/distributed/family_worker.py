@@ -61,11 +61,13 @@ def run(case: dict[str, Any], weights: Any, output: Path) -> dict[str, Any]:
     # The package has a function of this name, which hides the module.
     finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     family, settings = case["family"], case["config"]
-    parallel_state.initialize_model_parallel(settings.get("tensor_model_parallel_size", 1))
+    pipeline = settings.get("pipeline_model_parallel_size", 1)
+    parallel_state.initialize_model_parallel(settings.get("tensor_model_parallel_size", 1), pipeline)
     model_parallel_cuda_manual_seed(1)
     try:
-        config = families.config_for(family, **settings)
-        plain = families.build(family, config).to(torch.cuda.current_device())
+        config = families.config_for(family, pipeline_dtype=torch.float32, **settings)
+        stage = {} if pipeline == 1 else _stage()
+        plain = families.build(family, config, **stage).to(torch.cuda.current_device())
         model = DistributedDataParallel(config, DistributedDataParallelConfig(), plain)
         record.set_weights([model], weights)
         if case["load"]:
@@ -76,12 +78,43 @@ def run(case: dict[str, Any], weights: Any, output: Path) -> dict[str, Any]:
             directory.mkdir(exist_ok=True)
             dist_checkpointing.save({"model": plain.sharded_state_dict()}, str(directory))
         result: dict[str, Any] = {"initial": record.shards([model])}
-        loss = families.loss_of(family, model)
-        loss.backward()
+        losses = step(family, model)
         finalize.finalize_model_grads([model])
-        return result | {"losses": [float(loss)], "gradient": record.gradient_shards([model])}
+        return result | {"losses": losses, "gradient": record.gradient_shards([model])}
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _stage() -> dict[str, bool]:
+    from megatron.core import parallel_state
+
+    return {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
+
+
+def step(family: str, model: Any) -> list[float]:
+    """Forward and backward through all pipeline stages; the loss, on the last one."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward(_data: Any, chunk: Any) -> tuple[Any, Any]:
+        return families.forward(family, chunk), loss
+
+    def loss(output: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        value = families.loss(family, output)
+        return value, {"loss": float(value)}
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=None,
+        model=model,
+        num_microbatches=1,
+        seq_length=families.LENGTH,
+        micro_batch_size=families.BATCH,
+        forward_only=False,
+    )
+    return [each["loss"] for each in found]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Collectives with parts of different lengths, which NCCL has and gloo has not.
+
+Megatron's dispatcher uses them for the tokens of experts that are split over tensor parallel ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dyt.patching import Replacement
+
+
+def rows() -> list[Replacement]:
+    """For the table of `cpu_table`."""
+    return [
+        Replacement("torch.distributed", "all_gather", _one_by_one_where_uneven),
+        Replacement("torch.distributed", "reduce_scatter", _reduced_one_by_one_where_uneven),
+    ]
+
+
+def _uneven(parts: list[torch.Tensor]) -> bool:
+    return any(part.shape != parts[0].shape for part in parts)
+
+
+def _one_by_one_where_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(all_gather)
+    def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+        if rest.get("async_op") or not _uneven(tensor_list):
+            return all_gather(tensor_list, tensor, group=group, **rest)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    return gather
+
+
+def _reduced_one_by_one_where_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reduce_scatter)
+    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], *rest: Any, **named: Any) -> Any:
+        if rest or named.get("async_op") or not _uneven(input_list):
+            return reduce_scatter(output, input_list, *rest, **named)
+        group = named.pop("group", None)
+        for rank, part in enumerate(input_list):
+            mine = part.clone()  # A reduction leaves anything in the ranks that do not receive it.
+            dist.reduce(mine, group=group, group_dst=rank, **named)
+            if rank == dist.get_rank(group):
+                output.copy_(mine)
+        return None
+
+    return scatter
