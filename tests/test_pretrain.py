@@ -276,7 +276,7 @@ def test_killed_at_any_moment(
         wait_for(tmp_path / TRACKER, process)
         time.sleep(np.random.default_rng().uniform(0, 0.5))
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     finally:
         process.kill()
     if number == signal.SIGTERM:

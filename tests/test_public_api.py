@@ -16,7 +16,7 @@ assert DyTConfig.paper(4096).alpha_attn == 0.8
 
 
 def test_importing_the_package_and_its_torch_side_does_not_import_megatron() -> None:
-    subprocess.run([sys.executable, "-c", QUIET_IMPORT], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", QUIET_IMPORT], check=True, timeout=600)
 
 
 def test_every_public_name_exists() -> None:

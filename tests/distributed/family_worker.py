@@ -35,7 +35,7 @@ def main(job_file: str) -> None:
 
     megatron_dyt.register()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=100))
+    dist.init_process_group(backend, timeout=timedelta(seconds=300))
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     output = Path(job["output"])
     for case in job["cases"]:

@@ -28,7 +28,7 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     parallel_state.initialize_model_parallel(2)
     model_parallel_cuda_manual_seed(1)
     for sequence_parallel in (False, True):

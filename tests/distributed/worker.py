@@ -101,7 +101,7 @@ def start_groups(store: Any, rank: int, world_size: int) -> None:
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=100),
+        timeout=timedelta(seconds=300),
     )
 
 

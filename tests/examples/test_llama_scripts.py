@@ -180,7 +180,7 @@ def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data
         time.sleep(0.2)
     for task in (tmp_path / "tasks").read_text().split():
         os.kill(int(task), signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
     assert "layout: TP 2" in log.read_text()
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 17"
     saved = int((out / "checkpoint/latest_checkpointed_iteration.txt").read_text())

@@ -91,7 +91,7 @@ class Checkout:
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def take_log(self) -> list[str]:
@@ -280,7 +280,7 @@ def test_index_for_torch_is_used_for_torch_alone(checkout: Checkout) -> None:
 def test_two_at_once_set_up_once(checkout: Checkout) -> None:
     fake_python(checkout.bin / "python3.12", "3.12.7")
     both = [checkout.start(PIP_SECONDS="1") for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in both]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert checkout.take_log().count("venv") == 1
     assert sum("waiting for it" in output for output in outputs) == 1

@@ -83,7 +83,7 @@ def test_a_rank_0_that_says_nothing_is_not_waited_for_forever(together: Callable
     _, error = together(0.3, lambda _: None, lambda each: each.hear())
     assert isinstance(error, UserError)
     assert str(error).startswith("rank 0 did not answer within 0.5 s")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # Not for the 30 s of grace.
 
 
 def test_rank_0_stays_until_a_bad_verdict_was_heard(together: Callable[..., list[Any]]) -> None:
@@ -105,7 +105,7 @@ def test_rank_0_stays_until_a_bad_verdict_was_heard(together: Callable[..., list
 def test_but_not_longer_than_the_time_out(together: Callable[..., list[Any]]) -> None:
     start = time.monotonic()
     together(0.3, lambda each: each.announce("bad"), lambda _: None)
-    assert 0.3 <= time.monotonic() - start < 5
+    assert 0.3 <= time.monotonic() - start < 20
 
 
 def test_a_check_of_rank_0_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_the_group_gets_sigterm(how: str, saves: bool) -> None:
     assert rank.stdout is not None
     assert [rank.stdout.readline(), rank.stdout.readline()] == ["up\n", "ready\n"]
     os.killpg(rank.pid, signal.SIGTERM)
-    out, errors = rank.communicate(timeout=60)  # A writer that is left would keep the pipe open.
+    out, errors = rank.communicate(timeout=300)  # A writer that is left would keep the pipe open.
     assert (out == "saved\n") == saves, errors
     assert (rank.returncode == 0) == saves
 

@@ -224,7 +224,7 @@ def test_a_patched_megatron_takes_dyt_without_our_entry_points(tmp_path: Path) -
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["both ways"]), done.stderr[-2000:]
