@@ -187,7 +187,7 @@ KEEP_LOCK = 'cp "$OUT/lock" "$FAKE_HOME/held"; echo 10 > "$TRACKER"'
 
 
 @pytest.mark.parametrize(
-    ("lock", "runs"),
+    ("lock", "held"),
     [
         ("job 17", False),  # requeued
         ("job 18", False),
@@ -196,15 +196,15 @@ KEEP_LOCK = 'cp "$OUT/lock" "$FAKE_HOME/held"; echo 10 > "$TRACKER"'
         (f"host {socket.gethostname()} 999999999", False),
         ("host elsewhere 1", True),
     ],
+    # Not by the values: the processes of `pytest -n` must name the tests alike.
+    ids=["own job", "ended job", "running job", "running process", "ended process", "other host"],
 )
-def test_two_runs_do_not_share_a_directory(home: Path, lock: str, runs: bool) -> None:
+def test_two_runs_do_not_share_a_directory(home: Path, lock: str, held: bool) -> None:
     (home / "run").mkdir()
     (home / "run/lock").write_text(f"{lock}\n")
     (home / "queue").write_text("19\n")
-    result = run(
-        home, **fakes.slurm(home), FAKE_TRAIN='cp "$OUT/lock" "$FAKE_HOME/held"; echo 10 > "$TRACKER"'
-    )
-    if runs:
+    result = run(home, **fakes.slurm(home), FAKE_TRAIN=KEEP_LOCK)
+    if held:
         assert result.returncode == 2
         assert f"error: {lock} trains into {home / 'run'}" in result.stderr
         assert told(home, "run/lock") == f"{lock}\n"
