@@ -29,9 +29,11 @@ def _uneven(parts: list[torch.Tensor]) -> bool:
 
 def _one_by_one_where_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(all_gather)
-    def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **rest: Any) -> Any:
-        if rest.get("async_op") or not _uneven(tensor_list):
-            return all_gather(tensor_list, tensor, group=group, **rest)
+    def gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if async_op or not _uneven(tensor_list):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
         tensor_list[dist.get_rank(group)].copy_(tensor)
         for rank, part in enumerate(tensor_list):
             dist.broadcast(part, group=group, group_src=rank)
@@ -42,13 +44,18 @@ def _one_by_one_where_uneven(all_gather: Callable[..., Any]) -> Callable[..., An
 
 def _reduced_one_by_one_where_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(reduce_scatter)
-    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], *rest: Any, **named: Any) -> Any:
-        if rest or named.get("async_op") or not _uneven(input_list):
-            return reduce_scatter(output, input_list, *rest, **named)
-        group = named.pop("group", None)
+    def scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if async_op or not _uneven(input_list):
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
         for rank, part in enumerate(input_list):
             mine = part.clone()  # A reduction leaves anything in the ranks that do not receive it.
-            dist.reduce(mine, group=group, group_dst=rank, **named)
+            dist.reduce(mine, op=op, group=group, group_dst=rank)
             if rank == dist.get_rank(group):
                 output.copy_(mine)
         return None
