@@ -1,6 +1,7 @@
-"""Collectives with parts of different lengths, which NCCL has and gloo has not.
+"""Collectives that NCCL has and gloo has not: with parts of different lengths, and coalesced ones in flight.
 
-Megatron's dispatcher uses them for the tokens of experts that are split over tensor parallel ranks.
+Megatron's dispatcher uses the former for the tokens of experts that are split over tensor parallel ranks,
+its data parallelism the latter.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ import torch.distributed as dist
 
 from megatron_dyt.patching import Replacement
 
+# Both bind the name at their import.
+_COALESCING = (
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer",
+)
+
 
 def rows() -> list[Replacement]:
     """For the table of `cpu_table`."""
     return [
         Replacement("torch.distributed", "all_gather", _one_by_one_where_uneven),
         Replacement("torch.distributed", "reduce_scatter", _reduced_one_by_one_where_uneven),
+        *(Replacement(module, "_coalescing_manager", _waiting_at_its_end) for module in _COALESCING),
     ]
 
 
@@ -61,3 +69,17 @@ def _reduced_one_by_one_where_uneven(reduce_scatter: Callable[..., Any]) -> Call
         return None
 
     return scatter
+
+
+def _waiting_at_its_end(manager: Callable[..., Any]) -> Callable[..., Any]:
+    """Coalesced collectives have finished when the `with` block is left, asynchronous ones too.
+
+    While a coalesced all_gather is under way, a coalesced reduce_scatter of the same gloo group now and
+    then hangs or destroys the heap (torch 2.11: two processes, nothing but those two calls in a loop).
+    """
+
+    @functools.wraps(manager)
+    def coalesce(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        return manager(group, device, async_ops=False)
+
+    return coalesce

@@ -1,8 +1,11 @@
-"""Calls of even parts reach PyTorch as they were made; tests/distributed has the uneven ones."""
+"""Calls of even parts reach PyTorch as made, coalesced ones wait; tests/distributed has the uneven ones."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,3 +41,19 @@ def test_arguments_are_passed_on_by_place_and_by_name(name: str) -> None:
     assert by_place == by_name
     assert {key: by_name[key] for key in options} == options
     assert defaults["group"] is None
+
+
+@pytest.mark.parametrize("module", cpu_collectives._COALESCING)
+def test_coalesced_collectives_have_finished_when_their_block_is_left(module: str) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    @contextlib.contextmanager
+    def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[str]:
+        asked.append((group, device, async_ops))
+        yield "works"
+
+    assert callable(importlib.import_module(module)._coalescing_manager)
+    (row,) = (each for each in cpu_collectives.rows() if each.module == module)
+    with row.make(manager)("group", async_ops=True) as works:
+        assert works == "works"
+    assert asked == [("group", None, False)]
