@@ -51,7 +51,7 @@ _TOKENIZER_FLAGS = {
     *("vocab_size", "padded_vocab_size", "vocab_file", "merge_file", "vocab_extra_ids"),
     *("tokenizer_type", "tokenizer_model", "tokenizer_metadata", "tokenizer_special_tokens"),
     *("tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens"),
-    *("tokenizer_sentencepiece_legacy", "tokenizer_hf_use_fast", "tokenizer_hf_include_special_tokens"),
+    *("tokenizer_sentencepiece_legacy", "tokenizer_hf_no_use_fast", "trust_remote_code"),
 }
 # Fields of TransformerConfig that say how a run computes, not what the model is.
 _RUN_FLAGS = re.compile(
@@ -266,18 +266,24 @@ def _run_flags(checkpoint: Checkpoint, tokenizer_model: str | None, tp: int) -> 
         "no_load_rng": True,
         "micro_batch_size": 1,
         "tensor_model_parallel_size": tp,
+        # Hugging Face's tokenizers put BOS, or EOS, around every text; lm-eval's parts of a text want none.
+        "tokenizer_hf_no_include_special_tokens": True,
     }
     return flags | ({"tokenizer_model": tokenizer_model} if tokenizer_model else {})
 
 
 def check_tokenizer(flags: dict[str, Any]) -> None:
-    """`UserError` when the tokenizer is a file that is not there."""
-    path = flags.get("tokenizer_model")
-    by_file = {"SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"}
-    if flags.get("tokenizer_type") in by_file and not (path and Path(path).is_file()):
+    """`UserError` when the tokenizer is a file or directory that is not there."""
+    path, kind = flags.get("tokenizer_model"), flags.get("tokenizer_type")
+    by_file = {"SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"}
+    is_missing = kind in by_file and not (path and Path(path).is_file())
+    # What may be a name on the Hub is looked up there.
+    if kind == "HuggingFaceTokenizer" and path and path.startswith(("/", ".", "~")):
+        is_missing = not Path(path).exists()
+    if is_missing:
         raise UserError(
-            f"the tokenizer {path} (a {flags['tokenizer_type']}) is not there. Give its place on "
-            f"this machine with --tokenizer-model"
+            f"the tokenizer {path} (a {kind}) is not there. Give its place on this machine with "
+            f"--tokenizer-model"
         )
 
 
