@@ -45,7 +45,8 @@ def choose(
     if not _divides_model(saved, tensor_parallel):
         raise UserError(
             f"--tensor-model-parallel-size {tensor_parallel} does not divide the model "
-            f"({saved.num_attention_heads} attention heads, {saved.padded_vocab_size} vocabulary rows); "
+            f"({saved.num_attention_heads} attention heads{_in_groups(saved)}, {saved.padded_vocab_size} "
+            f"vocabulary rows); "
             f"allowed with {processes} processes: {_listed(saved, processes)}"
         )
     return tensor_parallel
@@ -85,4 +86,19 @@ def _listed(saved: Namespace, processes: int) -> str:
 
 
 def _divides_model(saved: Namespace, tp: int) -> bool:
+    groups = _query_groups(saved)
+    # As Megatron's TransformerConfig: fewer groups than ranks are on several ranks each.
+    if groups % tp and tp % groups:
+        return False
     return saved.num_attention_heads % tp == 0 and saved.padded_vocab_size % tp == 0
+
+
+def _query_groups(saved: Namespace) -> int:
+    # Megatron reads the number only with the switch.
+    grouped = getattr(saved, "group_query_attention", False)
+    return int(saved.num_query_groups if grouped else saved.num_attention_heads)
+
+
+def _in_groups(saved: Namespace) -> str:
+    groups = _query_groups(saved)
+    return "" if groups == saved.num_attention_heads else f" in {groups} groups"

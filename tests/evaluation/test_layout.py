@@ -67,6 +67,22 @@ def test_what_cannot_work(world: pytest.MonkeyPatch, tp: int | None, pp: int, me
         choose(tp, pp)
 
 
+@pytest.mark.parametrize(("groups", "allowed"), [(3, "1"), (12, "1, 2, 4"), (4, "1, 2, 4, 8, 16")])
+def test_groups_of_attention_heads(world: pytest.MonkeyPatch, groups: int, allowed: str) -> None:
+    """A rank has whole groups, or a group is on several ranks: one number divides the other."""
+    model = Namespace(
+        num_attention_heads=48, group_query_attention=True, num_query_groups=groups, padded_vocab_size=512
+    )
+    with pytest.raises(UserError, match=rf"32 does not divide.*allowed here: {allowed}\."):
+        layout.choose(model, Path("nowhere"), 32)
+    if groups == 3:
+        with pytest.raises(UserError, match=r"does not divide the model \(48 attention heads in 3 groups, "):
+            layout.choose(model, Path("nowhere"), 2)
+    # Megatron's default for models without groups.
+    model.group_query_attention, model.num_query_groups = False, 1
+    assert layout.choose(model, Path("nowhere"), 16) == 16
+
+
 def test_too_few_processes(world: pytest.MonkeyPatch) -> None:
     on_gpus(world, 24, weights=140)
     with pytest.raises(UserError, match=r"140\.0 GB, too much for 16 processes with 24 GB"):
