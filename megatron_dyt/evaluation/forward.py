@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.attention import gpt_of
 from megatron_dyt.evaluation.batches import Row
 
@@ -112,3 +113,11 @@ class Forward:
         return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))[
             :, None
         ]
+
+
+def not_finite() -> UserError:
+    """For results of NaN or infinity, which lm-eval would count as an answer like any other."""
+    return UserError(
+        "the model's results are not finite (NaN or infinity): its weights are not, or it overflows in its "
+        "precision. Choose an iteration from before training failed with --ckpt-step"
+    )

@@ -10,7 +10,7 @@ import torch
 
 from megatron_dyt.data.progress import Progress
 from megatron_dyt.evaluation.batches import Item, flat_rows, plan_batches
-from megatron_dyt.evaluation.forward import Forward
+from megatron_dyt.evaluation.forward import Forward, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
 
 
@@ -71,6 +71,8 @@ class Generator:
             inputs = flat_rows([Item(list(rows[i]), [0]) for i in live])
             last = torch.tensor([len(row) - 1 for row in inputs])
             (logits,) = self.forward(inputs, (torch.arange(len(live)), last), _itself)
+            if not logits.isfinite().all():
+                raise not_finite()
             for row, row_logits in zip(live, logits, strict=True):
                 rows[row].append(_pick(row_logits, temperature, samplers[row]))
             live = [i for i in live if len(rows[i]) < max_length and not done(rows[i][starts[i] :])]

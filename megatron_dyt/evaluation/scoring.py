@@ -12,7 +12,7 @@ import torch
 from megatron_dyt.data.progress import Progress
 from megatron_dyt.evaluation.batches import Item, Row, batches_of, flat_rows, shared_rows
 from megatron_dyt.evaluation.cache import ResultCache, key_of
-from megatron_dyt.evaluation.forward import Forward
+from megatron_dyt.evaluation.forward import Forward, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
 
 DEFAULT_BATCH_TOKENS = 8192
@@ -50,7 +50,7 @@ class Scorer:
         self.cache = cache
 
     def score(self, items: Sequence[Item], what: str = "scoring") -> list[Score]:
-        """The `Score` of every item, in the items' order."""
+        """The `Score` of every item, in the items' order; `UserError` when one is not finite."""
         # One row an item: the log-probability, and 1 when every target is the likeliest token.
         table = torch.zeros(len(items), 2, dtype=torch.float64)
         keys = [key_of("score", *item) for item in items] if self.cache else []
@@ -103,6 +103,9 @@ class Scorer:
                 indices = [branch.item for batch in together for row in batch for branch in row.branches]
                 new = [places[i] for i in indices]
                 table[new] = self.ranks.sum(part[indices], self.forward.device)
+                # Of all ranks, so that none is left waiting for one that has stopped.
+                if not table[new].isfinite().all():
+                    raise not_finite()
                 yield new
 
     def _screen(self) -> TextIO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.forward import Forward
 from megatron_dyt.evaluation.generation import Generator
 from megatron_dyt.evaluation.ranks import Ranks
@@ -60,3 +61,13 @@ def test_ranks_share_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = parts
     assert not set(first) & set(second)
     assert [(first | second)[i] for i in range(3)] == whole
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_generates_nothing(temperature: float) -> None:
+    generator = toy_generator()
+    with torch.no_grad():
+        next(generator.forward.model.parameters())[5] = float("nan")
+    options = {"max_new": 2, "max_length": 50, "done": lambda new: False, "temperature": temperature}
+    with pytest.raises(UserError, match="not finite"):
+        generator.generate([[4, 5]], **options)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import forward, scoring
 from megatron_dyt.evaluation.batches import Item, shared_rows
-from megatron_dyt.evaluation.cache import ResultCache
+from megatron_dyt.evaluation.cache import ResultCache, key_of
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
 from megatron_dyt.evaluation.forward import Forward
 from megatron_dyt.evaluation.lm import MegatronDyTLM
@@ -116,6 +117,33 @@ def test_forward_passes_keep_to_the_budget() -> None:
     toy_scorer(60, model).score(random_items(TOY_VOCABULARY))
     assert max(rows * length for rows, length in model.shapes) <= 60
     assert len(model.shapes) < len(LENGTHS)
+
+
+@pytest.mark.parametrize("share", [None, 8])
+def test_a_model_of_nan_has_no_scores(tmp_path: Path, share: int | None) -> None:
+    """lm-eval would take the first choice of each question, and give an accuracy near chance."""
+    model = ToyModel()
+    with torch.no_grad():
+        model.embedding[5] = float("nan")
+    cache = ResultCache(tmp_path, "model")
+    scorer = toy_scorer(model=model, share=share, cache=cache)
+    items = [Item([4, 6], [7]), Item([4, 5], [7])]
+    with pytest.raises(UserError, match=r"not finite.*--ckpt-step"):
+        scorer.score(items)
+    assert scorer.score(items[:1])[0].logprob < 0
+    assert not cache.get([key_of("score", *items[1])])
+
+
+def test_ranks_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer requests than ranks: all of them still meet in the exchange of results."""
+    parts: list[torch.Tensor] = []
+    item = random_items(TOY_VOCABULARY)[1]
+    expected = torch.tensor([list(toy_scorer().score([item])[0])], dtype=torch.float64)
+    for ranks in ranks_one_after_the_other(monkeypatch, sum=lambda part: parts.append(part.clone())):
+        toy_scorer(ranks=ranks).score([item])
+    assert [part.shape for part in parts] == [(1, 2), (1, 2)]
+    torch.testing.assert_close(parts[0], expected)
+    assert not parts[1].any()
 
 
 @pytest.mark.parametrize("share", [None, 8])
