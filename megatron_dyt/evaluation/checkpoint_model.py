@@ -16,22 +16,17 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dyt.errors import UserError, describe
+from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import layout
-from megatron_dyt.evaluation.tokenizer_check import check_against_data, check_vocabulary
+from megatron_dyt.evaluation.checkpoint import READ_ERRORS, Checkpoint, damaged, find_checkpoint, saved_args
+from megatron_dyt.evaluation.tokenizer import TextTokenizer
+from megatron_dyt.evaluation.tokenizer_check import check_against_data, check_tokenizer, check_vocabulary
 from megatron_dyt.mcore import compat
 from megatron_dyt.runtime import dataset_helpers, launch, training_api
-
-if TYPE_CHECKING:
-    from megatron_dyt.evaluation.lm import TextTokenizer
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 # Flags of the model that are no fields of Megatron's TransformerConfig (megatron/training/
 # argument_utils.py reads them); its fields and those of TokenizerConfig are taken as they are.
@@ -59,17 +54,6 @@ _RUN_FLAGS = re.compile(
     "|distribute_saved|^fp[48]|^cp_comm|^attention_backend$|^init_model_with_meta_device$"
     "|^config_logger_dir$|^flash_decode$|^symmetric_ar_type$|^batch_invariant_mode$"
 )
-# What reading a damaged file may raise is anything; torch's own is no Exception.
-_READ_ERRORS = (Exception, CheckpointException)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One iteration of a Megatron torch_dist checkpoint: `root` is what --save was given."""
-
-    root: Path
-    iteration: int
-    directory: Path
 
 
 @dataclass(frozen=True)
@@ -139,91 +123,6 @@ def _quiet_megatron() -> Iterator[None]:
         raise
 
 
-# --- the checkpoint -------------------------------------------------------------------------------
-
-
-def find_checkpoint(load: str, step: int | None = None) -> Checkpoint:
-    """The iteration `step` (default: the latest) of `load`; `UserError` when there is none."""
-    root = Path(load)
-    if not root.is_dir():
-        raise UserError(
-            f"--load {load}: no such directory. Give the directory that training saved to (--save)"
-        )
-    directories = _iterations(root)
-    if step is None:
-        step = _latest(root, directories)
-    if step not in directories:
-        raise UserError(
-            f"--load {load}: iteration {step} is not there; found: {_listed(directories)}. "
-            f"Choose one of them with --ckpt-step"
-        )
-    return Checkpoint(root, step, directories[step])
-
-
-def _iterations(root: Path) -> dict[int, Path]:
-    found = {
-        int(path.name.removeprefix("iter_")): path
-        for path in root.glob("iter_*")
-        if path.name.removeprefix("iter_").isdigit()
-    }
-    return dict(sorted(found.items()))
-
-
-def _latest(root: Path, directories: dict[int, Path]) -> int:
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        hint = "Give the directory that training saved to (--save)"
-        if re.fullmatch(r"iter_\d+", root.name):
-            hint = f"Give --load {root.parent} --ckpt-step {int(root.name[5:])}"
-        elif directories:
-            hint = f"Choose one of its iterations with --ckpt-step: {_listed(directories)}"
-        raise UserError(f"--load {root}: no checkpoint there: {TRACKER} is missing. {hint}")
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise UserError(
-            f"{tracker} says {text!r}, not an iteration number. Choose an iteration with "
-            f"--ckpt-step; found: {_listed(directories)}"
-        )
-    return int(text)
-
-
-def _listed(directories: dict[int, Path]) -> str:
-    return ", ".join(map(str, directories)) or "none"
-
-
-def saved_args(checkpoint: Checkpoint) -> Namespace:
-    """The Megatron arguments that the training run stored in the checkpoint."""
-    from megatron.core import dist_checkpointing
-
-    where = checkpoint.directory
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(where)):
-        raise UserError(
-            f"{where} is not a torch_dist checkpoint (Megatron's --ckpt-format torch_dist, with a "
-            f"metadata.json): it is incomplete or of another format. Choose another iteration with "
-            f"--ckpt-step, or save with --ckpt-format torch_dist"
-        )
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(where))
-    except _READ_ERRORS as error:
-        raise _damaged(checkpoint, error) from error
-    if common.get("args") is None:
-        raise UserError(
-            f"{where} holds no arguments of the run that saved it, so its model is unknown. Save "
-            f"it with Megatron's training loop, which stores them"
-        )
-    return common["args"]
-
-
-def _damaged(checkpoint: Checkpoint, error: BaseException) -> UserError:
-    if isinstance(error, CheckpointException):
-        # Its own message is a traceback; each rank's failure is an (exception, stack) pair.
-        error = next((failure[0] for failure in error.failures.values()), error)
-    return UserError(
-        f"{checkpoint.directory} cannot be read ({describe(error)}). It is incomplete or damaged: "
-        f"choose another iteration with --ckpt-step, or copy it again"
-    )
-
-
 # --- flags ----------------------------------------------------------------------------------------
 
 
@@ -272,21 +171,6 @@ def _run_flags(checkpoint: Checkpoint, tokenizer_model: str | None, tp: int) -> 
     return flags | ({"tokenizer_model": tokenizer_model} if tokenizer_model else {})
 
 
-def check_tokenizer(flags: dict[str, Any]) -> None:
-    """`UserError` when the tokenizer is a file or directory that is not there."""
-    path, kind = flags.get("tokenizer_model"), flags.get("tokenizer_type")
-    by_file = {"SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"}
-    is_missing = kind in by_file and not (path and Path(path).is_file())
-    # What may be a name on the Hub is looked up there.
-    if kind == "HuggingFaceTokenizer" and path and path.startswith(("/", ".", "~")):
-        is_missing = not Path(path).exists()
-    if is_missing:
-        raise UserError(
-            f"the tokenizer {path} (a {kind}) is not there. Give its place on this machine with "
-            f"--tokenizer-model"
-        )
-
-
 # --- the model ------------------------------------------------------------------------------------
 
 
@@ -323,5 +207,5 @@ def _load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         checkpointing.load_checkpoint([model], None, None)
     except UserError:
         raise
-    except _READ_ERRORS as error:
-        raise _damaged(checkpoint, error) from error
+    except READ_ERRORS as error:
+        raise damaged(checkpoint, error) from error

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 # Built-in models register themselves only into an empty registry: theirs first, then ours.
 import lm_eval.models  # noqa: F401
@@ -29,33 +29,19 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.attention import MODES, gpt_of, share_contexts, why_not_shared
 from megatron_dyt.evaluation.batches import Item
 from megatron_dyt.evaluation.cache import ResultCache, key_of
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
 from megatron_dyt.evaluation.forward import Forward
 from megatron_dyt.evaluation.generation import Generator
 from megatron_dyt.evaluation.identity import result_identity
 from megatron_dyt.evaluation.ranks import Ranks
 from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Score, Scorer
+from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
 from megatron_dyt.runtime import device
 from megatron_dyt.runtime.report import say
-
-if TYPE_CHECKING:
-    from megatron_dyt.evaluation.checkpoint_model import LoadedModel
 
 _GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
 _LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
-
-
-class TextTokenizer(Protocol):
-    """What is used of Megatron's tokenizers."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos(self) -> int | None: ...
-    @property
-    def eod(self) -> int: ...
-    def tokenize(self, text: str) -> list[int]: ...
-    def detokenize(self, ids: list[int]) -> str: ...
 
 
 @register_model("megatron_dyt")
@@ -132,8 +118,6 @@ class MegatronDyTLM(TemplateLM):
             )
         chosen = (additional_config or {}).get("device")
         device.activate(["--device", chosen.partition(":")[0]] if chosen else [])
-        from megatron_dyt.evaluation.checkpoint_model import load_model
-
         loaded = load_model(**{name: arg_dict[name] for name in _LOAD_OPTIONS if name in arg_dict})
         return cls.of(loaded, **{name: arg_dict[name] for name in _RUN_OPTIONS if name in arg_dict})
 
@@ -283,15 +267,6 @@ class MegatronDyTLM(TemplateLM):
     @property
     def _is_silent(self) -> bool:
         return not self.scorer.ranks.reports
-
-
-def prefix_token(tokenizer: TextTokenizer) -> int:
-    """The tokenizer's BOS, or its end-of-document token when it has none."""
-    try:
-        bos = tokenizer.bos
-    except (AttributeError, NotImplementedError):
-        bos = None
-    return tokenizer.eod if bos is None or bos < 0 else bos
 
 
 def _hidden_size_to_share(model: Any, mode: str) -> int | None:

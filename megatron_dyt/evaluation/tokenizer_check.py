@@ -12,6 +12,24 @@ from megatron_dyt.runtime.dataset_manifest import TOKENIZER_KINDS, manifest_path
 
 # Megatron's flags that name data sets, with weights among them.
 _DATA = ("data_path", "train_data_path", "valid_data_path")
+# Kinds whose tokenizer is one file.
+_BY_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+
+
+def check_tokenizer(flags: dict[str, Any]) -> None:
+    """`UserError` when the tokenizer is a file or directory that is not there."""
+    path, kind = flags.get("tokenizer_model"), flags.get("tokenizer_type")
+    if kind in _BY_FILE:
+        is_there = path is not None and Path(path).is_file()
+    elif kind == "HuggingFaceTokenizer" and not str(path).startswith(("/", ".", "~")):
+        is_there = True  # It may be a name on the Hub, where Megatron looks.
+    else:
+        is_there = not path or Path(path).exists()
+    if not is_there:
+        raise UserError(
+            f"the tokenizer {path} (a {kind}) is not there. Give its place on this machine with "
+            f"--tokenizer-model"
+        )
 
 
 def check_vocabulary(size: int, saved: Namespace, path: str | None, directory: Path) -> None:

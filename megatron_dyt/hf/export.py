@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.evaluation.checkpoint_model import Checkpoint, find_checkpoint, saved_args
+from megatron_dyt.evaluation.checkpoint import Checkpoint, find_checkpoint, saved_args
 from megatron_dyt.hf import mapping, modeling_llama_dyt
 from megatron_dyt.hf.config import MODELING_FILE, hf_config
 from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, Part, hf_parts

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.evaluation.checkpoint_model import TRACKER
+from megatron_dyt.evaluation.checkpoint import TRACKER
 from megatron_dyt.hf.mapping import (
     EMBEDDING,
     EMBEDDING_SCALE,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dyt.errors import UserError, describe
-from megatron_dyt.evaluation.checkpoint_model import check_tokenizer
+from megatron_dyt.evaluation.tokenizer_check import check_tokenizer
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # What a conversion gets wrong shows in spaces, digits, line ends, bytes outside the vocabulary, and scripts.

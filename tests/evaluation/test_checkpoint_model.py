@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dyt.data import train_tokenizer
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import checkpoint_model
-from megatron_dyt.evaluation.checkpoint_model import find_checkpoint, load_model
+from megatron_dyt.evaluation.checkpoint import TRACKER, find_checkpoint
+from megatron_dyt.evaluation.checkpoint_model import load_model
 
 from .conftest import SEQUENCE, TEXT, VOCABULARY, Trained
 
@@ -84,10 +85,10 @@ def test_find_checkpoint_with_a_bad_tracker(tmp_path: Path) -> None:
     (tmp_path / "iter_0000007").mkdir()
     with pytest.raises(UserError, match="with --ckpt-step: 7"):
         find_checkpoint(str(tmp_path))
-    (tmp_path / checkpoint_model.TRACKER).write_text("half")
+    (tmp_path / TRACKER).write_text("half")
     with pytest.raises(UserError, match=r"'half'.*found: 7"):
         find_checkpoint(str(tmp_path))
-    (tmp_path / checkpoint_model.TRACKER).write_text("8")
+    (tmp_path / TRACKER).write_text("8")
     with pytest.raises(UserError, match="iteration 8 is not there; found: 7"):
         find_checkpoint(str(tmp_path))
 

@@ -17,8 +17,9 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import lm as lm_module
 from megatron_dyt.evaluation.cache import ResultCache
 from megatron_dyt.evaluation.forward import Forward
-from megatron_dyt.evaluation.lm import MegatronDyTLM, prefix_token
+from megatron_dyt.evaluation.lm import MegatronDyTLM
 from megatron_dyt.evaluation.scoring import Scorer
+from megatron_dyt.evaluation.tokenizer import prefix_token
 
 from .conftest import Trained
 from .toy import BOS, EOD, VOCABULARY, ToyModel, ToyTokenizer, naive_score

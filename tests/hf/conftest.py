@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_dyt.data import train_tokenizer
-from megatron_dyt.evaluation.checkpoint_model import Checkpoint
+from megatron_dyt.evaluation.checkpoint import Checkpoint
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
 PADDED = 64

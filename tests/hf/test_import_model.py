@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.checkpoint_model import find_checkpoint, load_model, saved_args
+from megatron_dyt.evaluation.checkpoint import find_checkpoint, saved_args
+from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.import_model import import_model, main
 from megatron_dyt.hf.modeling_llama_dyt import LlamaDyTConfig, LlamaDyTForCausalLM

@@ -1,0 +1,108 @@
+"""Which iteration of a torch_dist checkpoint is meant, and the arguments that are stored in it."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dyt.errors import UserError, describe
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# What reading a damaged file may raise is anything; torch's own is no Exception.
+READ_ERRORS = (Exception, CheckpointException)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One iteration of a Megatron torch_dist checkpoint: `root` is what --save was given."""
+
+    root: Path
+    iteration: int
+    directory: Path
+
+
+def find_checkpoint(load: str, step: int | None = None) -> Checkpoint:
+    """The iteration `step` (default: the latest) of `load`; `UserError` when there is none."""
+    root = Path(load)
+    if not root.is_dir():
+        raise UserError(
+            f"--load {load}: no such directory. Give the directory that training saved to (--save)"
+        )
+    directories = _iterations(root)
+    if step is None:
+        step = _latest(root, directories)
+    if step not in directories:
+        raise UserError(
+            f"--load {load}: iteration {step} is not there; found: {_listed(directories)}. "
+            f"Choose one of them with --ckpt-step"
+        )
+    return Checkpoint(root, step, directories[step])
+
+
+def _iterations(root: Path) -> dict[int, Path]:
+    found = {
+        int(path.name.removeprefix("iter_")): path
+        for path in root.glob("iter_*")
+        if path.name.removeprefix("iter_").isdigit()
+    }
+    return dict(sorted(found.items()))
+
+
+def _latest(root: Path, directories: dict[int, Path]) -> int:
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        hint = "Give the directory that training saved to (--save)"
+        if re.fullmatch(r"iter_\d+", root.name):
+            hint = f"Give --load {root.parent} --ckpt-step {int(root.name[5:])}"
+        elif directories:
+            hint = f"Choose one of its iterations with --ckpt-step: {_listed(directories)}"
+        raise UserError(f"--load {root}: no checkpoint there: {TRACKER} is missing. {hint}")
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise UserError(
+            f"{tracker} says {text!r}, not an iteration number. Choose an iteration with "
+            f"--ckpt-step; found: {_listed(directories)}"
+        )
+    return int(text)
+
+
+def _listed(directories: dict[int, Path]) -> str:
+    return ", ".join(map(str, directories)) or "none"
+
+
+def saved_args(checkpoint: Checkpoint) -> Namespace:
+    """The Megatron arguments that the training run stored in the checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    where = checkpoint.directory
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(where)):
+        raise UserError(
+            f"{where} is not a torch_dist checkpoint (Megatron's --ckpt-format torch_dist, with a "
+            f"metadata.json): it is incomplete or of another format. Choose another iteration with "
+            f"--ckpt-step, or save with --ckpt-format torch_dist"
+        )
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(where))
+    except READ_ERRORS as error:
+        raise damaged(checkpoint, error) from error
+    if common.get("args") is None:
+        raise UserError(
+            f"{where} holds no arguments of the run that saved it, so its model is unknown. Save "
+            f"it with Megatron's training loop, which stores them"
+        )
+    return common["args"]
+
+
+def damaged(checkpoint: Checkpoint, error: BaseException) -> UserError:
+    """For an `error` among `READ_ERRORS` while `checkpoint` was read."""
+    if isinstance(error, CheckpointException):
+        # Its own message is a traceback; each rank's failure is an (exception, stack) pair.
+        error = next((failure[0] for failure in error.failures.values()), error)
+    return UserError(
+        f"{checkpoint.directory} cannot be read ({describe(error)}). It is incomplete or damaged: "
+        f"choose another iteration with --ckpt-step, or copy it again"
+    )
