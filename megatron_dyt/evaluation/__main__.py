@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer_model=options.tokenizer_model,
         tensor_parallel=options.tensor_model_parallel_size,
         pipeline_parallel=options.pipeline_model_parallel_size,
+        bos=options.bos,
     )
     lm = MegatronDyTLM.of(
         loaded,
@@ -90,6 +91,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--load", required=True, metavar="DIR", help="checkpoint: what training had as --save")
     add("--ckpt-step", type=_positive, metavar="N", help="iteration (default: the latest)")
     add("--tokenizer-model", metavar="FILE", help="tokenizer instead of the checkpoint's path")
+    add(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin contexts with BOS, not with an end of document (default: as the training data do, by "
+        "their manifest; BOS where that is not in reach)",
+    )
     add(
         "--tasks",
         required=True,

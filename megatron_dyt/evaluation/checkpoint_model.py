@@ -23,8 +23,13 @@ import torch
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import layout
 from megatron_dyt.evaluation.checkpoint import READ_ERRORS, Checkpoint, damaged, find_checkpoint, saved_args
-from megatron_dyt.evaluation.tokenizer import TextTokenizer
-from megatron_dyt.evaluation.tokenizer_check import check_against_data, check_tokenizer, check_vocabulary
+from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
+from megatron_dyt.evaluation.tokenizer_check import (
+    check_against_data,
+    check_tokenizer,
+    check_vocabulary,
+    documents_begin_with_bos,
+)
 from megatron_dyt.mcore import compat
 from megatron_dyt.runtime import dataset_helpers, launch, training_api
 
@@ -58,18 +63,24 @@ _RUN_FLAGS = re.compile(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model in eval mode on its device, its tokenizer, and where they come from."""
+    """The model in eval mode on its device, its tokenizer, and where they come from.
+
+    `prefix_token` is what documents began with in training, as far as that is known.
+    """
 
     model: torch.nn.Module
     tokenizer: TextTokenizer
     args: Namespace
     checkpoint: Checkpoint
+    prefix_token: int
 
     def __str__(self) -> str:
         layout = f"{self.args.tensor_model_parallel_size} x {self.args.data_parallel_size} processes"
+        begin = "an end of document" if self.prefix_token == self.tokenizer.eod else "BOS"
         return (
             f"{self.checkpoint.directory}: {self.args.normalization} model, {layout} (tensor x data "
-            f"parallel), sequences of {self.args.seq_length}, tokenizer {self.args.tokenizer_model}"
+            f"parallel), sequences of {self.args.seq_length}, tokenizer {self.args.tokenizer_model}, "
+            f"contexts begin with {begin}"
         )
 
 
@@ -80,13 +91,16 @@ def load_model(
     tokenizer_model: str | None = None,
     tensor_parallel: int | None = None,
     pipeline_parallel: int = 1,
+    bos: bool | None = None,
 ) -> LoadedModel:
     """The model of checkpoint directory `load`, at `ckpt_step` or the latest iteration.
 
     `tokenizer_model` replaces the tokenizer's path stored in the checkpoint; the parallel sizes are those
-    of `layout.choose`. Sets up Megatron in this process (which torchrun may have started): choose the
-    device first, with `runtime.device`. Raises `UserError` for a checkpoint that is missing, damaged or
-    not of the model it states, for another tokenizer than its own, and for a layout that does not fit.
+    of `layout.choose`. `bos` says whether contexts begin with BOS, or else with an end of document; None
+    asks the manifests of the training data, and takes BOS where they are not in reach. Sets up Megatron in
+    this process (which torchrun may have started): choose the device first, with `runtime.device`. Raises
+    `UserError` for a checkpoint that is missing, damaged or not of the model it states, for another
+    tokenizer than its own, and for a layout that does not fit.
     """
     import megatron_dyt
 
@@ -105,7 +119,9 @@ def load_model(
         check_vocabulary(tokenizer.vocab_size, saved, args.tokenizer_model, checkpoint.directory)
         model = build(args)
         _load_weights(model, checkpoint)
-    return LoadedModel(model.eval(), tokenizer, args, checkpoint)
+    if bos is None:
+        bos = documents_begin_with_bos(saved)
+    return LoadedModel(model.eval(), tokenizer, args, checkpoint, prefix_token(tokenizer, bos is not False))
 
 
 @contextlib.contextmanager

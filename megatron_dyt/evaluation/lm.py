@@ -40,7 +40,7 @@ from megatron_dyt.runtime import device
 from megatron_dyt.runtime.report import say
 
 _GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
-_LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel")
+_LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel", "bos")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
 
 
@@ -48,17 +48,19 @@ _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
 class MegatronDyTLM(TemplateLM):
     """Scores lm-eval's requests with `scorer`; texts of more than `max_length` tokens are windowed.
 
-    Contexts start with the tokenizer's BOS, as documents did in training, or with its
-    end-of-document token when it has no BOS.
+    Contexts start with `prefix`: by default the tokenizer's BOS, or its end-of-document token when it has
+    no BOS.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: TextTokenizer, *, max_length: int) -> None:
+    def __init__(
+        self, scorer: Scorer, tokenizer: TextTokenizer, *, max_length: int, prefix: int | None = None
+    ) -> None:
         super().__init__()
         self.scorer = scorer
         self.generator = Generator(scorer.forward, batch_tokens=scorer.batch_tokens, ranks=scorer.ranks)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._prefix_token = prefix_token(tokenizer)
+        self._prefix_token = prefix_token(tokenizer) if prefix is None else prefix
         # A document's requests follow each other and repeat its context.
         self._tokens = functools.lru_cache(maxsize=64)(lambda text: tuple(tokenizer.tokenize(text)))
 
@@ -99,7 +101,8 @@ class MegatronDyTLM(TemplateLM):
             share=_hidden_size_to_share(loaded.model, mode),
             cache=_open_cache(cache, loaded, ranks),
         )
-        return cls(scorer, loaded.tokenizer, max_length=_checked_length(max_length, loaded))
+        length = _checked_length(max_length, loaded)
+        return cls(scorer, loaded.tokenizer, max_length=length, prefix=loaded.prefix_token)
 
     @classmethod
     def create_from_arg_obj(

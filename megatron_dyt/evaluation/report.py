@@ -50,6 +50,7 @@ def make_report(
             "tokenizer_model": loaded.args.tokenizer_model,
             "seq_length": loaded.args.seq_length,
         },
+        "prefix_token": loaded.prefix_token,
         "versions": _versions(),
         "command": shlex.join(["python", "-m", "megatron_dyt.evaluation", *argv]),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

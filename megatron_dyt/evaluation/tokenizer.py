@@ -18,10 +18,10 @@ class TextTokenizer(Protocol):
     def detokenize(self, ids: list[int]) -> str: ...
 
 
-def prefix_token(tokenizer: TextTokenizer) -> int:
-    """The tokenizer's BOS, or its end-of-document token when it has none."""
+def prefix_token(tokenizer: TextTokenizer, bos: bool = True) -> int:
+    """What contexts begin with: the tokenizer's BOS; its end-of-document token without one or `bos`."""
     try:
-        bos = tokenizer.bos
+        begin = tokenizer.bos if bos else None
     except (AttributeError, NotImplementedError):
-        bos = None
-    return tokenizer.eod if bos is None or bos < 0 else bos
+        begin = None
+    return tokenizer.eod if begin is None or begin < 0 else begin

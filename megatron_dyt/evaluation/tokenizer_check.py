@@ -60,8 +60,8 @@ def check_against_data(saved: Namespace, path: str | None) -> None:
         return
     for prefix in _data_prefixes(saved):
         manifest = manifest_path(Path(prefix))
-        trained = _stated_hash(read_json(manifest))
-        if trained not in (None, own):
+        trained = _stated(read_json(manifest), "made_from", "tokenizer", "sha256")
+        if isinstance(trained, str) and trained != own:
             raise UserError(
                 f"the tokenizer {path} (SHA-256 {own[:12]}…) is not the one that the training data was "
                 f"made with ({trained[:12]}…, says {manifest}). Give that one with --tokenizer-model"
@@ -74,13 +74,21 @@ def tokenizer_hash(saved: Namespace, path: str | None) -> str | None:
     return tokenizer_sha256(kind, path) if kind and path else None
 
 
+def documents_begin_with_bos(saved: Namespace) -> bool | None:
+    """Whether the training data have BOS, by the manifests that are in reach; None where none says."""
+    manifests = [read_json(manifest_path(Path(prefix))) for prefix in _data_prefixes(saved)]
+    stated = [_stated(manifest, "made_from", "bos") for manifest in manifests]
+    known = [value for value in stated if isinstance(value, bool)]
+    return any(known) if known else None
+
+
 def _data_prefixes(saved: Namespace) -> list[str]:
     words = [word for name in _DATA for word in getattr(saved, name, None) or []]
     return [str(word) for word in words]
 
 
-def _stated_hash(manifest: Any) -> str | None:
-    """Of a data set's manifest; None where there is none, or another tool's."""
-    for name in ("made_from", "tokenizer", "sha256"):
+def _stated(manifest: Any, *names: str) -> Any:
+    """What is under `names` in a data set's manifest; None where there is none, or another tool's."""
+    for name in names:
         manifest = manifest.get(name) if isinstance(manifest, dict) else None
-    return manifest if isinstance(manifest, str) else None
+    return manifest

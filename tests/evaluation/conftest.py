@@ -93,3 +93,9 @@ def forget_megatron() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     cpu.disable()
+
+
+def restart() -> None:
+    """Megatron as in a new process, once more."""
+    forget_megatron()
+    cpu.enable()

@@ -23,7 +23,7 @@ from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.paper import TASKS
 from megatron_dyt.runtime import cpu
 
-from .conftest import SEQUENCE, TEXT, Trained, forget_megatron
+from .conftest import SEQUENCE, TEXT, Trained, forget_megatron, restart
 from .task_data import write_all
 
 Train = Callable[[str], Trained]
@@ -111,6 +111,7 @@ def test_evaluates_a_checkpoint(
     entry.main(argv)
     report = json.loads(output.read_text())
     assert list(output.parent.iterdir()) == [output]
+    assert report["prefix_token"] == 1
     assert report["checkpoint"]["iteration"] == 4
     assert report["checkpoint"]["normalization"] == norm
     assert set(report["versions"]) == {"lm_eval", "torch", "megatron_core", "megatron_dyt"}
@@ -238,11 +239,6 @@ def test_the_paper_s_tasks_from_local_files(
     restart()
     flat = paper_run(trained("DyT"), task_data, tmp_path / "flat.json", "--mode", "flat")
     assert flat["results"] == approximately(shared["results"])
-
-
-def restart() -> None:
-    forget_megatron()
-    cpu.enable()
 
 
 def approximately(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,11 @@ import pytest
 
 from megatron_dyt.data.files import sha256
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.tokenizer_check import check_against_data, check_vocabulary
+from megatron_dyt.evaluation.tokenizer_check import (
+    check_against_data,
+    check_vocabulary,
+    documents_begin_with_bos,
+)
 
 SAVED = Namespace(
     padded_vocab_size=512,
@@ -64,3 +68,18 @@ def test_nothing_is_known(tmp_path: Path, manifest: str) -> None:
     check_against_data(Namespace(tokenizer_type=KIND, data_path=None), str(model))
     check_against_data(Namespace(tokenizer_type="NullTokenizer"), str(model))
     check_against_data(Namespace(), None)
+
+
+def test_whether_documents_begin_with_bos(tmp_path: Path) -> None:
+    for name, made_from in {"with": {"bos": True}, "without": {"bos": False}, "other": {}}.items():
+        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"made_from": made_from}))
+
+    def answer(*names: str) -> bool | None:
+        words = [word for name in names for word in ("1", str(tmp_path / name))]
+        return documents_begin_with_bos(Namespace(data_path=words, valid_data_path=None))
+
+    assert answer("with", "other") is True
+    assert answer("without", "gone") is False
+    # With BOS in some of the documents the model knows it.
+    assert answer("without", "with") is True
+    assert answer("other") is answer("gone") is answer() is None
