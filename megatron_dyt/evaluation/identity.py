@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import megatron_dyt
+from megatron_dyt.evaluation.tokenizer import TextTokenizer
 from megatron_dyt.evaluation.tokenizer_check import tokenizer_hash
 from megatron_dyt.runtime.checkpoint_crc import Item, checksums, stored_items
 
@@ -33,11 +34,15 @@ def _checksums(item: Item) -> str:
         return type(error).__name__
 
 
-def result_identity(saved: Namespace, directory: Path, tokenizer: str | None) -> dict[str, object]:
-    """All that the result of a request depends on, besides the request."""
+def result_identity(
+    saved: Namespace, directory: Path, path: str | None, tokenizer: TextTokenizer
+) -> dict[str, object]:
+    """All that the result of a request, which is tokens, depends on besides it; `path` is the tokenizer's."""
     return {
         "weights": weights_identity(directory),
-        "tokenizer": tokenizer_hash(saved, tokenizer) or tokenizer,
+        "tokenizer": tokenizer_hash(saved, path) or path,
+        # Not in the hash of a tokenizer.json, and some kinds have no hash.
+        "vocabulary": [tokenizer.vocab_size, tokenizer.eod],
         "tokenizer_type": getattr(saved, "tokenizer_type", None),
         "precision": [bool(getattr(saved, name, False)) for name in ("bf16", "fp16")],
         "megatron_dyt": megatron_dyt.__version__,

@@ -304,7 +304,8 @@ def _open_cache(directory: str | Path | None, loaded: LoadedModel, ranks: Ranks)
     if directory is None:
         return None
     args, checkpoint = loaded.args, loaded.checkpoint
-    cache = ResultCache(Path(directory), result_identity(args, checkpoint.directory, args.tokenizer_model))
+    identity = result_identity(args, checkpoint.directory, args.tokenizer_model, loaded.tokenizer)
+    cache = ResultCache(Path(directory), identity)
     if ranks.reports:
         cache.check()
     return cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_dyt.evaluation.identity import result_identity, weights_identity
 
 from .conftest import Trained
+from .toy import ToyTokenizer
 
 
 def test_identity_is_of_the_weights(trained: Callable[[str], Trained], tmp_path: Path) -> None:
@@ -30,7 +31,21 @@ def test_identity_is_of_the_tokenizer_too(trained: Callable[[str], Trained], tmp
     one.write_bytes(b"1")
     same.write_bytes(b"1")
     other.write_bytes(b"2")
-    identities = [result_identity(saved, directory, str(path)) for path in (one, same, other)]
+    tokenizer = ToyTokenizer()
+    identities = [result_identity(saved, directory, str(path), tokenizer) for path in (one, same, other)]
     assert identities[0] == identities[1] != identities[2]
-    assert result_identity(Namespace(bf16=True, **kind), directory, str(one)) != identities[0]
-    assert result_identity(saved, directory, None)["tokenizer"] is None
+    assert result_identity(Namespace(bf16=True, **kind), directory, str(one), tokenizer) != identities[0]
+    assert result_identity(saved, directory, None, tokenizer)["tokenizer"] is None
+
+
+def test_identity_is_of_what_the_tokenizer_s_file_does_not_say(
+    trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    """Where an answer ends and how large the vocabulary is, which may be in other files or have no hash."""
+    saved, directory = Namespace(tokenizer_type="TikTokenizer"), trained("DyT").directory / "iter_0000004"
+    tokenizer = ToyTokenizer()
+    first = result_identity(saved, directory, "name", tokenizer)
+    tokenizer.eod = 5
+    second = result_identity(saved, directory, "name", tokenizer)
+    tokenizer.vocab_size += 1
+    assert first != second != result_identity(saved, directory, "name", tokenizer)
