@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import random
 import sys
 import time
@@ -77,13 +78,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.tasks:
         raise UserError("--tasks names no task; give lm-eval tasks, separated by commas")
-    if options.output.is_dir():
-        raise UserError(f"--output {options.output} is a directory; give a file name in it")
+    _check_output(options.output)
     for name in ("include_path", "task_data"):
         directory = getattr(options, name)
         if directory and not Path(directory).is_dir():
             raise UserError(f"--{name.replace('_', '-')} {directory}: no such directory")
     return options
+
+
+def _check_output(path: Path) -> None:
+    """What would fail with the results in hand, on the process that writes them."""
+    if path.is_dir():
+        raise UserError(f"--output {path} is a directory; give a file name in it")
+    if os.environ.get("RANK", "0") != "0":
+        return
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"--output {path}: {above} is not a directory; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: nothing can be written in {above}; choose another place")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

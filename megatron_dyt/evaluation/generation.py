@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from megatron_dyt.data.progress import Progress
+from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.batches import Item, flat_rows, plan_batches
 from megatron_dyt.evaluation.forward import Forward, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
+
+_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """`UserError` for what a task's `generation_kwargs`, as lm-eval normalizes them, ask for in vain."""
+    unknown = sorted(set(given) - _OPTIONS)
+    if unknown:
+        raise UserError(
+            f"the task asks for generation options {', '.join(unknown)}, which are not supported; allowed: "
+            f"{', '.join(sorted(_OPTIONS))}. Leave the task out or change its generation_kwargs"
+        )
+    if given.get("temperature", 0.0) < 0 or (given["do_sample"] and "temperature" not in given):
+        raise UserError(
+            "the task samples (do_sample) without a positive temperature; give it one in its "
+            "generation_kwargs, or leave do_sample out for the likeliest tokens"
+        )
 
 
 class Generator:

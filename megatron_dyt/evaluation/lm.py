@@ -31,7 +31,7 @@ from megatron_dyt.evaluation.batches import Item
 from megatron_dyt.evaluation.cache import ResultCache, key_of
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
 from megatron_dyt.evaluation.forward import Forward
-from megatron_dyt.evaluation.generation import Generator
+from megatron_dyt.evaluation.generation import Generator, check_options
 from megatron_dyt.evaluation.identity import result_identity
 from megatron_dyt.evaluation.ranks import Ranks
 from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Score, Scorer
@@ -39,7 +39,6 @@ from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
 from megatron_dyt.runtime import device
 from megatron_dyt.runtime.report import say
 
-_GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
 _LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel", "bos")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
 
@@ -218,13 +217,7 @@ class MegatronDyTLM(TemplateLM):
 
     def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
         settings = normalize_gen_kwargs(options)
-        unknown = sorted(set(settings) - _GENERATION_OPTIONS)
-        if unknown:
-            raise UserError(
-                f"the task asks for generation options {', '.join(unknown)}, which are not "
-                f"supported; allowed: {', '.join(sorted(_GENERATION_OPTIONS))}. Leave the task out "
-                f"or change its generation_kwargs"
-            )
+        check_options(settings)
         max_new, stops = settings["max_gen_toks"], settings["until"]
         # A long prompt leaves room for the answer, or half the sequence where that is less.
         longest = self.max_length - min(max_new, self.max_length // 2)

@@ -46,6 +46,8 @@ def _load(manager: Any, names: list[str]) -> Any:
     except UserError:
         raise
     except Exception as error:
+        if "Duplicate task" in str(error):
+            raise UserError(f"--tasks {','.join(names)} has a task more than once ({error})") from error
         causes = {type(cause).__name__ for cause in _chain(error)}
         if not causes & set(_NO_DATA):
             raise

@@ -166,6 +166,17 @@ def test_checkpoint_of_the_other_norm(
         load_model(str(trained("RMSNorm").directory))
 
 
+def test_padded_vocabulary_is_the_checkpoint_s(
+    trained: Train, fresh_megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what Megatron would pad to at this tensor parallelism."""
+    flags, multiple = checkpoint_model.model_flags, {"make_vocab_size_divisible_by": 1024}
+    monkeypatch.setattr(checkpoint_model, "model_flags", lambda saved: flags(saved) | multiple)
+    loaded = load_model(str(trained("DyT").directory))
+    assert loaded.args.padded_vocab_size == 512
+    assert loaded.tokenizer.vocab_size == VOCABULARY
+
+
 def test_missing_tokenizer(trained: Train, fresh_megatron: None) -> None:
     with pytest.raises(UserError, match=r"nowhere.model.*--tokenizer-model"):
         load_model(str(trained("DyT").directory), tokenizer_model="nowhere.model")

@@ -160,6 +160,15 @@ def test_unknown_generation_option() -> None:
         generate(toy_lm(), ["abc"], until=[], top_p=0.9)
 
 
+@pytest.mark.parametrize("temperature", [{}, {"temperature": -1.0}])
+def test_sampling_at_no_temperature(temperature: dict[str, float]) -> None:
+    """To sample without saying how would be greedy, in silence."""
+    with pytest.raises(UserError, match="positive temperature"):
+        generate(toy_lm(), ["abc"], until=[], do_sample=True, **temperature)
+    greedy = generate(toy_lm(64), ["abc"], until=[], max_gen_toks=4)
+    assert generate(toy_lm(64), ["abc"], until=[], max_gen_toks=4, do_sample=True, temperature=0) == greedy
+
+
 def test_tokenizer_without_bos() -> None:
     tokenizer = ToyTokenizer()
     assert prefix_token(tokenizer) == BOS

@@ -306,6 +306,7 @@ def test_processes_give_the_same_results(
         (["--tasks", "dyt_bits", "--ckpt-step", "9"], r"iteration 9 is not there"),
         (["--tasks", "dyt_bits", "--device", "tpu"], r"'tpu'.*auto, cpu, cuda"),
         (["--tasks", ","], r"--tasks"),
+        (["--tasks", "dyt_bits", "--output", f"{__file__}/o"], r"--output .*test_main.py is not a directory"),
     ],
 )
 def test_bad_input(
@@ -324,6 +325,17 @@ def test_bad_input(
     assert not output.exists()
 
 
+def test_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the evaluation, and by the process that writes alone: others may be on other machines."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    argv = ["--load", str(tmp_path / "nowhere"), "--tasks", "t", "--output", str(tmp_path / "new" / "o")]
+    with pytest.raises(UserError, match=rf"--output .*o: nothing can be written in {tmp_path}"):
+        entry.main(argv)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match=r"nowhere: no such directory"):
+        entry.main(argv)
+
+
 def without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Indexing lm-eval's own tasks takes seconds."""
     import lm_eval.tasks
@@ -336,6 +348,13 @@ def without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
             include_path=include_path, include_defaults=False
         ),
     )
+
+
+def test_task_that_is_named_twice(task_data: Path) -> None:
+    """By itself and in a group: lm-eval says so as a fault of its own."""
+    assert list(task_loading.load_tasks(["arc_easy", "arc_easy"], data=task_data)["tasks"]) == ["arc_easy"]
+    with pytest.raises(UserError, match=r"--tasks arc_easy,dyt_paper has a task more than once .*'arc_easy'"):
+        task_loading.load_tasks(["arc_easy", "dyt_paper"], data=task_data)
 
 
 def test_unknown_task_without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
