@@ -222,6 +222,7 @@ class MegatronDyTLM(TemplateLM):
         # A long prompt leaves room for the answer, or half the sequence where that is less.
         longest = self.max_length - min(max_new, self.max_length // 2)
         prompts = [self.tok_encode(text)[-longest:] for text in contexts]
+        ends = {self.eot_token_id, *self._special_tokens(stops)}
         temperature = settings.get("temperature", 0.0)
         # What is sampled depends on more than the prompt: it is not kept.
         keys = [key_of("generate", prompt, max_new, stops, self.max_length) for prompt in prompts]
@@ -231,7 +232,7 @@ class MegatronDyTLM(TemplateLM):
             [prompts[i] for i in todo],
             max_new=max_new,
             max_length=self.max_length,
-            done=lambda new: new[-1] == self.eot_token_id or self._has_stop(new, stops),
+            done=lambda new: new[-1] in ends or self._has_stop(new, stops),
             temperature=temperature,
             what="generate_until",
         )
@@ -252,6 +253,11 @@ class MegatronDyTLM(TemplateLM):
 
     def _answer(self, new: list[int], stops: list[str]) -> str:
         return postprocess_generated_text(self._text(new), stops, None)
+
+    def _special_tokens(self, stops: list[str]) -> list[int]:
+        """Those of `stops` that are special tokens: they leave no trace in a text."""
+        encoded = [self.tok_encode(stop, add_special_tokens=False) for stop in stops]
+        return [ids[0] for ids in encoded if len(ids) == 1 and not self.tokenizer.detokenize(ids)]
 
     def _has_stop(self, new: list[int], stops: list[str]) -> bool:
         text = self._text(new)

@@ -18,7 +18,8 @@ from megatron_dyt.evaluation.lm import MegatronDyTLM
 from .conftest import SEQUENCE, TEXT, forget_megatron
 from .toy import naive_score
 
-BOS = 0
+BOS, END = 0, 2
+SPECIAL = ["<s>", "</s>", "<|end|>"]
 
 
 @pytest.fixture(scope="session")
@@ -31,15 +32,15 @@ def tokenizer_directory(home: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=SPECIAL, initial_alphabet=alphabet)
     backend.train_from_iterator([TEXT], trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", 1)]
     )
     directory = home / "hugging_face"
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
-        directory
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:]
+    ).save_pretrained(directory)
     return directory
 
 
@@ -84,6 +85,23 @@ def test_only_one_bos_and_no_eos(checkpoint: Path, fresh_megatron: None) -> None
     (rolling,) = lm.loglikelihood_rolling([request("loglikelihood_rolling", "copyright owner")])
     assert rolling == pytest.approx(sum(each), abs=1e-4)
     assert is_greedy or not greedy
+
+
+def test_special_token_as_stop(
+    checkpoint: Path, fresh_megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not in the text of an answer, and ends it all the same."""
+    lm = MegatronDyTLM.of(load_model(str(checkpoint)), mode="flat")
+    words = lm.tok_encode("copyright owner", add_special_tokens=False)
+
+    def scripted(_prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        assert options["done"]([*words, END])
+        assert not options["done"](words)
+        return [[*words, END]]
+
+    monkeypatch.setattr(lm.generator, "generate", scripted)
+    asked = Instance("generate_until", {}, ("a", {"until": ["<|end|>"]}), 0, metadata=("task", 0, 1))
+    assert lm.generate_until([asked]) == ["copyright owner"]
 
 
 def test_tokenizer_that_is_not_there(checkpoint: Path, fresh_megatron: None) -> None:
