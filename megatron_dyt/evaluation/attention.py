@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_dyt.errors import UserError
+from megatron_dyt.runtime.report import say
+
 # How requests are computed: "shared" where they begin alike, "flat" each alone, "auto" shared if possible.
 MODES = ("auto", "shared", "flat")
 # Softmax attention without anything else in it; others keep their own and are not shared.
@@ -59,6 +62,26 @@ def gpt_of(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def hidden_size_to_share(model: Any, mode: str) -> int | None:
+    """Prepare `model` for shared contexts where `mode` and model allow it; its hidden size, else None.
+
+    `UserError` for a mode that there is not, and for "shared" with a model that does not allow it.
+    """
+    if mode not in MODES:
+        raise UserError(f"the mode {mode!r} was given; allowed are {', '.join(MODES)}")
+    if mode == "flat":
+        return None
+    model = gpt_of(model)
+    reason = why_not_shared(model)
+    if reason and mode == "shared":
+        raise UserError(f"contexts cannot be shared: {reason}. Use the mode flat, or auto")
+    if reason:
+        say(f"contexts are not shared: {reason}")
+        return None
+    share_contexts(model)
+    return int(model.config.hidden_size)
 
 
 def why_not_shared(model: Any) -> str | None:

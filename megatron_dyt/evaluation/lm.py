@@ -26,7 +26,7 @@ from lm_eval.utils import (
 )
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.attention import MODES, gpt_of, share_contexts, why_not_shared
+from megatron_dyt.evaluation.attention import hidden_size_to_share
 from megatron_dyt.evaluation.batches import Item
 from megatron_dyt.evaluation.cache import ResultCache, key_of
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
@@ -37,7 +37,6 @@ from megatron_dyt.evaluation.ranks import Ranks
 from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Score, Scorer
 from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
 from megatron_dyt.runtime import device
-from megatron_dyt.runtime.report import say
 
 _LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel", "bos")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
@@ -97,7 +96,7 @@ class MegatronDyTLM(TemplateLM):
             ),
             batch_tokens=batch_tokens,
             ranks=ranks,
-            share=_hidden_size_to_share(loaded.model, mode),
+            share=hidden_size_to_share(loaded.model, mode),
             cache=_open_cache(cache, loaded, ranks),
         )
         length = _checked_length(max_length, loaded)
@@ -269,23 +268,6 @@ class MegatronDyTLM(TemplateLM):
     @property
     def _is_silent(self) -> bool:
         return not self.scorer.ranks.reports
-
-
-def _hidden_size_to_share(model: Any, mode: str) -> int | None:
-    """Prepare `model` for shared contexts where `mode` and model allow it; its hidden size, else None."""
-    if mode not in MODES:
-        raise UserError(f"the mode {mode!r} was given; allowed are {', '.join(MODES)}")
-    if mode == "flat":
-        return None
-    model = gpt_of(model)
-    reason = why_not_shared(model)
-    if reason and mode == "shared":
-        raise UserError(f"contexts cannot be shared: {reason}. Use the mode flat, or auto")
-    if reason:
-        say(f"contexts are not shared: {reason}")
-        return None
-    share_contexts(model)
-    return int(model.config.hidden_size)
 
 
 def _checked_length(wanted: int | None, loaded: LoadedModel) -> int:
