@@ -6,14 +6,14 @@ nothing but x and the parameters is saved for backward: recomputing f(z) is chea
 more activation-sized buffer.
 
 torch.sigmoid is the fastest transcendental function that torch has on CPU (0.22 ns an element on one
-AVX-512 core, torch.tanh takes 2.2), and tanh(z) = 2 sigmoid(2z) - 1. RMSNorm's forward is four passes of
+AVX-512 core, torch.tanh takes 2.2), and tanh(z) = 1 - 2 sigmoid(-2z). RMSNorm's forward is four passes of
 multiplication and addition (0.33 ns), so there is no time for more.
 """
 
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,10 +28,10 @@ _aten = torch.ops.aten
 CHUNK_ELEMENTS = 1 << 19
 _MAX_CHUNK_THREADS = 8
 
-# 2 sigmoid(2z) - 1 is off by up to 1.6e-7 of tanh's range, however small z is; by 4e-8 root mean square. So
-# it serves where the mean of |z| in a typical row is at least this.
+# 1 - 2 sigmoid(-2z) is off by up to 1.6e-7 of tanh's range, however small z is; by 4e-8 root mean square. So
+# it serves where |z| is typically at least this, by a sample of so many rows and columns.
 _SIGMOID_MIN_Z = 1 / 32
-_SAMPLED_ROWS = 16
+_SAMPLED_ROWS, _SAMPLED_COLUMNS = 16, 64
 
 # oneDNN's tanh is as accurate as torch.tanh (relative error 8e-8) and 4x faster, but the conversion to
 # and from its tensors costs some 20 us a call.
@@ -107,13 +107,14 @@ def _value(function: str, z: Tensor) -> Tensor:
 
 
 def _sigmoid_suffices(x_rows: Tensor, a: float) -> bool:
-    """Whether |z| = |a x| is large enough for 2 sigmoid(2z) - 1, by a sample of rows.
+    """Whether |z| = |a x| is large enough for 1 - 2 sigmoid(-2z), by the median of a sample.
 
-    The median row: one token of huge activations must not speak for the others. No rows and NaN say no.
+    Not the mean: one token or channel of huge activations must not speak for the others. NaN and no rows
+    say no.
     """
-    sample = x_rows[:: 1 + x_rows.shape[0] // _SAMPLED_ROWS]
-    typical = torch.linalg.vector_norm(sample, 1, dim=-1, dtype=torch.float32).median().item()
-    return typical * abs(a) >= _SIGMOID_MIN_Z * x_rows.shape[1]
+    rows, columns = x_rows.shape
+    sample = x_rows[:: 1 + rows // _SAMPLED_ROWS, :: 1 + columns // _SAMPLED_COLUMNS]
+    return rows > 0 and sample.abs().median().item() * abs(a) >= _SIGMOID_MIN_Z
 
 
 def _chunk_rows(rows: int, hidden: int) -> int:
@@ -139,6 +140,22 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
+def _chunks(n: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same n rows of each, one after the other; tensors of no rows are one chunk."""
+    if tensors[0].shape[0] <= n:
+        return iter((tensors,))
+    return zip(*(t.split(n) for t in tensors), strict=True)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`; asking first is cheaper."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
 def _scalar(t: Tensor | None) -> float:
     return 0.0 if t is None else t.item()
 
@@ -156,24 +173,25 @@ def forward(
     dtype = reference.compute_dtype(x)
     hidden = x.shape[-1]
     a, s = _scalar(alpha), _scalar(shift)
-    w = weight.to(dtype)
-    b = None if bias is None else bias.to(dtype)
+    w = _as(weight, dtype)
+    b = None if bias is None else _as(bias, dtype)
     y = x.new_empty(x.shape) if out is None else out
     x_rows, y_rows = x.reshape(-1, hidden), y.view(-1, hidden)
     n = _chunk_rows(x_rows.shape[0], hidden)
     value: Callable[[Tensor], Tensor] = functools.partial(_value, function)
+    factor = 1.0
     if function == "tanh" and dtype == torch.float32 and _sigmoid_suffices(x_rows, a):
-        # weight * tanh(z) + bias = 2 weight * sigmoid(2z) + (bias - weight)
-        value, a, w, b = torch.sigmoid_, 2 * a, 2 * w, -w if b is None else b - w
+        # weight * tanh(z) + bias = (bias + weight) - 2 * weight * sigmoid(-2z)
+        value, a, b, factor = torch.sigmoid_, -2 * a, w if b is None else b + w, -2.0
     buffer = None if y.dtype == dtype else _workspace.take(1, n, hidden, dtype)[0]
-    for x_chunk, y_chunk in zip(x_rows.split(n), y_rows.split(n), strict=True):
+    for x_chunk, y_chunk in _chunks(n, x_rows, y_rows):
         z = y_chunk if buffer is None else buffer[: len(x_chunk)]
         _pre_activation(x_chunk, a, s, z)
         t = value(z)
         if b is None:
             torch.mul(t, w, out=y_chunk)
         else:
-            torch.addcmul(b, t, w, out=y_chunk)
+            torch.addcmul(b, t, w, value=factor, out=y_chunk)
     return y
 
 
@@ -194,44 +212,42 @@ def backward(
     hidden = x.shape[-1]
     a, s = _scalar(alpha), _scalar(shift)
     steps = _backward_steps(function)
-    w = weight.to(dtype) * steps.scale
+    w = _as(weight, dtype) * steps.scale
     wa = w * a
     x_rows, dy_rows = x.reshape(-1, hidden), dy.reshape(-1, hidden)
     dx = x.new_empty(x_rows.shape) if needs[0] else None
     # Over rows, of g * x, dy * f(z), dy and g: separate tensors, as an op's outputs may not alias.
-    sums = [x.new_zeros(hidden, dtype=dtype) if needed else None for needed in needs[1:]]
-    of_gx, of_value, of_dy, of_g = sums
+    of_gx = of_value = of_dy = of_g = None
 
     n = _chunk_rows(x_rows.shape[0], hidden)
     buffers = _workspace.take(3, n, hidden, dtype)
-    for start in range(0, x_rows.shape[0], n):
-        xc = x_rows[start : start + n].to(dtype)
-        dyc = dy_rows[start : start + n].to(dtype)
+    for x_chunk, dy_chunk, *dx_chunk in _chunks(n, x_rows, dy_rows, *([] if dx is None else [dx])):
+        xc, dyc = _as(x_chunk, dtype), _as(dy_chunk, dtype)
         state, g, product = buffers[:, : len(xc)]
         steps.prepare(xc, a, s, state)
         steps.slope(dyc, state, g)
-        if of_gx is not None:
-            of_gx += torch.mul(g, xc, out=product).sum(0)
-        if of_value is not None:
+        if needs[1]:
+            of_gx = _plus(of_gx, torch.mul(g, xc, out=product).sum(0))
+        if needs[2]:
             steps.weigh(dyc, xc, a, state, product)
-            of_value += product.sum(0)
-        if of_dy is not None:
-            of_dy += dyc.sum(0)
-        if of_g is not None:
-            of_g += g.sum(0)
-        if dx is not None:
-            torch.mul(g, wa, out=dx[start : start + n])
+            of_value = _plus(of_value, product.sum(0))
+        if needs[3]:
+            of_dy = _plus(of_dy, dyc.sum(0))
+        if needs[4]:
+            of_g = _plus(of_g, g.sum(0))
+        if dx_chunk:
+            torch.mul(g, wa, out=dx_chunk[0])
 
     gradients = [] if dx is None else [dx.view(x.shape)]
     if of_gx is not None:
-        dalpha = (of_gx * w).sum().reshape(1)
+        dalpha = torch.dot(of_gx, w).reshape(1)
         if not math.isfinite(dalpha.item()):
             # 0 * inf, from an infinite x where f is flat: the reference knows that its limit is 0.
             _, dalpha, *_ = reference.dyt_backward(
                 dy, x, alpha, weight, has_bias=False, function=function, shift=shift
             )
-        gradients.append(dalpha.to(alpha.dtype))
-    gradients += [t.to(weight.dtype) for t in (of_value, of_dy) if t is not None]
+        gradients.append(_as(dalpha, alpha.dtype))
+    gradients += [_as(t, weight.dtype) for t in (of_value, of_dy) if t is not None]
     if of_g is not None and shift is not None:
-        gradients.append((of_g * w).sum().reshape(1).to(shift.dtype))
+        gradients.append(_as(torch.dot(of_g, w).reshape(1), shift.dtype))
     return gradients

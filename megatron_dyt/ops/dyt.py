@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, choose_implementation
 from megatron_dyt.ops.checks import check_function, check_tensors
-from megatron_dyt.ops.library import Fork
+from megatron_dyt.ops.library import Dyt, DytResidual, Fork, is_observed
 
 
 def dyt(
@@ -39,7 +39,8 @@ def dyt(
     check_tensors(x, alpha, weight, bias, shift)
     check_function(function, shift)
     implementation = choose_implementation(backend, x.device, function, x.dtype)
-    y: Tensor = torch.ops.megatron_dyt.dyt.default(x, alpha, weight, bias, shift, function, implementation)
+    call = torch.ops.megatron_dyt.dyt.default if is_observed(x, weight) else Dyt.apply
+    y: Tensor = call(x, alpha, weight, bias, shift, function, implementation)
     return y
 
 
@@ -75,9 +76,8 @@ def dyt_residual(
     check_function(function, shift)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     implementation = choose_implementation(backend, x.device, function, dtype)
-    y, r = torch.ops.megatron_dyt.dyt_residual.default(
-        x, residual, alpha, weight, bias, shift, function, implementation
-    )
+    call = torch.ops.megatron_dyt.dyt_residual.default if is_observed(x, weight) else DytResidual.apply
+    y, r = call(x, residual, alpha, weight, bias, shift, function, implementation)
     return y, r
 
 

@@ -3,6 +3,9 @@
 `megatron_dyt::dyt`, `dyt_residual` and `dyt_backward` are opaque to torch.compile, and have fake
 (shape-only) versions for tracing. Only DyT's input (the sum, with a residual) and the parameters are
 saved for backward.
+
+An operation costs a call some 0.1 ms of Python, forward and backward, so it is used where something looks
+on (`is_observed`); elsewhere the same formulas run as plain autograd functions.
 """
 
 from collections.abc import Sequence
@@ -28,6 +31,16 @@ _library.define(
     "dyt_backward(Tensor dy, Tensor x, Tensor alpha, Tensor weight, Tensor? shift, str function,"
     " bool[] needs, str implementation, Tensor? dsum=None) -> Tensor[]"
 )
+
+
+def is_observed(*tensors: Tensor) -> bool:
+    """Whether operations on these are seen by torch.compile, a dispatch mode, functorch or a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 def _dyt_kernel(x: Tensor, *args: Any) -> Tensor:
@@ -91,11 +104,10 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None
 def dyt_gradients(ctx: Any, dy: Tensor, needs: list[bool], dsum: Tensor | None = None) -> list[Tensor | None]:
     """Gradients of DyT's input, alpha, weight, bias and shift; None where not needed."""
     x, alpha, weight, shift = ctx.saved_tensors
-    found = iter(
-        torch.ops.megatron_dyt.dyt_backward.default(
-            dy, x, alpha, weight, shift, ctx.function, needs, ctx.implementation, dsum
-        )
-    )
+    # With create_graph=True gradients are recorded, and the operation is what refuses that.
+    at_once = not torch.is_grad_enabled() and not is_observed(dy, x)
+    backward = _dyt_backward_kernel if at_once else torch.ops.megatron_dyt.dyt_backward.default
+    found = iter(backward(dy, x, alpha, weight, shift, ctx.function, needs, ctx.implementation, dsum))
     return [next(found) if needed else None for needed in needs]
 
 
@@ -130,25 +142,39 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
     )
 
 
+class Dyt(torch.autograd.Function):
+    """`megatron_dyt::dyt` without the operation, for where nothing observes it."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        save_for_backward(ctx, args, None)
+        return _dyt_kernel(*args)
+
+    backward = staticmethod(_differentiate)
+
+
+class DytResidual(torch.autograd.Function):
+    """`megatron_dyt::dyt_residual` without the operation, for where nothing observes it."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = _dyt_residual_kernel(*args)
+        _save_sum_for_backward(ctx, args, output)
+        return output
+
+    backward = staticmethod(_differentiate_residual)
+
+
 class Fork(torch.autograd.Function):
     """`dyt_fork`. No torch.library operation, because those may not return what they were given."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        alpha: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        shift: Tensor | None,
-        function: str,
-        implementation: str,
-    ) -> tuple[Tensor, Tensor]:
-        save_for_backward(ctx, (x, alpha, weight, bias, shift, function, implementation), None)
+    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        save_for_backward(ctx, (x, *args), None)
         # A second result that nothing reads has no gradient, rather than one of zeros.
         ctx.set_materialize_grads(False)
-        y = torch.ops.megatron_dyt.dyt.default(x, alpha, weight, bias, shift, function, implementation)
-        return y, x.view_as(x)
+        dyt = torch.ops.megatron_dyt.dyt.default if is_observed(x) else _dyt_kernel
+        return dyt(x, *args), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsame: Tensor | None) -> tuple[Tensor | None, ...]:

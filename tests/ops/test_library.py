@@ -1,0 +1,85 @@
+"""Where something looks on it sees the operations; elsewhere their code runs at once, with equal results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dyt.ops import dyt, dyt_fork, dyt_residual
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "dyt": dyt,
+    "dyt_residual": lambda x, *rest: dyt_residual(x, 2 * x, *rest),
+    "dyt_fork": dyt_fork,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations that were called, of our library alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "megatron_dyt":
+            self.names.append(func._schema.name.removeprefix("megatron_dyt::"))
+        return func(*args, **(kwargs or {}))
+
+
+def inputs() -> list[Tensor]:
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 7), torch.tensor([0.5]), torch.randn(7), torch.randn(7)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def run(call: Callable[..., Any]) -> list[Tensor]:
+    """Results and gradients."""
+    tensors = inputs()
+    outputs = call(*tensors)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    loss = sum((i + 1) * output.sin().sum() for i, output in enumerate(outputs))
+    return [*outputs, *torch.autograd.grad(loss, tensors)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_dispatch_mode_sees_the_operations_and_changes_nothing(name: str) -> None:
+    unobserved = run(CALLS[name])
+    with Recorder() as recorder:
+        observed = run(CALLS[name])
+    assert recorder.names == ["dyt_residual" if name == "dyt_residual" else "dyt", "dyt_backward"]
+    for one, other in zip(unobserved, observed, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_called_through_the_dispatcher_where_nothing_looks_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("an operation was called")
+
+    for operation in ("dyt", "dyt_residual", "dyt_backward"):
+        monkeypatch.setattr(getattr(torch.ops.megatron_dyt, operation), "default", fail)
+    run(CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_tensors(name: str) -> None:
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(tensor) for tensor in inputs()]
+    outputs = CALLS[name](*tensors)  # Outside the mode: their type alone tells.
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert first.shape == (5, 7) and type(first) is type(tensors[0])
+    assert [g.shape for g in torch.autograd.grad(first.sum(), tensors)] == [t.shape for t in tensors]
+
+
+def test_vmap_goes_through_the_operation() -> None:
+    x, *parameters = (tensor.detach() for tensor in inputs())
+    assert torch.equal(torch.func.vmap(lambda row: dyt(row, *parameters))(x), dyt(x, *parameters))
