@@ -67,7 +67,8 @@ def _pretrain(entry: float) -> None:
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
     from megatron.training.arguments import parse_args
 
-    preflight.check(parse_args())
+    args = parse_args()
+    preflight.check(args)
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with launch.clean_end(), save_worker.protected():
@@ -76,7 +77,7 @@ def _pretrain(entry: float) -> None:
             datasets.build,
             ModelType.encoder_or_decoder,
             forward_step,
-            {"tokenizer_type": "GPT2BPETokenizer"},
+            {"tokenizer_type": "GPT2BPETokenizer", **training_api.evaluation_defaults(args)},
             store=store,
             get_embedding_ranks=get_embedding_ranks,
         )

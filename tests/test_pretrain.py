@@ -49,6 +49,21 @@ def test_trains_evaluates_and_names_the_changed_flags(megatron_run: Run, tiny_ll
     assert len(re.findall(r"validation loss at iteration [24] \| lm loss value", run.log)) == 2
 
 
+def test_without_an_interval_it_evaluates_after_the_last_step(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    where = tiny_llama.index("--eval-interval")
+    argv = [*tiny_llama[:where], *tiny_llama[where + 2 :], "--eval-iters", "1"]
+    for more in (
+        ["--save", str(tmp_path), "--save-interval", "2"],
+        ["--load", str(tmp_path), "--ckpt-step", "2"],
+    ):
+        run = megatron_run([*argv, *more])
+        assert "without --eval-interval" in run.log
+        assert re.findall(r"validation loss at iteration (\d+) on validation set", run.log) == ["4"]
+    assert len(run.losses) == 2
+
+
 @pytest.mark.parametrize(
     "flags",
     [[], ["--bf16", "--use-distributed-optimizer"], ["--use-distributed-optimizer"]],

@@ -33,6 +33,7 @@ def check_files(args: Namespace) -> None:
     """All checks, on this rank alone."""
     check_tokenizer(args)
     check_data(args)
+    check_evaluation(args)
     check_save(args)
     check_load(args)
 
@@ -137,6 +138,16 @@ def _bytes_by_index(index: Path) -> int:
         raise UserError(f"{index} describes a dataset without documents: prepare it again")
     lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
     return int(lengths.sum(dtype=np.int64)) * _TOKEN_BYTES[code]
+
+
+def check_evaluation(args: Namespace) -> None:
+    """--eval-interval can be divided by, which Megatron does; see `training_api.evaluation_defaults`."""
+    interval = args.eval_interval
+    if interval is not None and interval < 1:
+        raise UserError(
+            f"--eval-interval {interval} is not a number of steps: give at least 1, or leave it out to "
+            "evaluate after the last step only (--eval-iters 0: never)"
+        )
 
 
 def check_save(args: Namespace) -> None:

@@ -7,6 +7,7 @@ arguments itself. Which one is installed is asked of `mcore.compat`.
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import compat
+from megatron_dyt.runtime.report import say
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -46,6 +48,18 @@ def check(args: Namespace) -> None:
                 f"'megatron-core[training]=={compat.TESTED[-1]}', or run Megatron-LM's own script with "
                 "python -m megatron_dyt.run."
             )
+
+
+def evaluation_defaults(args: Namespace) -> dict[str, Any]:
+    """Megatron's defaults for what the parsed `args` leave open about evaluation.
+
+    Without --eval-interval there is none during training, says Megatron's ValidationConfig, but its
+    training loop divides by the interval. One longer than any run means the same and can be divided by.
+    """
+    if getattr(args, "eval_interval", None) is not None:
+        return {}
+    say("without --eval-interval, evaluation (--eval-iters) comes after the last step only")
+    return {"eval_interval": sys.maxsize}
 
 
 def pretrain(

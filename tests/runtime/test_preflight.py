@@ -22,7 +22,7 @@ def arguments(**given: Any) -> Namespace:
             *("data_path", "data_args_path", "train_data_path", "valid_data_path"),
             *("test_data_path", "per_split_data_args_path", "per_dataset_sequences_path"),
             *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "yaml_cfg"),
-            *("save", "load", "pretrained_checkpoint", "ckpt_step"),
+            *("save", "load", "pretrained_checkpoint", "ckpt_step", "eval_interval"),
         )
     )
     return Namespace(
@@ -171,6 +171,13 @@ def test_the_tokenizer_of_a_checkpoint_is_not_asked_for() -> None:
     args.use_tokenizer_model_from_checkpoint_args = False
     with pytest.raises(UserError, match="which was not given"):
         preflight.check_tokenizer(args)
+
+
+def test_an_interval_that_cannot_be_divided_by() -> None:
+    with pytest.raises(UserError, match="--eval-interval 0 is not a number of steps"):
+        preflight.check_files(arguments(mock_data=True, tokenizer_type="NullTokenizer", eval_interval=0))
+    for interval in (None, 1):
+        preflight.check_evaluation(arguments(eval_interval=interval))
 
 
 def test_saving_needs_an_interval(tmp_path: Path) -> None:
