@@ -102,12 +102,12 @@ def test_multi_token_prediction(megatron_run: Run, tiny_llama: list[str]) -> Non
     assert run.losses[-1] < run.losses[0]
 
 
-def write_dataset(prefix: Path, documents: int = 40) -> str:
+def write_dataset(prefix: Path, documents: int = 40, vocabulary: int = 60) -> str:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for first in range(documents):
-        tokens = (np.arange(40) + first) % 60
+        tokens = (np.arange(40) + first) % vocabulary
         builder.add_document(tokens.astype(np.uint16), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
@@ -123,6 +123,15 @@ def test_an_indexed_dataset(megatron_run: Run, tiny_llama: list[str], tmp_path: 
     truncated = Path(f"{prefix}.bin")
     truncated.write_bytes(truncated.read_bytes()[:-2])
     with pytest.raises(UserError, match="truncated or belongs to another dataset"):
+        megatron_run(argv)
+
+
+def test_data_of_a_larger_vocabulary(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
+    prefix = write_dataset(tmp_path / "counting", documents=200, vocabulary=200)
+    argv = [word for word in tiny_llama if word != "--mock-data"]
+    argv += ["--train-data-path", prefix, "--valid-data-path", prefix]
+    # 63 entries, padded to 128.
+    with pytest.raises(UserError, match=r"counting has the id 199 .* vocabulary is 128 entries"):
         megatron_run(argv)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime import checkpoint_dir, dataset_manifest, meeting
+from megatron_dyt.runtime import checkpoint_dir, dataset_manifest, meeting, token_ids
 from megatron_dyt.runtime.report import say
 
 
@@ -70,7 +70,7 @@ def _check_sentencepiece(path: str) -> None:
 
 
 def check_data(args: Namespace) -> None:
-    """Data were named; each indexed dataset's files agree, and its manifest with the tokenizer."""
+    """Data were named; each indexed dataset's files agree, and its manifest and ids with the tokenizer."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     if args.mock_data:
@@ -90,13 +90,13 @@ def check_data(args: Namespace) -> None:
         return
     prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
     local = [prefix for prefix in prefixes if "://" not in prefix]
-    for prefix in local:
-        check_indexed_dataset(prefix)
+    dtypes = {prefix: check_indexed_dataset(prefix) for prefix in local}
     dataset_manifest.check(local, args)
+    token_ids.check(dtypes, args)
 
 
-def check_indexed_dataset(prefix: str) -> None:
-    """PREFIX.idx is a whole index and PREFIX.bin holds as many bytes as it says."""
+def check_indexed_dataset(prefix: str) -> np.dtype[Any]:
+    """PREFIX.idx is a whole index and PREFIX.bin holds as many bytes as it says. Returns the ids' type."""
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
         if not path.is_file():
@@ -105,23 +105,28 @@ def check_indexed_dataset(prefix: str) -> None:
                 "(megatron-dyt prepare-data writes one); for a directory that it wrote, give what "
                 "megatron-dyt prepare-data --print-blend DIR prints"
             )
-    expected = _bytes_by_index(index)
+    tokens, dtype = _read_index(index)
+    expected = tokens * dtype.itemsize
     present = data.stat().st_size
     if present != expected:
         raise UserError(
             f"dataset {prefix}: {data} has {present} bytes, but {index} describes {expected}. "
             "One of them is truncated or belongs to another dataset: prepare the data again"
         )
+    return dtype
 
 
-# Token sizes in bytes by the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+# By the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
+_DTYPES = {
+    **{1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64},
+    **{6: np.float64, 7: np.float32, 8: np.uint16},
+}
 # Magic, version, dtype code, number of sequences, number of document boundaries.
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 
 
-def _bytes_by_index(index: Path) -> int:
-    """The size that the .bin of this index must have; `UserError` when the index is damaged."""
+def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
+    """(tokens that the .bin of this index must have, their type); `UserError` when it is damaged."""
     with index.open("rb") as file:
         header = file.read(_INDEX_HEADER.size)
         if len(header) < _INDEX_HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
@@ -129,7 +134,7 @@ def _bytes_by_index(index: Path) -> int:
         _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
         # Lengths (int32) and offsets (int64) of the sequences, then the document boundaries (int64).
         needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
-        if code not in _TOKEN_BYTES or index.stat().st_size < needed:
+        if code not in _DTYPES or index.stat().st_size < needed:
             raise UserError(
                 f"{index} is damaged or truncated ({index.stat().st_size} of {needed} bytes): "
                 "prepare the data again"
@@ -137,7 +142,7 @@ def _bytes_by_index(index: Path) -> int:
     if sequences == 0:
         raise UserError(f"{index} describes a dataset without documents: prepare it again")
     lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
-    return int(lengths.sum(dtype=np.int64)) * _TOKEN_BYTES[code]
+    return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
 
 
 def check_evaluation(args: Namespace) -> None:

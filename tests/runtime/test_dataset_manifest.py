@@ -163,6 +163,7 @@ def test_training_checks_it_for_every_data_set_of_a_blend(data: Path, made: Path
     none = ("data_path", "data_args_path", "test_data_path", "per_split_data_args_path")
     args = arguments(data, **other_tokenizer(data), **dict.fromkeys((*none, "per_dataset_sequences_path")))
     args.mock_data = args.sft = False
+    args.padded_vocab_size = 384
     args.train_data_path, args.valid_data_path = ["1", str(data / "train")], None
     (data / "train.manifest.json").unlink()
     preflight.check_data(args)

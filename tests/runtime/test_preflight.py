@@ -29,6 +29,7 @@ def arguments(**given: Any) -> Namespace:
         **{
             **flags,
             "save_interval": 10,
+            "padded_vocab_size": 128,
             "mock_data": False,
             "sft": False,
             "exit_on_missing_checkpoint": False,
@@ -109,6 +110,12 @@ def test_damaged_indexes(dataset: str) -> None:
     index.write_bytes(whole[:18] + bytes(16))
     with pytest.raises(UserError, match="without documents"):
         preflight.check_indexed_dataset(dataset)
+
+
+def test_ids_beyond_the_vocabulary(dataset: str) -> None:
+    preflight.check_data(arguments(data_path=[dataset], padded_vocab_size=6))
+    with pytest.raises(UserError, match=r"corpus has the id 5 \(token 4 of its file;"):
+        preflight.check_data(arguments(data_path=[dataset], padded_vocab_size=5))
 
 
 def test_no_data_at_all() -> None:
