@@ -1,11 +1,10 @@
-"""Plain JSON lines in which every line must be good: one object a line, the text under "text"."""
+"""Plain JSON lines, one object a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_dyt.data.records import BadRecordError, Fields, parse_line
 from megatron_dyt.errors import UserError
 
 
@@ -28,15 +27,3 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, raw line with its newline) of `path`."""
     with path.open("rb") as file:
         yield from enumerate(file, start=1)
-
-
-def parse_text(line: bytes, path: Path, number: int) -> str:
-    """The text of one raw line; "" for a blank line.
-
-    Raises:
-        UserError: the line holds no usable text. Names file and line.
-    """
-    try:
-        return parse_line(line, Fields()).text
-    except BadRecordError as error:
-        raise UserError(f"{path}, line {number}: {error}; repair or remove the line") from error

@@ -180,8 +180,8 @@ def _broken_is_said(path: Path) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise BrokenSourceError(
-            f"{path} is truncated or damaged ({reason}); get it again, or leave it out with "
-            "--skip-broken-shards"
+            f"{path} is truncated or damaged ({reason}); get it again, or leave it out "
+            "(prepare-data: --skip-broken-shards)"
         ) from error
 
 

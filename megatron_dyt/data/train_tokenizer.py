@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer on JSON-lines text.
+"""Train a SentencePiece BPE tokenizer on what `prepare-data` reads: JSON lines, zstd, gzip, Parquet.
 
     python -m megatron_dyt.data.train_tokenizer --input t.jsonl --vocab-size 32000 --output t.model
 
@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from megatron_dyt.data.files import write_atomically
-from megatron_dyt.data.jsonl import check_inputs, parse_text, read_lines
+from megatron_dyt.data.records import DEFAULT_TEXT_KEY, Fields, Malformed
+from megatron_dyt.data.sources import FileSource, Item, find
 from megatron_dyt.errors import UserError, run_main
 
 DEFAULT_MAX_BYTES = 16_000_000
@@ -46,41 +49,66 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def sample_texts(paths: Sequence[Path], max_bytes: int) -> Iterator[str]:
-    """Yield about `max_bytes` of text in all, spread evenly over `paths`; the same on every call.
+def sample_texts(sources: Sequence[FileSource], max_bytes: int, fields: Fields) -> Iterator[str]:
+    """Yield about `max_bytes` of text in all, spread evenly over `sources`; the same on every call.
 
-    A document is taken whenever the share taken so far has fallen behind max_bytes / total size;
-    only taken lines are parsed. Every document is taken when all of them fit.
+    What was taken follows the share of the files' bytes (as they are, compressed or not) that was read.
+    Every document is taken when all of them fit, plain files of at most `max_bytes` surely.
 
     Raises:
-        UserError: an input is missing or empty, or a line that was taken is malformed.
+        UserError: a source is damaged, or a record where the sample is taken is malformed.
     """
-    total = check_inputs(paths)
-    share = min(1.0, max_bytes / total)
-    seen = taken = 0
-    for path in paths:
-        for number, line in read_lines(path):
-            if taken <= share * seen:
-                text = parse_text(line, path, number)[: max_bytes - taken]
-                taken += len(line)
-                yield text
-            seen += len(line)
+    total = sum(source.size for source in sources)
+    before = taken = 0
+    for source in sources:
+        # A reader's position moves when it reads on from the file; in between there is a MiB of text.
+        for position, group in itertools.groupby(source.read(fields), key=itemgetter(0)):
+            room = max_bytes * (before + position) / total - taken
+            if room <= 0:
+                continue
+            texts = [_text(item, source).encode() for _position, item in group]
+            share = room / max(sum(map(len, texts)), 1)
+            seen = used = 0
+            for text in texts:
+                if used <= share * seen:
+                    # A character that is cut is left out.
+                    yield text[: max(max_bytes - taken - used, 0)].decode(errors="ignore")
+                    used += len(text)
+                seen += len(text)
+            taken += used
+        before += source.size
 
 
-def train(paths: Sequence[Path], vocab_size: int, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
+def _text(item: Item, source: FileSource) -> str:
+    if isinstance(item, Malformed):
+        problem = f"{item.kind} ({item.detail})"
+        raise UserError(
+            f"{source}, {source.unit} {item.place}: {problem}; repair or remove the {source.unit}"
+        )
+    return item.text
+
+
+def train(
+    inputs: Sequence[str | Path],
+    vocab_size: int,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    text_key: str = DEFAULT_TEXT_KEY,
+) -> bytes:
     """Train and return the serialized SentencePiece model of exactly `vocab_size` pieces.
 
-    Time and memory grow with `max_bytes` (about 0.25 s a MB on 2 cores), not with the input.
+    `inputs` are files, directories or patterns, as `prepare-data` takes them. All of them are read; time and
+    memory of the training grow with `max_bytes` (about 0.25 s a MB on 2 cores).
 
     Raises:
         UserError: bad input, no text, or a vocabulary that the text cannot fill or that cannot hold
             the 256 bytes, 3 special pieces and the characters of the text.
     """
+    texts = sample_texts(find([str(each) for each in inputs]), max_bytes, Fields(text=text_key))
     # Lines, because SentencePiece never learns a piece across a newline, which is a byte piece.
     # A list, because SentencePiece hides what an iterator raises.
-    lines = [line for text in sample_texts(paths, max_bytes) for line in text.split("\n") if line]
+    lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
-        raise UserError(f"no text in {', '.join(map(str, paths))}; the tokenizer needs some")
+        raise UserError(f"no text in {', '.join(map(str, inputs))}; the tokenizer needs some")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -109,9 +137,18 @@ def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_dyt.data.train_tokenizer",
-        description="Train a SentencePiece BPE tokenizer with LLaMA 2's settings on JSON lines.",
+        description="Train a SentencePiece BPE tokenizer with LLaMA 2's settings on a corpus.",
     )
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON-lines file(s)")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, directories or quoted patterns: .jsonl and .json, with .zst or .gz behind, .parquet",
+    )
+    parser.add_argument(
+        "--json-key", default=DEFAULT_TEXT_KEY, help="key or column of the text (default: %(default)s)"
+    )
     parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces")
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
     parser.add_argument(
@@ -124,10 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in (("--vocab-size", args.vocab_size), ("--max-bytes", args.max_bytes)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    size = min(check_inputs(args.input), args.max_bytes) / 1e6
-    print(f"training a tokenizer of {args.vocab_size} pieces on {size:.1f} MB ...", flush=True)
+    size = sum(source.size for source in find(args.input)) / 1e6
+    print(
+        f"training a tokenizer of {args.vocab_size} pieces on at most {args.max_bytes / 1e6:.1f} MB of the "
+        f"text in {size:.1f} MB of files ...",
+        flush=True,
+    )
     started = time.monotonic()
-    model = train(args.input, args.vocab_size, args.max_bytes)
+    model = train(args.input, args.vocab_size, args.max_bytes, args.json_key)
     write_atomically(args.output, model)
     print(f"{args.output}: {args.vocab_size} pieces, {time.monotonic() - started:.1f} s")
     return 0

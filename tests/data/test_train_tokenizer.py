@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_dyt.data.records import Fields
+from megatron_dyt.data.sources import FORMATS, FileSource
 from megatron_dyt.data.train_tokenizer import main, sample_texts, train
 from megatron_dyt.errors import UserError
 from tests.data.samples import VOCAB_SIZE, source_texts, write_jsonl
+from tests.data.test_sources import write
 
 AWKWARD = [
     "",
@@ -55,16 +59,61 @@ def test_training_is_deterministic(source_jsonl: Path, tokenizer_model: Path) ->
     assert train([source_jsonl], VOCAB_SIZE) == tokenizer_model.read_bytes()
 
 
+def sample(paths: list[Path], max_bytes: int) -> list[str]:
+    return list(sample_texts([FileSource(path) for path in paths], max_bytes, Fields()))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_that_prepare_data_reads_gives_the_same_tokenizer(
+    tmp_path: Path, source_jsonl: Path, tokenizer_model: Path, suffix: str
+) -> None:
+    records = [{"text": text} for text in source_texts()]
+    corpus = write(tmp_path / f"corpus{suffix}", records).parent
+    assert train([corpus], VOCAB_SIZE) == tokenizer_model.read_bytes()
+    output = tmp_path / "t.model"
+    args = ["--input", str(corpus), "--vocab-size", str(VOCAB_SIZE), "--output", str(output)]
+    assert main(args) == 0
+    assert output.read_bytes() == tokenizer_model.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_samples_of_compressed_files_are_bounded_and_even(tmp_path: Path, suffix: str) -> None:
+    # Words that do not compress to nothing, and more than a MiB of them.
+    texts = [f"{index:05d} {hashlib.sha512(b'%d' % index).hexdigest()}" for index in range(20_000)]
+    path = write(tmp_path / f"a{suffix}", [{"text": text} for text in texts])
+    taken = sample([path], 100_000)
+    assert 99_000 <= sum(map(len, taken)) <= 100_000
+    numbers = [int(text[:5]) for text in taken]
+    steps = [after - before for before, after in pairwise(numbers)]
+    assert max(steps) < 4 * len(texts) / len(taken)
+    assert numbers[0] == 0
+    assert numbers[-1] > 19_800
+
+
+def test_another_key_of_the_text(tmp_path: Path, tokenizer_model: Path) -> None:
+    write(tmp_path / "a.parquet", [{"content": text} for text in source_texts()])
+    assert train([tmp_path], VOCAB_SIZE, text_key="content") == tokenizer_model.read_bytes()
+    with pytest.raises(UserError, match='has no column "text"; it has content: choose with --json-key'):
+        train([tmp_path], VOCAB_SIZE)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is truncated or damaged"):
+        train([path], 400)
+
+
 def test_sample_is_bounded_even_and_repeatable(tmp_path: Path) -> None:
     documents = [f"{index:04d} " * 20 for index in range(1000)]
     paths = [
         write_jsonl(tmp_path / "a.jsonl", documents[:300]),
         write_jsonl(tmp_path / "b.jsonl", documents[300:]),
     ]
-    sample = list(sample_texts(paths, 10_000))
-    assert sample == list(sample_texts(paths, 10_000))
-    assert 8_000 <= sum(map(len, sample)) <= 10_000
-    numbers = [int(text[:4]) for text in sample]
+    taken = sample(paths, 10_000)
+    assert taken == sample(paths, 10_000)
+    assert 8_000 <= sum(map(len, taken)) <= 10_000
+    numbers = [int(text[:4]) for text in taken]
     steps = [after - before for before, after in pairwise(numbers)]
     assert max(steps) - min(steps) <= 1
     assert numbers[0] == 0
@@ -72,12 +121,12 @@ def test_sample_is_bounded_even_and_repeatable(tmp_path: Path) -> None:
 
 
 def test_sample_of_a_small_input_is_all_of_it(source_jsonl: Path) -> None:
-    assert list(sample_texts([source_jsonl], 10**9)) == source_texts()
+    assert sample([source_jsonl], 10**9) == source_texts()
 
 
 def test_one_huge_document_is_cut_to_the_limit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000])
-    assert [len(text) for text in sample_texts([path], 1000)] == [1000]
+    assert [len(text) for text in sample([path], 1000)] == [1000]
 
 
 def test_command_writes_the_model_and_nothing_else(source_jsonl: Path, tmp_path: Path) -> None:
