@@ -2,9 +2,10 @@
 
 Counts what one layer of a LLaMA keeps for backward: every storage that autograd saves, once, parameters
 excepted, as large as it is when forward is over. Megatron's local spec in bf16, attention's inside
-recomputed, as flash attention does. Runs on the CPU. Bytes are no matter of the device, except for PyTorch's
-RMSNorm, which on CPUs keeps fp32 copies; so there is also an emulation that keeps what the fused ones for
-GPUs do.
+recomputed, as flash attention does, and SwiGLU not fused: it keeps 5 tensors of width ffn so, and fused 3,
+which megatron_dyt/planning/memory.py counts. Runs on the CPU. Bytes are no matter of the device, except for
+PyTorch's RMSNorm, which on CPUs keeps fp32 copies; so there is also an emulation that keeps what the fused
+ones for GPUs do.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def saved_bytes(layer: nn.Module, size: Size) -> Counter[str]:
     return counted
 
 
-def build_layer(case: Case, size: Size) -> nn.Module:
+def build_layer(case: Case, size: Size, fused_swiglu: bool = False) -> nn.Module:
     """The first of Megatron's local layers for a case."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -131,7 +132,7 @@ def build_layer(case: Case, size: Size) -> nn.Module:
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         add_bias_linear=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fused_swiglu,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=torch.bfloat16,

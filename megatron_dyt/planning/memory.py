@@ -1,7 +1,7 @@
 """Bytes that a rank of a layout needs: weights, gradients, optimizer state, activations.
 
 bf16 training with fp32 gradients and Megatron's distributed optimizer. Activations are counted tensor by
-tensor, as flash attention, SwiGLU and DyT keep them for the backward pass (the method of arXiv 2205.05198,
+tensor, as fused kernels keep them for the backward pass (`layer_activations`; the method of arXiv 2205.05198,
 for LLaMA's layer). DyT keeps as much fused with the residual stream as apart (docs/kernels.md). These are
 estimates: the allocator's slack, NCCL's buffers and the CUDA context are in `RESERVE`.
 """
@@ -93,18 +93,41 @@ def checkpoint_bytes(recipe: Recipe) -> float:
 
 
 def layer_activations(recipe: Recipe, layout: Layout) -> float:
-    """Bytes that a layer keeps for the backward pass of one micro-batch, on one rank."""
+    """Bytes that a layer keeps for the backward pass of one micro-batch, on one rank.
+
+    What autograd saves with Transformer Engine's attention and Megatron's SwiGLU fusion (both the defaults on
+    GPUs), no biases, no dropout; elements a token, h the hidden, k the key-value and f the FFN's width, each
+    split over the tensor parallel ranks (sequence parallel where TP does not split it):
+
+    | saved by | tensor | elements |
+    |---|---|---|
+    | DyT before attention | the layer's input, the residual stream | h |
+    | qkv linear layer | its input, DyT's output | h |
+    | attention | q and k after RoPE, v, made contiguous; q, k, v before that are gone | h + 2k |
+    | attention | its output, and one fp32 a head, the softmax statistics | h |
+    | output linear layer | its input: attention's output; with flash-attn and more than one sequence a \
+      micro-batch a copy of it, [s, b, h] of [b, s, h] (cuDNN's attention writes [s, b, h] itself) | 0 or h |
+    | DyT before the MLP | the sum of residual and attention | h |
+    | gate and up linear layer | its input, DyT's output | h |
+    | SwiGLU, fused | its input, gate and up | 2f |
+    | down linear layer | its input, SwiGLU's output | f |
+
+    RoPE saves its angles alone, once for all layers, and an addition saves nothing. Without the fusion
+    (--no-bias-swiglu-fusion) silu(gate) and up + 0 are kept too, 2f more: that is what
+    benchmarks/activation_memory.py counts. Megatron's own attention (--transformer-impl local) would add the
+    probabilities, heads times the sequence's length: plans are not made for it.
+    """
     tokens = layout.micro_batch * recipe.seq_length
     hidden, ffn = recipe.hidden_size, recipe.ffn_hidden_size
     kv = recipe.num_query_groups * recipe.head_dim
     if layout.recompute == "full":
         return BF16 * tokens * hidden / layout.tp
-    # DyT's input and its output (the linear layer's input), twice; q, k, v and attention's output.
-    elements = 4 * hidden + (hidden + 2 * kv) + hidden
+    outputs = 1 if layout.micro_batch == 1 else 2
+    elements = 4 * hidden + (hidden + 2 * kv) + outputs * hidden
     if layout.recompute == "selective":
         elements -= 2 * hidden  # Both outputs of DyT are computed again, and the MLP inside.
     else:
-        elements += 3 * ffn  # SwiGLU's two inputs and its output.
+        elements += 3 * ffn
     softmax_statistics = FP32 * tokens * recipe.num_attention_heads
     return (BF16 * tokens * elements + softmax_statistics) / layout.tp
 

@@ -1,5 +1,6 @@
 """The count of what a layer keeps for backward, and what it has to show: DyT keeps no more than RMSNorm."""
 
+import dataclasses
 import importlib
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from megatron_dyt.recipes import load
 
 HERE = Path(__file__).parents[2] / "benchmarks"
 
@@ -48,6 +51,28 @@ def test_recomputation_saves_both_outputs(found: dict[str, Counter[str]], size: 
     for name in ("DyT", "DyT, residual apart"):
         saved = found[name] - found[f"{name}, output recomputed"]
         assert saved == Counter(bfloat16=2 * 2 * size.elements)
+
+
+def test_a_plan_counts_what_a_layer_with_fused_swiglu_keeps(benchmark: ModuleType, world: None) -> None:
+    from megatron_dyt.planning import memory
+    from megatron_dyt.planning.layout import Layout
+
+    size = benchmark.Size(sequence=32, batch=1, hidden=64, ffn=192, heads=4)
+    recipe = dataclasses.replace(
+        load("7b"),
+        seq_length=32,
+        hidden_size=64,
+        ffn_hidden_size=192,
+        num_attention_heads=4,
+        num_query_groups=4,
+    )
+    softmax_statistics = 4 * 32 * 4  # There are none on the CPU.
+    expected = memory.layer_activations(recipe, Layout(1, 1, 1, 1, 1)) - softmax_statistics
+    for fused_residual in (True, False):
+        case = benchmark.Case("DyT", "DyT", fused=fused_residual)
+        assert benchmark.saved_bytes(benchmark.build_layer(case, size, True), size)["bfloat16"] == expected
+        unfused = benchmark.saved_bytes(benchmark.build_layer(case, size), size)["bfloat16"]
+        assert unfused == expected + 2 * 2 * 32 * 192
 
 
 def test_every_storage_counts_once_and_parameters_do_not(benchmark: ModuleType, size: Any) -> None:

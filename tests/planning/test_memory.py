@@ -26,6 +26,13 @@ def test_a_layers_activations_counted_by_hand() -> None:
     assert memory.layer_activations(recipe, Layout(1, 1, 1, 1, 1, "full")) == 2 * tokens * hidden
 
 
+def test_flash_attention_keeps_its_output_in_two_orders() -> None:
+    recipe = load("7b")
+    one, two = (memory.layer_activations(recipe, Layout(1, 1, 1, 1, batch)) for batch in (1, 2))
+    # [b, s, h] is [s, b, h] with one sequence, and copied with more.
+    assert two == 2 * one + 2 * (2 * 4096) * 4096
+
+
 def test_waiting_forward_passes() -> None:
     recipe = load("70b")
     plain, interleaved = Layout(8, 4, 1, 4, 1), Layout(8, 4, 5, 4, 1)
