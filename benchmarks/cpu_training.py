@@ -4,8 +4,8 @@ Two processes train as the quickstart's two runs do, with their flags out of exa
 mock data: Megatron's own training loop, optimizer, logging and the plugin's checks included. They take
 turns: one iteration of one, while the other waits, then the other's; so whatever else the machine does
 meets both. A process keeps the memory that it got at its start, which is worth a few percent by luck; so
-the pair is started anew several times. Reported are the times of whole iterations, by the clock and of the CPU, their ratio, and the
-ratio's spread over neighbouring pairs of iterations.
+the pair is started anew several times. Reported are the times of whole iterations, by the clock and of the
+CPU, their ratio, and the ratio's spread over neighbouring pairs of iterations.
 """
 
 import argparse
