@@ -39,7 +39,8 @@ def dyt(
     check_tensors(x, alpha, weight, bias, shift)
     check_function(function, shift)
     implementation = choose_implementation(backend, x.device, function, x.dtype)
-    call = torch.ops.megatron_dyt.dyt.default if is_observed(x, weight) else Dyt.apply
+    observed = is_observed(x, alpha, weight, bias, shift)
+    call = torch.ops.megatron_dyt.dyt.default if observed else Dyt.apply
     y: Tensor = call(x, alpha, weight, bias, shift, function, implementation)
     return y
 
@@ -76,7 +77,8 @@ def dyt_residual(
     check_function(function, shift)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     implementation = choose_implementation(backend, x.device, function, dtype)
-    call = torch.ops.megatron_dyt.dyt_residual.default if is_observed(x, weight) else DytResidual.apply
+    observed = is_observed(x, residual, alpha, weight, bias, shift)
+    call = torch.ops.megatron_dyt.dyt_residual.default if observed else DytResidual.apply
     y, r = call(x, residual, alpha, weight, bias, shift, function, implementation)
     return y, r
 

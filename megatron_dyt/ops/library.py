@@ -33,13 +33,13 @@ _library.define(
 )
 
 
-def is_observed(*tensors: Tensor) -> bool:
+def is_observed(*tensors: Tensor | None) -> bool:
     """Whether operations on these are seen by torch.compile, a dispatch mode, functorch or a subclass."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter, type(None)) for tensor in tensors)
     )
 
 
@@ -105,7 +105,7 @@ def dyt_gradients(ctx: Any, dy: Tensor, needs: list[bool], dsum: Tensor | None =
     """Gradients of DyT's input, alpha, weight, bias and shift; None where not needed."""
     x, alpha, weight, shift = ctx.saved_tensors
     # With create_graph=True gradients are recorded, and the operation is what refuses that.
-    at_once = not torch.is_grad_enabled() and not is_observed(dy, x)
+    at_once = not torch.is_grad_enabled() and not is_observed(dy, x, alpha, weight, shift, dsum)
     backward = _dyt_backward_kernel if at_once else torch.ops.megatron_dyt.dyt_backward.default
     found = iter(backward(dy, x, alpha, weight, shift, ctx.function, needs, ctx.implementation, dsum))
     return [next(found) if needed else None for needed in needs]
@@ -173,7 +173,9 @@ class Fork(torch.autograd.Function):
         save_for_backward(ctx, (x, *args), None)
         # A second result that nothing reads has no gradient, rather than one of zeros.
         ctx.set_materialize_grads(False)
-        dyt = torch.ops.megatron_dyt.dyt.default if is_observed(x) else _dyt_kernel
+        alpha, weight, bias, shift, *_ = args
+        observed = is_observed(x, alpha, weight, bias, shift)
+        dyt = torch.ops.megatron_dyt.dyt.default if observed else _dyt_kernel
         return dyt(x, *args), x.view_as(x)
 
     @staticmethod

@@ -186,6 +186,18 @@ def test_dweight_is_exact_to_fp32_of_the_range_of_tanh() -> None:
     assert error.max() < 1e-4 * dweight.abs().max()
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_dalpha_is_accurate_where_all_terms_have_one_sign(implementation: str) -> None:
+    # Half a million numbers added up one by one in fp32 would be off by 1e-4.
+    x, dy = torch.full((4096, 192), 0.3), torch.full((4096, 192), 0.1)
+    needs = [True, True, False, False, False]
+    _, dalpha = torch.ops.megatron_dyt.dyt_backward(
+        dy, x, torch.tensor([0.5]), torch.ones(192), None, "tanh", needs, implementation
+    )
+    expected = x.numel() * 0.1 * 0.3 / math.cosh(0.15) ** 2
+    assert dalpha.item() == pytest.approx(expected, rel=1e-6)
+
+
 FROZEN = [c for n in range(1, 5) for c in itertools.combinations(NAMES, n)]
 
 

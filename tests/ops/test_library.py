@@ -76,8 +76,38 @@ def test_fake_tensors(name: str) -> None:
         tensors = [mode.from_tensor(tensor) for tensor in inputs()]
     outputs = CALLS[name](*tensors)  # Outside the mode: their type alone tells.
     first = outputs[0] if isinstance(outputs, tuple) else outputs
-    assert first.shape == (5, 7) and type(first) is type(tensors[0])
+    assert first.shape == (5, 7)
+    assert type(first) is type(tensors[0])
     assert [g.shape for g in torch.autograd.grad(first.sum(), tensors)] == [t.shape for t in tensors]
+
+
+class Watched(torch.Tensor):
+    """A subclass that records our operations which are called with it, on what it wraps."""
+
+    names: list[str]
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Watched:
+        outer: Watched = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        outer.inner = inner
+        return outer
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.names.append(func._schema.name)
+        plain = [arg.inner if isinstance(arg, Watched) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watched", range(4))
+@pytest.mark.parametrize("name", CALLS)
+def test_a_subclass_as_any_argument_sees_the_operation(name: str, watched: int) -> None:
+    tensors = [tensor.detach() for tensor in inputs()]
+    tensors[watched] = Watched(tensors[watched])
+    Watched.names = []
+    CALLS[name](*tensors)
+    assert Watched.names[-1 if name != "dyt_fork" else 0].startswith("megatron_dyt::dyt")
 
 
 def test_vmap_goes_through_the_operation() -> None:
