@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from tests.distributed.record import Run
@@ -20,6 +21,9 @@ class Allowed:
 # fp32 sums in another order give about 1e-6 at worst; a gradient that lacks one of two ranks' parts is off
 # by about 0.5.
 TOLERANCE = 1e-5
+# An alpha's gradient is one number, the small sum of large terms of both signs, and processors differ in how
+# they round those: 1.01e-5 was measured on one, and up to 7e-6 elsewhere.
+ALPHA_FACTOR = 3
 ALLOWED = {
     "fp32": Allowed(TOLERANCE, TOLERANCE, TOLERANCE),
     # Tensor parallel ranks round each layer's partial sums to bf16 (2^-9), and an alpha's gradient is the
@@ -50,7 +54,16 @@ def differing_gradients(run: Run, reference: Run) -> list[str]:
 
 def _differing_tensors(run: Run, reference: Run, part: str, allowed: float) -> list[str]:
     errors = run.errors(part, reference)
-    return [f"{part} of {name}: off by {error:.2g}" for name, error in errors.items() if error > allowed]
+    return [
+        f"{part} of {name}: off by {error:.2g}"
+        for name, error in errors.items()
+        if error > allowed * (ALPHA_FACTOR if part == "gradient" and _is_alpha(name) else 1)
+    ]
+
+
+def _is_alpha(name: str) -> bool:
+    """Of a DyT module, or fused with a linear layer as Transformer Engine names it; of stacked layers too."""
+    return re.sub(r"\[\d+\]$", "", name).endswith("alpha")
 
 
 def _differing_series(run: Run, reference: Run, what: str, allowed: float) -> list[str]:
