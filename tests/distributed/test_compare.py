@@ -57,18 +57,22 @@ def test_any_rank_that_is_off_is_reported_with_the_parameter(
 
 
 @pytest.mark.parametrize("name", ["norm.alpha", "linear_qkv.layer_norm_alpha[3]"])
-def test_the_gradient_of_alpha_may_be_off_by_a_little_more(
-    reference: Run, replicated: Run, name: str
-) -> None:
-    for shards in (each for rank in (*reference.ranks, *replicated.ranks) for each in rank.values()):
-        for each in shards:
-            if isinstance(each, Shard):
-                each.name = name
-    for part in ("gradient", "final"):
-        replicated.ranks[0][part][0].data *= 1 + 2e-5
-    assert differences(replicated, reference) == [f"final of {name}: off by 2e-05"]
-    replicated.ranks[0]["gradient"][0].data *= 1 + 2e-5
-    assert len(differences(replicated, reference)) == 2
+def test_a_small_gradient_of_alpha_is_measured_by_the_others(name: str) -> None:
+    def run(first: float, second: float) -> Run:
+        alphas = [
+            Shard(each, (1,), (slice(0, 1),), torch.tensor([value]))
+            for each, value in ((name, first), ("final_layernorm.alpha", second))
+        ]
+        return Run("run", [rank(*alphas)])
+
+    small = run(1e-3, 1.0)
+    assert differences(run(1e-3 * (1 + 1e-3), 1.0), small)[0].startswith(f"initial of {name}")
+    close, far = run(1e-3 * (1 + 1e-3), 1.0), run(1e-3 * (1 + 5e-2), 1.0)
+    for each in (close, far):
+        for part in ("initial", "final"):
+            each.ranks[0][part] = small.ranks[0][part]
+    assert differences(close, small) == []
+    assert [line.split(":")[0] for line in differences(far, small)] == [f"gradient of {name}"]
 
 
 def test_initial_weights_must_be_equal_exactly(reference: Run, split: Run) -> None:
