@@ -61,7 +61,8 @@ def _by_the_typical_alpha(errors: dict[str, float], reference: Run) -> dict[str,
     """The errors of alphas' gradients, relative to the root mean square of all of them where that is more.
 
     Such a gradient is one number, the sum of large terms of both signs. Where it comes out small by chance,
-    its error relative to itself says how the processor rounds: 1.4e-5 was measured.
+    its error relative to itself says how the processor rounds: 1.4e-5 was measured. What is off by 1e-2 of
+    itself is reported in any case.
     """
     # A DyT module's own, or fused with a linear layer as Transformer Engine names it; of stacked layers too.
     gradients = {
@@ -70,7 +71,7 @@ def _by_the_typical_alpha(errors: dict[str, float], reference: Run) -> dict[str,
         if re.sub(r"\[\d+\]$", "", name).endswith("alpha")
     }
     typical = math.hypot(*gradients.values()) / math.sqrt(max(1, len(gradients)))
-    return {name: errors[name] * own / max(own, typical) for name, own in gradients.items()}
+    return {name: errors[name] * max(own / max(own, typical), 1e-3) for name, own in gradients.items()}
 
 
 def _differing_series(run: Run, reference: Run, what: str, allowed: float) -> list[str]:
