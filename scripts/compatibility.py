@@ -55,7 +55,8 @@ EQUIVALENCE = """## Training is that of one process: family and layout
 
 First-step gradient of every parameter within 1e-5 (an alpha's by the size of the typical alpha's), losses
 and parameters after all steps within the tolerance of `tests/distributed/compare.py` (families outside the
-GPT training loop: gradient and loss of the first step). Families and layouts are those of `tests/distributed/cases.py` and
+GPT training loop: gradient and loss of the first step). Families and layouts are those of
+`tests/distributed/cases.py` and
 `tests/distributed/family_cases.py`, where their flags stand.
 """
 MARKS = {"passed": "yes", "failed": "**fails**", "skipped": "skipped"}
