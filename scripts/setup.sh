@@ -20,7 +20,8 @@ here=${BASH_SOURCE[0]%/*}
 root=$(cd -P "$here/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.setup-stamp
-inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt")
+kernels=$root/megatron_dyt/ops/cpu_kernels
+inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" "$kernels.c")
 extras=train,eval,hf,dev
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -124,9 +125,13 @@ sha256() {
     if type -P sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi
 }
 
-# What the environment depends on. The place is part of it: scripts in a .venv hold absolute paths.
+# What the environment depends on. The place is part of it: scripts in a .venv hold absolute paths. So is the
+# compiler: one that was missing may be there now.
 fingerprint() {
-    { cat "${inputs[@]}" && printf '%s\n' "$venv" "$extras" "$(readlink -f "$venv/bin/python")"; } | sha256
+    {
+        cat "${inputs[@]}"
+        printf '%s\n' "$venv" "$extras" "$(readlink -f "$venv/bin/python")" "$(type -P "${CC:-cc}" || true)"
+    } | sha256
 }
 
 up_to_date() {
@@ -190,7 +195,10 @@ install() {
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
         pip_install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
     fi
+    rm -f "$kernels.so"
     pip_install --no-build-isolation -e "${root}[$extras]"
+    [[ -f $kernels.so ]] || say "warning: the kernels for CPUs could not be compiled, so DyT will be slow here;" \
+        "install a C compiler with OpenMP (gcc) and run 'make setup' again"
 }
 
 main() {

@@ -159,15 +159,24 @@ def _runs_our_kernels(device: torch.device, function: str, dtype: torch.dtype) -
     return function in triton_dyt.FUNCTIONS and dtype in triton_dyt.DTYPES
 
 
+def _runs_cpu_kernels(device: torch.device, function: str, dtype: torch.dtype) -> bool:
+    return (
+        device.type == "cpu"
+        and function in cpu_dyt.FUNCTIONS
+        and dtype in cpu_dyt.DTYPES
+        and cpu_dyt.IS_BUILT
+    )
+
+
 # In order of preference: the first that has the wanted backend and supports the call runs. On a CPU the
 # Triton kernels run interpreted, so there they come after the code made for it.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cpu": Implementation(
         "torch",
-        lambda device, function, dtype: device.type == "cpu",
+        _runs_cpu_kernels,
         cpu_dyt.forward,
-        _add_first(cpu_dyt.forward),
-        _add_last(cpu_dyt.backward),
+        cpu_dyt.residual_forward,
+        cpu_dyt.backward,
         _reference_fp8_forward,
     ),
     "triton": Implementation(
@@ -208,8 +217,8 @@ def choose_implementation(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}")
-    if backend == "auto" and device.type == "cuda":
-        _warn_without_triton()
+    if backend == "auto":
+        _warn_without_kernels(device.type)
     for name, implementation in IMPLEMENTATIONS.items():
         if backend in ("auto", implementation.backend) and implementation.supports(device, function, dtype):
             return name
@@ -221,14 +230,20 @@ def choose_implementation(
 
 
 @functools.cache
-def _warn_without_triton() -> None:
-    """Say once that this will be slow."""
-    if not triton_is_installed():
-        warnings.warn(
-            "the package triton is not installed, so DyT runs as plain torch code, several times slower; "
-            "install triton, or give backend='torch' to say that this is meant",
-            stacklevel=4,
-        )
+def _warn_without_kernels(device_type: str) -> None:
+    """Say once that DyT will be slow on such a device."""
+    if device_type == "cuda" and not triton_is_installed():
+        missing, remedy = "the package triton is not installed", "install triton"
+    elif device_type == "cpu" and not cpu_dyt.IS_BUILT:
+        missing = f"DyT's kernels for CPUs are missing or of another version ({cpu_dyt.LIBRARY})"
+        remedy = "install a C compiler with OpenMP (gcc) and then megatron_dyt again, which compiles them"
+    else:
+        return
+    warnings.warn(
+        f"{missing}, so DyT runs as plain torch code, several times slower; {remedy}, or give "
+        "backend='torch' to say that this is meant",
+        stacklevel=4,
+    )
 
 
 def needed_gradients(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:

@@ -26,6 +26,8 @@ TOOLS = (
     "sleep",
 )
 
+INPUTS = ("pyproject.toml", "setup.py", "constraints.txt", "megatron_dyt/ops/cpu_kernels.c")
+
 # Answers the script's three questions (version, ensurepip, pip and version) and the commands
 # `-m venv` and `-m pip`. `-m pip` adds its arguments to $PIP_LOG and fails when $PIP_FAILS is set.
 FAKE_PYTHON = """#!/bin/sh
@@ -66,9 +68,10 @@ class Checkout:
         self.pyenv = place / "pyenv"
         self.pip_log = place / "pip.log"
         tools = place / "tools"
-        for folder in (self.root / "scripts", self.bin, tools):
+        for folder in (self.bin, tools):
             folder.mkdir(parents=True)
-        for name in ("pyproject.toml", "setup.py", "constraints.txt", "scripts/setup.sh"):
+        for name in (*INPUTS, "scripts/setup.sh"):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPO / name, self.root / name)
         for tool in TOOLS:
             if found := shutil.which(tool):
@@ -216,7 +219,7 @@ def test_second_run_does_nothing(ready: Checkout) -> None:
     assert (result.returncode, result.stdout, ready.take_log()) == (0, "", [])
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "constraints.txt"])
+@pytest.mark.parametrize("name", INPUTS)
 def test_changed_input_installs_again_into_the_same_venv(ready: Checkout, name: str) -> None:
     with (ready.root / name).open("a") as file:
         file.write("# changed\n")
@@ -224,6 +227,17 @@ def test_changed_input_installs_again_into_the_same_venv(ready: Checkout, name: 
     log = ready.take_log()
     assert log
     assert "venv" not in log
+
+
+def test_without_cpu_kernels_it_says_so_and_tries_again_once_there_is_a_compiler(checkout: Checkout) -> None:
+    fake_python(checkout.bin / "python3.12", "3.12.7")
+    result = checkout.run()
+    assert "warning: the kernels for CPUs could not be compiled, so DyT will be slow here" in result.stdout
+    write_executable(checkout.bin / "cc", "#!/bin/sh\n")
+    checkout.take_log()
+    assert checkout.run().returncode == 0
+    assert checkout.take_log()
+    assert checkout.run().stdout == ""
 
 
 def test_failed_install_leaves_no_stamp_and_the_next_run_continues(ready: Checkout) -> None:

@@ -2,13 +2,19 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from megatron_dyt.ops import dyt, dyt_residual
+from megatron_dyt.ops import cpu_dyt, dyt, dyt_residual
 from megatron_dyt.ops.reference import dyt_backward, dyt_forward
 
 NAMES = ("x", "alpha", "weight", "bias", "shift")
+needs_cpu_kernels = pytest.mark.skipif(
+    not cpu_dyt.IS_BUILT, reason="the CPU kernels are not compiled: install gcc, then 'make setup'"
+)
+CPU_IMPLEMENTATIONS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
+
 # Relative error of one rounding to the dtype, with room for fp32's own error in sums.
 TOLERANCE = {
     torch.float64: 1e-12,

@@ -15,6 +15,7 @@ from megatron_dyt.ops import backends, cpu_dyt, dyt, dyt_residual
 from megatron_dyt.ops.backends import choose_implementation
 from megatron_dyt.ops.reference import FUNCTIONS
 from tests.ops.cases import (
+    CPU_IMPLEMENTATIONS,
     NAMES,
     TOLERANCE,
     add_residual,
@@ -25,6 +26,7 @@ from tests.ops.cases import (
     check_residual_against_exact,
     exact,
     make_inputs,
+    needs_cpu_kernels,
     upstream,
 )
 
@@ -54,18 +56,10 @@ def test_dtypes(function: str, dtype: torch.dtype, parameter_dtype: torch.dtype)
 SHAPES = [(1,), (7,), (0, 64), (1, 1), (3, 7), (2, 3, 64), (3, 1000), (3, 5000), (8193, 64)]
 
 
-@pytest.mark.parametrize("chunk", [4096, cpu_dyt.CHUNK_ELEMENTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("function", ["tanh", "erf"])
-def test_shapes(
-    shape: tuple[int, ...],
-    function: str,
-    dtype: torch.dtype,
-    chunk: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cpu_dyt, "CHUNK_ELEMENTS", chunk)
+def test_shapes(shape: tuple[int, ...], function: str, dtype: torch.dtype) -> None:
     check_against_exact(make_inputs(shape, function=function, dtype=dtype), function)
 
 
@@ -98,7 +92,7 @@ def test_expanded_upstream_gradient() -> None:
     check_against_exact(make_inputs((6, 10)), "tanh", dy=torch.tensor(0.5).expand(6, 10))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_tanh_slope_is_accurate_to_saturation(implementation: str) -> None:
     # One row long enough for every fast path; alpha = weight = 1, so that dx is the slope itself.
     z = torch.cat([torch.linspace(-44, 44, 40_000), torch.linspace(-8, 8, 40_000)])
@@ -117,33 +111,16 @@ def test_tanh_slope_is_accurate_to_saturation(implementation: str) -> None:
     assert ((dx.double() - expected).abs() / expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("size", [101, 200_001])
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
-def test_tanh_value_of_small_x_is_accurate_to_its_own_size(implementation: str, size: int) -> None:
-    z = torch.logspace(-39, -1, size, dtype=torch.float64).float()
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+def test_tanh_value_is_accurate_to_its_own_size(implementation: str) -> None:
+    z = torch.logspace(-39, 3, 200_001, dtype=torch.float64).float()
     z = torch.cat([-z, z])
     one = torch.ones(1)
     y = torch.ops.megatron_dyt.dyt(z, one, torch.ones_like(z), None, None, "tanh", implementation)
     torch.testing.assert_close(y.double(), torch.tanh(z.double()), rtol=3e-7, atol=1.5e-45)
 
 
-@pytest.mark.parametrize("std", [0.02, 0.05, 0.5, 2.0, 20.0])
-def test_tanh_value_is_accurate_to_the_size_of_the_tensor(std: float) -> None:
-    # On both sides of where the CPU path changes its formula.
-    z = std * torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
-    error = dyt(z, torch.ones(1), torch.ones(1000)).double() - torch.tanh(z.double())
-    assert error.abs().max() < 2e-7
-    assert error.norm() / torch.tanh(z.double()).norm() < 1.5e-6
-
-
-def test_one_row_of_huge_values_does_not_make_the_others_less_accurate() -> None:
-    z = 1e-3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    z[0] *= 1e6
-    y = dyt(z, torch.ones(1), torch.ones(64))
-    torch.testing.assert_close(y.double(), torch.tanh(z.double()), rtol=3e-7, atol=0)
-
-
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("columns", [1, 30_000])
 def test_saturated_infinite_and_nan_x(columns: int, implementation: str) -> None:
     inf, nan = math.inf, math.nan
@@ -174,19 +151,17 @@ def test_saturated_infinite_and_nan_x(columns: int, implementation: str) -> None
     assert gradients[2].isnan().nonzero().tolist() == [[0]]
 
 
-def test_dweight_is_exact_to_fp32_of_the_range_of_tanh() -> None:
-    # The CPU path's tanh in dweight is rounded like a number near 1, also where it is small itself.
+def test_dweight_of_small_x_is_accurate_to_the_size_of_tanh() -> None:
     inputs = make_inputs((50, 40))
     inputs["x"] = (inputs["x"].detach() * 1e-3).requires_grad_()
     y = call(inputs)
     dy = upstream(y)
     (dweight,) = torch.autograd.grad(y, inputs["weight"], dy)
     error = (dweight.double() - exact(inputs, dy, "tanh")[1]["weight"]).abs()
-    assert (error <= 1e-7 * dy.abs().sum(0)).all()
-    assert error.max() < 1e-4 * dweight.abs().max()
+    assert (error <= 3e-7 * (dy * y).abs().sum(0)).all()
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_dalpha_is_accurate_where_all_terms_have_one_sign(implementation: str) -> None:
     # Half a million numbers added up one by one in fp32 would be off by 1e-4.
     x, dy = torch.full((4096, 192), 0.3), torch.full((4096, 192), 0.1)
@@ -201,7 +176,7 @@ def test_dalpha_is_accurate_where_all_terms_have_one_sign(implementation: str) -
 FROZEN = [c for n in range(1, 5) for c in itertools.combinations(NAMES, n)]
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_any_subset_of_gradients(implementation: str) -> None:
     inputs = make_inputs(function="erf")
     dy = upstream(inputs["x"])
@@ -221,8 +196,8 @@ def test_any_subset_of_gradients(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("function", ["tanh", "erf", "identity"])
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("function", ["tanh", "erf"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_opcheck(implementation: str, function: str, bias: bool) -> None:
     inputs = make_inputs((4, 3, 10), function=function, bias=bias)
     x, alpha, weight = inputs["x"].transpose(0, 1), inputs["alpha"], inputs["weight"]
@@ -325,6 +300,7 @@ def test_is_deterministic() -> None:
         assert torch.equal(first, second)
 
 
+@needs_cpu_kernels
 def test_the_backend_is_chosen_by_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_implementation("auto", cpu) == choose_implementation("torch", cpu) == "cpu"
@@ -338,6 +314,13 @@ def test_the_backend_is_chosen_by_device() -> None:
     assert torch.equal(call(inputs, backend="torch"), call(inputs))
 
 
+@pytest.mark.parametrize(
+    ("function", "dtype"), [("hardtanh", torch.float32), ("tanh", torch.float64), ("erf", torch.float16)]
+)
+def test_what_the_cpu_kernels_lack_is_plain_torch(function: str, dtype: torch.dtype) -> None:
+    assert choose_implementation("auto", torch.device("cpu"), function, dtype) == "reference"
+
+
 @pytest.mark.parametrize(("function", "dtype"), [("hardtanh", torch.bfloat16), ("tanh", torch.float64)])
 def test_what_our_kernels_lack_is_compiled_on_cuda(function: str, dtype: torch.dtype) -> None:
     cuda = torch.device("cuda")
@@ -346,30 +329,29 @@ def test_what_our_kernels_lack_is_compiled_on_cuda(function: str, dtype: torch.d
     assert choose_implementation("torch", cuda, function, dtype) == "reference"
 
 
-def test_cuda_without_triton_warns_once_and_runs_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "triton_is_installed", lambda: False)
-    backends._warn_without_triton.cache_clear()
-    cuda = torch.device("cuda")
-    with pytest.warns(UserWarning, match="triton is not installed, so DyT runs as plain torch code"):
-        assert choose_implementation("auto", cuda) == "reference"
+def check_warns_once_and_runs_torch_code(device: torch.device, message: str) -> None:
+    backends._warn_without_kernels.cache_clear()
+    with pytest.warns(UserWarning, match=message):
+        assert choose_implementation("auto", device) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_implementation("auto", cuda) == choose_implementation("torch", cuda) == "reference"
-        assert choose_implementation("auto", torch.device("cpu")) == "cpu"
+        assert choose_implementation("auto", device) == choose_implementation("torch", device) == "reference"
+    backends._warn_without_kernels.cache_clear()
+
+
+def test_cuda_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_is_installed", lambda: False)
+    cuda = torch.device("cuda")
+    check_warns_once_and_runs_torch_code(cuda, "the package triton is not installed, so DyT runs as plain")
     with pytest.raises(ValueError, match="need a CUDA or ROCm device, and the package triton, which is not"):
         choose_implementation("triton", cuda)
-    backends._warn_without_triton.cache_clear()
 
 
-def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Temporaries that are kept between calls must not be made as inference tensors.
-    monkeypatch.setattr(cpu_dyt, "_workspace", cpu_dyt._Workspace())
-    inputs = make_inputs(dtype=torch.bfloat16)
-    with torch.inference_mode():
-        call(inputs)
-    for tensor in cpu_dyt._workspace._memory.values():
-        assert not tensor.is_inference()
-    check_against_exact(inputs, "tanh")
+def test_cpu_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_dyt, "IS_BUILT", False)
+    message = r"kernels for CPUs are missing .*install a C compiler with OpenMP \(gcc\)"
+    check_warns_once_and_runs_torch_code(torch.device("cpu"), message)
+    check_against_exact(make_inputs(), "tanh")
 
 
 def test_the_default_device_does_not_matter() -> None:
@@ -442,7 +424,7 @@ def test_residual(function: str, dtype: torch.dtype, residual_dtype: torch.dtype
     )
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_residual_equals_add_then_dyt(implementation: str) -> None:
     inputs = add_residual(make_inputs((4, 3, 10)))
     inputs["x"] = inputs["x"].detach().transpose(0, 1).requires_grad_()
@@ -505,7 +487,7 @@ def test_residual_keeps_only_the_sum_for_backward() -> None:
     assert kept == {total.data_ptr()}
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_residual_opcheck(implementation: str) -> None:
     inputs = add_residual(make_inputs((4, 3, 10)))
     x, residual = inputs["x"].transpose(0, 1), inputs["residual"].transpose(0, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dyt.ops import backends, dyt, dyt_fork
-from tests.ops.cases import make_inputs, upstream
+from tests.ops.cases import make_inputs, needs_cpu_kernels, upstream
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 Use = Callable[[Tensor, Tensor], Tensor]
@@ -77,6 +77,7 @@ def test_the_second_result_is_x_and_takes_no_memory() -> None:
             assert torch.equal(y, dyt(*inputs.values()))
 
 
+@needs_cpu_kernels
 def test_one_backward_call_adds_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor | None] = []
     cpu = backends.IMPLEMENTATIONS["cpu"]

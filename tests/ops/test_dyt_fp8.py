@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_dyt.ops import backends, dyt_fp8, triton_dyt
 from megatron_dyt.ops.dyt_fp8 import BOUNDED, FP8, fp8_scale
-from tests.ops.cases import exact, make_inputs
+from tests.ops.cases import CPU_IMPLEMENTATIONS, exact, make_inputs
 
 INF = math.inf
 
@@ -76,7 +76,7 @@ def test_no_gradient_and_no_rows() -> None:
     assert not scale_inv.requires_grad
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 def test_opcheck(implementation: str) -> None:
     inputs = {name: t.detach() for name, t in make_inputs((4, 3, 10), function="erf").items()}
     args = (*inputs.values(), "erf", implementation)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.ops import backends, dyt, recompute_dyt
-from tests.ops.cases import make_inputs, upstream
+from tests.ops.cases import CPU_IMPLEMENTATIONS, make_inputs, needs_cpu_kernels, upstream
 
 
 def options(inputs: dict[str, Tensor], function: str) -> dict[str, object]:
     return {"function": function, "shift": inputs.get("shift")}
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize(("function", "dtype"), [("tanh", torch.bfloat16), ("erf", torch.float32)])
 def test_values_come_back_bit_for_bit(
     implementation: str, function: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -57,6 +57,7 @@ def test_what_the_next_layer_saved_is_right_again() -> None:
         assert torch.equal(actual, e)
 
 
+@needs_cpu_kernels
 def test_it_writes_into_the_memory_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second buffer and copy where dtypes agree."""
     inputs = make_inputs((6, 8))

@@ -1,0 +1,254 @@
+"""The C kernels for CPUs: numbers against fp64 with and without AVX, edges of tiles and blocks, threads."""
+
+import ctypes
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dyt.ops import cpu_dyt, reference
+from tests.ops.cases import needs_cpu_kernels
+
+REPO = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("cc")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler (cc) on PATH")
+
+pytestmark = needs_cpu_kernels
+
+
+def build(place: Path, **env: str) -> Path:
+    """Run setup.py's compilation; returns the library's path, whether or not it has come to be."""
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(place), "--build-temp", str(place / "temporary")]
+    subprocess.run(command, cwd=REPO, env=os.environ | env, check=True, capture_output=True)
+    return place / "megatron_dyt/ops/cpu_kernels.so"
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels for the oldest processors, as a machine without AVX2 runs them."""
+    return build(tmp_path_factory.mktemp("baseline"), CFLAGS="-DBASELINE_ONLY")
+
+
+@pytest.fixture(params=["this machine", pytest.param("baseline", marks=needs_compiler)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "baseline":
+        library = ctypes.CDLL(str(request.getfixturevalue("baseline")))
+        monkeypatch.setattr(cpu_dyt, "_library", library)
+
+
+def inputs(
+    rows: int, hidden: int, function: str = "tanh", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(rows + hidden)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    return {
+        "x": (2 * random(rows, hidden)).to(dtype),
+        "alpha": torch.tensor([0.6]),
+        "weight": 1 + random(hidden),
+        "bias": random(hidden),
+        "shift": torch.tensor([0.2]) if function == "erf" else None,
+        "dy": random(rows, hidden).to(dtype),
+        "other": random(rows, hidden).to(dtype),
+    }
+
+
+def run(t: dict[str, Tensor | None], function: str) -> list[Tensor]:
+    """y and sum of x + other; y of x; the gradients with `other` as dsum."""
+    assert t["x"] is not None
+    assert t["dy"] is not None
+    parameters = (t["alpha"], t["weight"], t["bias"], t["shift"], function)
+    needs = [True] * 4 + [function == "erf"]
+    backward = (t["dy"], t["x"], t["alpha"], t["weight"], t["shift"], function, needs, t["other"])
+    return [
+        *cpu_dyt.residual_forward(t["x"], t["other"], *parameters),  # type: ignore[arg-type]
+        cpu_dyt.forward(t["x"], *parameters),  # type: ignore[arg-type]
+        *cpu_dyt.backward(*backward),  # type: ignore[arg-type]
+    ]
+
+
+def run_exactly(t: dict[str, Tensor | None], function: str) -> list[Tensor]:
+    """The same in fp64; of the sum as rounded to x's dtype."""
+    assert t["x"] is not None
+    total = t["x"] + t["other"]
+    wide = {name: None if tensor is None else tensor.double() for name, tensor in t.items()}
+    options = {"function": function, "shift": wide["shift"]}
+    forward = (wide["alpha"], wide["weight"], wide["bias"])
+    dx, *gradients = reference.dyt_backward(
+        wide["dy"],
+        wide["x"],
+        *forward[:2],
+        has_bias=True,
+        **options,  # type: ignore[arg-type]
+    )
+    return [
+        reference.dyt_forward(total.double(), *forward, **options),  # type: ignore[arg-type]
+        total.double(),
+        reference.dyt_forward(wide["x"], *forward, **options),  # type: ignore[arg-type]
+        dx + wide["other"],
+        *(gradient for gradient in gradients if gradient is not None),
+    ]
+
+
+def check(t: dict[str, Tensor | None], function: str) -> None:
+    """Each result against fp64; sums against the root of the sum of their terms' squares, some 2 per term."""
+    assert t["x"] is not None
+    rows, elements = len(t["x"]), t["x"].numel()
+    for actual, expected in zip(run(t, function), run_exactly(t, function), strict=True):
+        assert actual.is_contiguous()
+        tolerance = 2**-8 if actual.dtype == torch.bfloat16 else 1e-6
+        terms = 1 if actual.dim() == 2 else rows if actual.numel() == t["x"].shape[1] else elements
+        assert ((actual.double() - expected).abs() <= tolerance * (expected.abs() + 2 * terms**0.5)).all()
+
+
+@needs_compiler
+def test_where_there_is_a_compiler_they_are_built() -> None:
+    assert cpu_dyt.IS_BUILT
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", cpu_dyt.DTYPES)
+@pytest.mark.parametrize("function", cpu_dyt.FUNCTIONS)
+@pytest.mark.parametrize("hidden", [1, 7, 64, 511, 512, 513, 1100])
+@pytest.mark.parametrize("rows", [0, 1, 17, 64, 100])
+def test_every_edge_of_tiles_groups_and_blocks(
+    rows: int, hidden: int, function: str, dtype: torch.dtype
+) -> None:
+    check(inputs(rows, hidden, function, dtype), function)
+
+
+def test_more_rows_than_blocks_can_hold_at_their_least() -> None:
+    rows = cpu_dyt._MIN_BLOCK_ROWS * cpu_dyt._MAX_BLOCKS + 1001
+    check(inputs(rows, 40), "tanh")
+
+
+@pytest.mark.parametrize("function", cpu_dyt.FUNCTIONS)
+def test_results_do_not_depend_on_the_number_of_threads(function: str) -> None:
+    t = inputs(500, 700, function)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(t, function))
+    finally:
+        torch.set_num_threads(before)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.repeat(1, 2)[:, : t.shape[1]],  # row-strided: read in place
+        lambda t: t.T.contiguous().T,
+        lambda t: t[:1].expand(len(t), -1),
+        lambda t: torch.complex(torch.zeros_like(t), t).conj().imag,  # a lazy negation
+    ],
+    ids=["row-strided", "transposed", "expanded", "negated"],
+)
+def test_strides(view: Callable[[Tensor], Tensor]) -> None:
+    t = inputs(70, 30)
+    check({**t, **{name: view(t[name]) for name in ("x", "dy", "other")}}, "tanh")  # type: ignore[arg-type]
+
+
+def test_row_strided_tensors_are_not_copied() -> None:
+    wide = torch.zeros(6, 10)
+    assert cpu_dyt._rows(wide[:, 2:7], 5).data_ptr() == wide[:, 2:].data_ptr()
+
+
+def test_nothing_beside_the_output_is_written() -> None:
+    for dtype in cpu_dyt.DTYPES:
+        t = inputs(5, 600, dtype=dtype)
+        memory = torch.full((5 * 600 + 64,), 7.0, dtype=dtype)
+        out = memory[32:-32].view(5, 600)
+        y = cpu_dyt.forward(*(t[n] for n in ("x", "alpha", "weight", "bias", "shift")), "tanh", out)  # type: ignore[arg-type]
+        assert y.data_ptr() == out.data_ptr()
+        assert not (out == 7).any()
+        assert (memory[:32] == 7).all()
+        assert (memory[-32:] == 7).all()
+
+
+def along_the_line(function: str) -> tuple[Tensor, Tensor, Tensor]:
+    """z, and f and its slope there in fp32, out to where the slope leaves fp32's normal numbers."""
+    end = 44.3 if function == "tanh" else 9.3
+    z = torch.cat([torch.linspace(-end, end, 100_003), torch.logspace(-38, 0, 10_001), torch.tensor([0.0])])
+    one, ones = torch.ones(1), torch.ones_like(z)
+    shift = torch.zeros(1) if function == "erf" else None
+    value = cpu_dyt.forward(z, one, ones, None, shift, function)
+    (slope,) = cpu_dyt.backward(ones, z, one, ones, shift, function, [True] + [False] * 4)
+    return z.double(), value.double(), slope.double()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_tanh_and_its_slope_are_accurate_to_their_own_size() -> None:
+    z, value, slope = along_the_line("tanh")
+    torch.testing.assert_close(value, torch.tanh(z), rtol=2.5e-7, atol=0)
+    torch.testing.assert_close(slope, 1 / torch.cosh(z) ** 2, rtol=5e-7, atol=0)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_erf_and_its_slope_are_accurate_to_their_own_size() -> None:
+    z, value, slope = along_the_line("erf")
+    torch.testing.assert_close(value, torch.erf(z), rtol=2.5e-7, atol=0)
+    # The square in the exponent is rounded, as in torch.
+    expected = 2 / math.sqrt(math.pi) * torch.exp(-z * z)
+    assert ((slope - expected).abs() <= expected * (5e-7 + 6e-8 * z * z)).all()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("function", cpu_dyt.FUNCTIONS)
+def test_saturated_infinite_and_nan_x(function: str) -> None:
+    inf = math.inf
+    x = torch.tensor([[100.0, -100.0, inf, -inf, math.nan, 0.5, 1e30, -3e38] * 3])
+    one, ones = torch.ones(1), torch.ones(x.shape[1])
+    shift = torch.zeros(1) if function == "erf" else None
+    y = cpu_dyt.forward(x, one, ones, None, shift, function)
+    dx, dalpha = cpu_dyt.backward(ones[None], x, one, ones, shift, function, [True, True] + [False] * 3)
+    assert y[0, :4].tolist() == [1, -1, 1, -1]
+    assert y[0, 6:8].tolist() == [1, -1]
+    assert dx[0, [0, 1, 2, 3, 6, 7]].tolist() == [0] * 6
+    assert (y.isnan() == x.isnan()).all()
+    assert (dx.isnan() == x.isnan()).all()
+    assert dalpha.isnan().all()
+    without = x.nan_to_num(nan=0.0, posinf=inf, neginf=-inf)
+    (dalpha,) = cpu_dyt.backward(ones[None], without, one, ones, shift, function, [False, True] + [False] * 3)
+    slope = 1 / math.cosh(0.5) ** 2 if function == "tanh" else 2 / math.sqrt(math.pi) * math.exp(-0.25)
+    assert dalpha.item() == pytest.approx(3 * 0.5 * slope, rel=1e-6)
+
+
+def test_bf16_is_rounded_to_nearest_even() -> None:
+    x = torch.linspace(-3, 3, 5001).bfloat16()
+    y = cpu_dyt.forward(x, torch.ones(1), torch.full((5001,), 1.7), None, None, "tanh")
+    wide = cpu_dyt.forward(x.float(), torch.ones(1), torch.full((5001,), 1.7), None, None, "tanh")
+    assert torch.equal(y, wide.bfloat16())
+
+
+def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "cpu_kernels.so"
+    monkeypatch.setattr(cpu_dyt, "LIBRARY", other)
+    assert cpu_dyt._open() is None  # missing
+    other.write_bytes(b"no library")
+    assert cpu_dyt._open() is None
+    if COMPILER is not None:
+        source = tmp_path / "other.c"
+        source.write_text("long long dyt_call_size(void) { return 8; }\n")
+        subprocess.run(
+            [*shlex.split(COMPILER), "-shared", "-fPIC", str(source), "-o", str(other)], check=True
+        )
+        assert cpu_dyt._open() is None
+
+
+def test_without_a_working_compiler_the_installation_goes_on(tmp_path: Path) -> None:
+    assert not build(tmp_path, CC=shutil.which("false") or "false").exists()
