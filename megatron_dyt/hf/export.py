@@ -46,6 +46,7 @@ class Export:
         fold_weight: put DyT's weight and bias into the linear layers behind them.
         dtype: of the exported tensors; None for the checkpoint's own.
         tokenizer: whether to export the run's tokenizer.
+        bos: what its texts begin with; see `write_tokenizer`.
         max_shard_bytes: size of a safetensors file.
     """
 
@@ -55,6 +56,7 @@ class Export:
     fold_weight: bool = False
     dtype: torch.dtype | None = None
     tokenizer: bool = True
+    bos: bool | None = None
     max_shard_bytes: int = 5 * 10**9
 
 
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             fold_weight=options.fold_weight,
             dtype=DTYPE_NAMES[options.dtype] if options.dtype else None,
             tokenizer=not options.no_tokenizer,
+            bos=options.bos,
             max_shard_bytes=options.max_shard_size,
         )
     )
@@ -93,6 +96,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "rounding, with less to compute",
     )
     add("--tokenizer-model", metavar="FILE", help="tokenizer instead of the checkpoint's path")
+    add(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="the tokenizer begins a text with BOS, not with an end of document (default: as the training "
+        "data do, by their manifest; BOS where that is not in reach)",
+    )
     add("--no-tokenizer", action="store_true", help="export the model alone, with its padded vocabulary")
     add(
         "--max-shard-size",
@@ -101,7 +110,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="SIZE",
         help="of a safetensors file, such as 500MB or 5GB (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.no_tokenizer and options.bos is not None:
+        parser.error("--bos and --no-bos are about the tokenizer, which --no-tokenizer leaves out")
+    return options
 
 
 def _size(text: str) -> int:
@@ -156,7 +168,7 @@ def folded_roles(shape: LlamaShape) -> tuple[str, ...]:
 def _tokenizer(job: Export, directory: Path) -> TokenizerFacts | None:
     if not job.tokenizer or job.args.tokenizer_type == "NullTokenizer":
         return None
-    return write_tokenizer(job.args, directory)
+    return write_tokenizer(job.args, directory, job.bos)
 
 
 def _trimmed(shape: LlamaShape, tokenizer: TokenizerFacts, job: Export) -> LlamaShape:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dyt.errors import UserError, describe
-from megatron_dyt.evaluation.tokenizer_check import check_tokenizer
+from megatron_dyt.evaluation.tokenizer_check import check_tokenizer, documents_begin_with_bos
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # What a conversion gets wrong shows in spaces, digits, line ends, bytes outside the vocabulary, and scripts.
@@ -30,16 +30,18 @@ class TokenizerFacts(NamedTuple):
     """What the model's configuration needs of a tokenizer."""
 
     vocab_size: int
-    bos: int | None
+    bos: int | None  # What a text begins with.
     eos: int | None
     pad: int | None
 
 
-def write_tokenizer(args: Namespace, directory: Path) -> TokenizerFacts:
+def write_tokenizer(args: Namespace, directory: Path, bos: bool | None = None) -> TokenizerFacts:
     """Write the tokenizer of the run with these stored arguments into `directory`.
 
-    AutoTokenizer then puts BOS in front of a text, as the training data has it, and gives otherwise the
-    ids that the run's own tokenizer gives; but a special token's name in a text becomes that token.
+    AutoTokenizer then puts BOS in front of a text, or else EOS, which ends the document before and is then
+    called `bos_token`, and gives otherwise the ids that the run's own tokenizer gives; but a special token's
+    name in a text becomes that token. `bos` says which; None is as the manifests of the training data say,
+    and BOS where none is in reach. A Hugging Face tokenizer is copied as it is.
 
     Raises:
         UserError: a tokenizer that is missing, of a kind that cannot be exported, or whose conversion
@@ -47,8 +49,16 @@ def write_tokenizer(args: Namespace, directory: Path) -> TokenizerFacts:
     """
     check_tokenizer(vars(args))
     if args.tokenizer_type in SENTENCEPIECE:
-        return _write_sentencepiece(Path(args.tokenizer_model), directory, args.max_position_embeddings)
+        if bos is None:
+            bos = documents_begin_with_bos(args)
+        model, length = Path(args.tokenizer_model), args.max_position_embeddings
+        return _write_sentencepiece(model, directory, length, bos is not False)
     if args.tokenizer_type == "HuggingFaceTokenizer":
+        if bos is not None:
+            raise UserError(
+                f"--{'' if bos else 'no-'}bos was given, but the tokenizer {args.tokenizer_model} is a "
+                "Hugging Face one, which says itself what a text begins with. Leave the flag out"
+            )
         return _copy(str(args.tokenizer_model), directory)
     raise UserError(
         f"the run's tokenizer is a {args.tokenizer_type}; exported are {', '.join(SENTENCEPIECE)} and "
@@ -56,20 +66,20 @@ def write_tokenizer(args: Namespace, directory: Path) -> TokenizerFacts:
     )
 
 
-def _write_sentencepiece(model: Path, directory: Path, max_length: int) -> TokenizerFacts:
+def _write_sentencepiece(model: Path, directory: Path, max_length: int, with_bos: bool) -> TokenizerFacts:
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
     original = sentencepiece.SentencePieceProcessor(model_file=str(model))
     ids = {
         "unk": original.unk_id(),
-        "bos": original.bos_id(),
+        "bos": original.bos_id() if with_bos and original.bos_id() >= 0 else original.eos_id(),
         "eos": original.eos_id(),
         "pad": original.pad_id(),
     }
     known = {f"{name}_token": original.id_to_piece(piece) for name, piece in ids.items() if piece >= 0}
     converted = PreTrainedTokenizerFast(
-        tokenizer_object=_backend(model, original),
+        tokenizer_object=_backend(model, original, ids["bos"]),
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
         **known,
@@ -89,8 +99,8 @@ def _complete_settings(path: Path, bos: bool) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _backend(model: Path, original: Any) -> Any:
-    """The `tokenizers.Tokenizer` that does what a SentencePiece BPE model does.
+def _backend(model: Path, original: Any, bos_id: int) -> Any:
+    """The `tokenizers.Tokenizer` that does what a SentencePiece BPE model does; `bos_id` first, unless < 0.
 
     transformers' LlamaTokenizer is not that: it adds no second space to a text that begins with one.
     """
@@ -124,10 +134,10 @@ def _backend(model: Path, original: Any) -> Any:
             if piece.type in (*special, proto.SentencePiece.USER_DEFINED)
         ]
     )
-    if original.bos_id() >= 0:
-        bos = pieces[original.bos_id()]
+    if bos_id >= 0:
+        bos = pieces[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, original.bos_id())]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )
     return tokenizer
 

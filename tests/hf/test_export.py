@@ -166,6 +166,9 @@ def test_command_with_tokenizer(
     argv = ["--load", str(saved.checkpoint.root), "--output", str(output)]
     with pytest.raises(UserError, match=r"has 350 tokens, but the model in .* at most 64"):
         main(argv)
+    with pytest.raises(SystemExit):
+        main([*argv, "--no-tokenizer", "--no-bos"])
+    assert "which --no-tokenizer leaves out" in capsys.readouterr().err
     assert not output.exists()
     assert list(output.parent.iterdir()) == []
 

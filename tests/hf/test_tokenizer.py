@@ -15,6 +15,7 @@ from megatron_dyt.data.train_tokenizer import SETTINGS
 from megatron_dyt.errors import UserError
 from megatron_dyt.hf import tokenizer as module
 from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
+from megatron_dyt.runtime.dataset_manifest import manifest_path
 
 from .conftest import TEXT
 
@@ -61,6 +62,33 @@ def test_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
         assert loaded.decode(ids) == original.decode(ids)
 
 
+@pytest.mark.parametrize(
+    ("stated", "given", "first"), [(False, None, 2), (True, None, 1), (False, True, 1), (None, False, 2)]
+)
+def test_a_text_begins_as_the_training_documents_do(
+    tmp_path: Path, stated: bool | None, given: bool | None, first: int
+) -> None:
+    from transformers import AutoTokenizer
+
+    model, output = train(tmp_path / "t.model", vocab_size=350), tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    args = run_args(model)
+    args.data_path = [str(tmp_path / "data")]
+    if stated is not None:
+        manifest_path(tmp_path / "data").write_text(json.dumps({"made_from": {"bos": stated}}))
+    facts = write_tokenizer(args, output, given)
+    loaded = AutoTokenizer.from_pretrained(str(output))
+    assert facts.bos == loaded.bos_token_id == first
+    assert loaded.eos_token_id == 2
+    assert loaded("a b")["input_ids"][0] == first
+
+
+def test_a_text_begins_with_eos_where_the_vocabulary_has_no_bos(tmp_path: Path) -> None:
+    model = train(tmp_path / "t.model", vocab_size=350, bos_id=-1, eos_id=1)
+    assert write_tokenizer(run_args(model), tmp_path).bos == 1
+
+
 def test_other_sentencepiece_models(tmp_path: Path) -> None:
     unigram = train(tmp_path / "u.model", vocab_size=400, model_type="unigram")
     with pytest.raises(UserError, match=r"is no BPE model; exported are .*--no-tokenizer"):
@@ -87,6 +115,8 @@ def test_hugging_face_tokenizer_is_copied(tmp_path: Path, tokenizer_model: Path)
     facts = write_tokenizer(run_args(tokenizer_model), first)
     again = write_tokenizer(run_args(first, "HuggingFaceTokenizer"), second)
     assert again == facts
+    with pytest.raises(UserError, match=r"--no-bos was given, but .* is a Hugging Face one"):
+        write_tokenizer(run_args(first, "HuggingFaceTokenizer"), second, bos=False)
     text = "Permission is granted, 12 times."
     ours, theirs = (AutoTokenizer.from_pretrained(str(path))(text)["input_ids"] for path in (second, first))
     assert ours == theirs
