@@ -212,22 +212,24 @@ INLINE void backward_tile(
     int64_t at = row * call->hidden + column;
     const float *x = load(bf16, call->x, row * call->x_stride + column, n, x_buffer);
     const float *dy = load(bf16, call->dy, row * call->dy_stride + column, n, dy_buffer);
-    const float *dsum = zeros;
-    if (call->dsum)
-        dsum = load(bf16, call->dsum, row * call->dsum_stride + column, n, dsum_buffer);
     const float *weight = call->weight + column;
     float *dx = call->dx ? place(bf16, call->dx, at, dx_buffer) : dx_buffer;
 #pragma omp simd
     for (int i = 0; i < n; i++) {
         struct point f = f_at(function, alpha, shift, x[i]);
         float g = weight[i] * dy[i] * f.slope;
-        dx[i] = g * alpha + dsum[i];
+        dx[i] = g * alpha;
         /* Where the slope is 0, an infinite x adds 0, the limit. */
         sums[OF_GX][i] += f.slope == 0.0f ? 0.0f : g * x[i];
         sums[OF_VALUE][i] += dy[i] * f.value;
         sums[OF_DY][i] += dy[i];
         if (function == ERF)
             sums[OF_G][i] += g;
+    }
+    if (call->dsum) { /* not above, where it would become one operation: fp32 is rounded as autograd does */
+        const float *dsum = load(bf16, call->dsum, row * call->dsum_stride + column, n, dsum_buffer);
+        for (int i = 0; i < n; i++)
+            dx[i] += dsum[i];
     }
     if (call->dx)
         store(bf16, call->dx, at, n, dx);
