@@ -3,8 +3,13 @@
 Without a C compiler that knows OpenMP the installation goes on without them, and DyT on CPU is plain torch.
 """
 
+import zlib
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+SOURCE = "megatron_dyt/ops/cpu_kernels.c"
 
 
 class BuildLibraries(build_ext):
@@ -13,18 +18,26 @@ class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
+    def build_extension(self, ext: Extension) -> None:
+        # Where compilation fails, no earlier library may stay and be taken for this one.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().build_extension(ext)
+
 
 # A product and a sum become one operation where the processor has that. Without the last two options GCC does
-# not vectorize what could set errno or trap.
-OPTIONS = ["-O3", "-std=c11", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# not vectorize what could set errno or trap. -ffast-math in CFLAGS would lose NaN, and in the whole process
+# denormals.
+OPTIONS = ["-O3", "-std=c11", "-fopenmp", "-fno-fast-math"]
+OPTIONS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 setup(
     ext_modules=[
         Extension(
             "megatron_dyt.ops.cpu_kernels",
-            ["megatron_dyt/ops/cpu_kernels.c"],
+            [SOURCE],
+            define_macros=[("SOURCE_CRC32", f"{zlib.crc32(Path(SOURCE).read_bytes())}u")],
             extra_compile_args=OPTIONS,
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", "-fno-fast-math"],
             optional=True,
         )
     ],

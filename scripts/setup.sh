@@ -125,13 +125,9 @@ sha256() {
     if type -P sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi
 }
 
-# What the environment depends on. The place is part of it: scripts in a .venv hold absolute paths. So is the
-# compiler: one that was missing may be there now.
+# What the environment depends on. The place is part of it: scripts in a .venv hold absolute paths.
 fingerprint() {
-    {
-        cat "${inputs[@]}"
-        printf '%s\n' "$venv" "$extras" "$(readlink -f "$venv/bin/python")" "$(type -P "${CC:-cc}" || true)"
-    } | sha256
+    { cat "${inputs[@]}" && printf '%s\n' "$venv" "$extras" "$(readlink -f "$venv/bin/python")"; } | sha256
 }
 
 up_to_date() {
@@ -197,12 +193,21 @@ install() {
     fi
     rm -f "$kernels.so"
     pip_install --no-build-isolation -e "${root}[$extras]"
-    [[ -f $kernels.so ]] || say "warning: the kernels for CPUs could not be compiled, so DyT will be slow here;" \
-        "install a C compiler with OpenMP (gcc) and run 'make setup' again"
+}
+
+# The installation has compiled the kernels, unless that failed; what was missing may be there now.
+compile_kernels() {
+    [[ -f $kernels.so ]] && return
+    (cd "$root" && "$venv/bin/python" setup.py -q build_ext --inplace) >"$venv/kernels.log" 2>&1 || true
+    [[ -f $kernels.so ]] || say "warning: the kernels for CPUs could not be compiled ($venv/kernels.log says why), so" \
+        "DyT is slow here; install a C compiler with OpenMP (gcc), and 'make setup' tries again"
 }
 
 main() {
-    up_to_date && return
+    if up_to_date; then
+        compile_kernels
+        return
+    fi
     exec 9>"$root/.venv.lock"
     if type -P flock >/dev/null && ! flock -n 9; then
         say "another set-up of this checkout is running; waiting for it"
@@ -212,6 +217,7 @@ main() {
     rm -f "$stamp"
     make_venv
     install
+    compile_kernels
     fingerprint >"$stamp.new"
     mv "$stamp.new" "$stamp"
     say "done in $SECONDS s: $("$venv/bin/python" -V), $venv"

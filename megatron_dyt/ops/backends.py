@@ -235,8 +235,11 @@ def _warn_without_kernels(device_type: str) -> None:
     if device_type == "cuda" and not triton_is_installed():
         missing, remedy = "the package triton is not installed", "install triton"
     elif device_type == "cpu" and not cpu_dyt.IS_BUILT:
-        missing = f"DyT's kernels for CPUs are missing or of another version ({cpu_dyt.LIBRARY})"
-        remedy = "install a C compiler with OpenMP (gcc) and then megatron_dyt again, which compiles them"
+        missing = f"DyT's kernels for CPUs are missing, or of another source ({cpu_dyt.LIBRARY})"
+        remedy = (
+            "install a C compiler with OpenMP (gcc) and have them compiled: 'make setup' in a checkout, else "
+            "pip install --force-reinstall --no-deps --no-cache-dir --no-binary megatron-dyt megatron-dyt"
+        )
     else:
         return
     warnings.warn(

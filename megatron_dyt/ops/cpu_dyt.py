@@ -5,22 +5,24 @@ and the reference runs.
 """
 
 import ctypes
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).with_name("cpu_kernels.so")
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+LIBRARY = SOURCE.with_suffix(".so")
 
 FUNCTIONS = ("tanh", "erf")  # by their numbers in the library
 DTYPES = (torch.float32, torch.bfloat16)
 
 # As many as PyTorch's own operators want for each thread.
 _ELEMENTS_PER_THREAD = 1 << 15
-# Blocks of rows are dealt to threads, and each has partial sums of its own.
-_MIN_BLOCK_ROWS, _MAX_BLOCKS = 32, 64
+# Blocks of rows are dealt to threads. In backward each has partial sums of its own.
+_FORWARD_BLOCKS = 256
+_BACKWARD_BLOCKS, _MIN_BLOCK_ROWS = 64, 32
 _SUMS = 4
 
 
@@ -38,11 +40,11 @@ class _Call(ctypes.Structure):
 
 
 def _open() -> ctypes.CDLL | None:
-    """The compiled kernels; None without, or where they are of another version of this file."""
+    """The compiled kernels; None without, or where they were compiled from another source."""
     try:
         library = ctypes.CDLL(str(LIBRARY))  # after torch: they share its OpenMP threads
-        library.dyt_call_size.restype = ctypes.c_int64
-        is_of_this_version = library.dyt_call_size() == ctypes.sizeof(_Call)
+        library.dyt_source_crc32.restype = ctypes.c_uint32
+        is_of_this_version = library.dyt_source_crc32() == zlib.crc32(SOURCE.read_bytes())
     except (OSError, AttributeError):
         return None
     return library if is_of_this_version else None
@@ -52,14 +54,19 @@ _library = _open()
 IS_BUILT = _library is not None  # by itself, as torch.compile traces what reads it
 
 
+def _in_memory(t: Tensor) -> Tensor:
+    """`t` with the values that its memory has: not negated lazily, not PyTorch's zeros without memory."""
+    return t.clone() if t._is_zerotensor() else t.resolve_neg()
+
+
 def _rows(t: Tensor, hidden: int) -> Tensor:
     """`t` as (rows, hidden) with adjacent columns; a copy only where its strides do not allow a view."""
-    rows = t.reshape(-1, hidden).resolve_neg()
+    rows = _in_memory(t.reshape(-1, hidden))
     return rows if rows.stride(1) == 1 or hidden == 1 else rows.contiguous()
 
 
 def _vector(t: Tensor) -> Tensor:
-    return t.float().resolve_neg().contiguous()
+    return _in_memory(t.float()).contiguous()
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,7 +79,15 @@ def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _call(kernel: str, x: Tensor, alpha: Tensor, shift: Tensor | None, function: str, **tensors: Any) -> None:
+def _call(
+    kernel: str,
+    x: Tensor,
+    alpha: Tensor,
+    shift: Tensor | None,
+    function: str,
+    blocks: int,
+    **tensors: Tensor | None,
+) -> None:
     """Run a kernel on `x` and the tensors of these names in `struct call`, of (rows, hidden) or vectors.
 
     The caller holds references to all of them until this returns.
@@ -81,25 +96,22 @@ def _call(kernel: str, x: Tensor, alpha: Tensor, shift: Tensor | None, function:
     call = _Call(
         rows=rows,
         hidden=hidden,
-        blocks=_blocks(rows),
+        blocks=blocks,
         threads=max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD)),
         function=FUNCTIONS.index(function),
         is_bf16=x.dtype == torch.bfloat16,
         alpha=alpha.item(),
         shift=0.0 if shift is None else shift.item(),
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
     )
-    for name, tensor in tensors.items():
+    for name, tensor in (("x", x), *tensors.items()):
         if tensor is not None:
-            setattr(call, name, tensor.data_ptr())
-            if name in ("residual", "dy", "dsum"):
+            address = tensor.data_ptr()
+            if not address and tensor.numel():
+                raise RuntimeError(f"the memory of {name} has been freed; DyT cannot read or write it")
+            setattr(call, name, address)
+            if name in ("x", "residual", "dy", "dsum"):
                 setattr(call, f"{name}_stride", tensor.stride(0))
     getattr(_library, kernel)(ctypes.byref(call))
-
-
-def _blocks(rows: int) -> int:
-    return max(1, min(_MAX_BLOCKS, rows // _MIN_BLOCK_ROWS))
 
 
 def forward(
@@ -115,7 +127,7 @@ def forward(
     hidden = x.shape[-1]
     y = _new(x) if out is None else out
     w, b = _vector(weight), None if bias is None else _vector(bias)
-    _call("dyt_forward", _rows(x, hidden), alpha, shift, function, weight=w, bias=b, y=y)
+    _call("dyt_forward", _rows(x, hidden), alpha, shift, function, _FORWARD_BLOCKS, weight=w, bias=b, y=y)
     return y
 
 
@@ -142,6 +154,7 @@ def residual_forward(
         alpha,
         shift,
         function,
+        _FORWARD_BLOCKS,
         residual=r,
         weight=w,
         bias=b,
@@ -173,13 +186,15 @@ def backward(
     gradients = {name: _new(like, x.dtype if name == "dx" else torch.float32) for name, like in wanted}
     upstream, w = _rows(_as(dy, x.dtype), hidden), _vector(weight)
     other = None if dsum is None else _rows(_as(dsum, x.dtype), hidden)
-    partials = torch.empty(_blocks(len(rows)), _SUMS, hidden, dtype=torch.float64, device="cpu")
+    blocks = max(1, min(_BACKWARD_BLOCKS, len(rows) // _MIN_BLOCK_ROWS))
+    partials = torch.empty(blocks, _SUMS, hidden, dtype=torch.float64, device="cpu")
     _call(
         "dyt_backward",
         rows,
         alpha,
         shift,
         function,
+        blocks,
         dy=upstream,
         dsum=other,
         weight=w,

@@ -132,7 +132,8 @@ INLINE struct point f_at(int function, float alpha, float shift, float x)
     return function == TANH ? tanh_at(alpha * x) : erf_at(alpha * x + shift);
 }
 
-static const float zeros[TILE];
+/* The neutral element of addition, which leaves a -0 as it is. */
+static const float no_bias[TILE] = {[0 ... TILE - 1] = -0.0f};
 
 /* n elements from index `at` on, as fp32: in place, or widened into `buffer`. */
 INLINE const float *load(int is_bf16, const void *matrix, int64_t at, int n, float *buffer)
@@ -193,7 +194,7 @@ INLINE void forward_rows(const struct call *call, int64_t first, int64_t last, i
             if (call->residual)
                 x = add(call, row, column, n, x, x_buffer);
             const float *weight = call->weight + column;
-            const float *bias = call->bias ? call->bias + column : zeros;
+            const float *bias = call->bias ? call->bias + column : no_bias;
             float *y = place(bf16, call->y, at, y_buffer);
 #pragma omp simd
             for (int i = 0; i < n; i++)
@@ -304,9 +305,12 @@ static const struct kernels *kernels_of_this_machine(void)
     return &baseline;
 }
 
+/* No num_threads clause here: GNU's OpenMP would end the threads that are not wanted, and PyTorch's next operation
+ * would have to start them again. */
 static void run(rows_kernel *kernel, const struct call *call)
 {
-#pragma omp parallel for schedule(static) num_threads((int)call->threads)
+    int64_t share = (call->blocks + call->threads - 1) / call->threads;
+#pragma omp parallel for schedule(static, share) if (call->threads > 1)
     for (int64_t block = 0; block < call->blocks; block++) {
         int64_t first = call->rows * block / call->blocks, last = call->rows * (block + 1) / call->blocks;
         double *partials = call->partials ? call->partials + block * SUMS * call->hidden : NULL;
@@ -318,7 +322,7 @@ static void run(rows_kernel *kernel, const struct call *call)
 static void add_blocks(const struct call *call)
 {
     int64_t size = SUMS * call->hidden;
-#pragma omp parallel for schedule(static) num_threads((int)call->threads)
+#pragma omp parallel for schedule(static) if (call->threads > 1)
     for (int64_t start = 0; start < size; start += TILE) {
         int64_t end = start + TILE < size ? start + TILE : size;
         for (int64_t block = 1; block < call->blocks; block++)
@@ -341,8 +345,8 @@ static void finish(const struct call *call, int which, float *vector, float *sca
         *scalar = (float)total;
 }
 
-/* The size of struct call, for the caller to check against its own. */
-int64_t dyt_call_size(void) { return sizeof(struct call); }
+/* Of this file, by which the caller knows that it has the library of the same version. */
+uint32_t dyt_source_crc32(void) { return SOURCE_CRC32; }
 
 /* y (and sum) of x (and residual). */
 void dyt_forward(const struct call *call) { run(kernels_of_this_machine()->forward[call->function], call); }

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from megatron_dyt.ops import reference
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, choose_implementation
 from megatron_dyt.ops.checks import check_function, check_tensors
-from megatron_dyt.ops.library import Dyt, DytResidual, Fork, is_observed
+from megatron_dyt.ops.library import Dyt, DytResidual, Fork, is_observed, is_transformed
 
 
 def dyt(
@@ -31,13 +32,16 @@ def dyt(
 
     Returns:
         y, contiguous, in x's shape and dtype. The math is fp32 (fp64 for fp64 x) whatever the
-        parameters' dtypes, and each gradient has the dtype of its tensor. Differentiable once.
+        parameters' dtypes, and each gradient has the dtype of its tensor. Differentiable once; in transforms
+        of torch.func and in forward mode, where plain torch code runs, as often as torch can.
 
     Raises:
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
     check_tensors(x, alpha, weight, bias, shift)
     check_function(function, shift)
+    if is_transformed():
+        return reference.dyt_forward(x, alpha, weight, bias, function=function, shift=shift)
     implementation = choose_implementation(backend, x.device, function, x.dtype)
     observed = is_observed(x, alpha, weight, bias, shift)
     call = torch.ops.megatron_dyt.dyt.default if observed else Dyt.apply
@@ -75,6 +79,10 @@ def dyt_residual(
     """
     check_tensors(x, alpha, weight, bias, shift, residual)
     check_function(function, shift)
+    if is_transformed():
+        return reference.dyt_residual_forward(
+            x, residual, alpha, weight, bias, function=function, shift=shift
+        )
     dtype = torch.promote_types(x.dtype, residual.dtype)
     implementation = choose_implementation(backend, x.device, function, dtype)
     observed = is_observed(x, residual, alpha, weight, bias, shift)
@@ -100,7 +108,7 @@ def dyt_fork(
 
     Arguments and errors: as for `dyt`.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_transformed():
         return dyt(x, alpha, weight, bias, function=function, shift=shift, backend=backend), x
     check_tensors(x, alpha, weight, bias, shift)
     check_function(function, shift)

@@ -5,7 +5,8 @@
 saved for backward.
 
 An operation costs a call some 0.1 ms of Python, forward and backward, so it is used where something looks
-on (`is_observed`); elsewhere the same formulas run as plain autograd functions.
+on (`is_observed`); elsewhere the same formulas run as plain autograd functions. Both have first derivatives,
+in reverse mode, alone; where others may be wanted (`is_transformed`) the reference runs.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, needed_gradients
 
@@ -33,12 +35,18 @@ _library.define(
 )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, and nothing compiles."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
 def is_observed(*tensors: Tensor | None) -> bool:
-    """Whether operations on these are seen by torch.compile, a dispatch mode, functorch or a subclass."""
+    """Whether operations on these are seen by torch.compile, a dispatch mode or a subclass."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter, type(None)) for tensor in tensors)
     )
 

@@ -29,7 +29,8 @@ TOOLS = (
 INPUTS = ("pyproject.toml", "setup.py", "constraints.txt", "megatron_dyt/ops/cpu_kernels.c")
 
 # Answers the script's three questions (version, ensurepip, pip and version) and the commands
-# `-m venv` and `-m pip`. `-m pip` adds its arguments to $PIP_LOG and fails when $PIP_FAILS is set.
+# `-m venv`, `-m pip` and `setup.py`. `-m pip` adds its arguments to $PIP_LOG, and fails if $PIP_FAILS is set;
+# `setup.py` compiles the kernels unless $CC_FAILS is set.
 FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
   "-c import ensurepip, venv") exit {ensurepip_rc} ;;
@@ -42,6 +43,7 @@ case "$1 $2" in
   "-m pip")
     echo "$@" >> "$PIP_LOG"; /bin/sleep "${{PIP_SECONDS:-0}}"
     [ -z "${{PIP_FAILS:-}}" ] || exit 1 ;;
+  "setup.py -q") [ -n "${{CC_FAILS:-}}" ] || : > megatron_dyt/ops/cpu_kernels.so ;;
   "-V "*) echo "Python {version}" ;;
 esac
 """
@@ -229,15 +231,18 @@ def test_changed_input_installs_again_into_the_same_venv(ready: Checkout, name: 
     assert "venv" not in log
 
 
-def test_without_cpu_kernels_it_says_so_and_tries_again_once_there_is_a_compiler(checkout: Checkout) -> None:
+def test_without_cpu_kernels_it_says_so_and_tries_again_without_installing(checkout: Checkout) -> None:
     fake_python(checkout.bin / "python3.12", "3.12.7")
-    result = checkout.run()
-    assert "warning: the kernels for CPUs could not be compiled, so DyT will be slow here" in result.stdout
-    write_executable(checkout.bin / "cc", "#!/bin/sh\n")
+    for _ in range(2):
+        result = checkout.run(CC_FAILS="yes")
+        assert result.returncode == 0
+        assert "warning: the kernels for CPUs could not be compiled" in result.stdout
+        assert "install a C compiler with OpenMP (gcc), and 'make setup' tries again" in result.stdout
     checkout.take_log()
-    assert checkout.run().returncode == 0
-    assert checkout.take_log()
-    assert checkout.run().stdout == ""
+    for _ in range(2):
+        assert checkout.run().stdout == ""
+        assert (checkout.root / "megatron_dyt/ops/cpu_kernels.so").exists()
+    assert checkout.take_log() == []
 
 
 def test_failed_install_leaves_no_stamp_and_the_next_run_continues(ready: Checkout) -> None:

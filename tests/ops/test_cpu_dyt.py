@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +17,7 @@ from megatron_dyt.ops import cpu_dyt, reference
 from tests.ops.cases import needs_cpu_kernels
 
 REPO = Path(__file__).resolve().parents[2]
-COMPILER = shutil.which("cc")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler (cc) on PATH")
-
-pytestmark = needs_cpu_kernels
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) on PATH")
 
 
 def build(place: Path, **env: str) -> Path:
@@ -112,11 +108,7 @@ def check(t: dict[str, Tensor | None], function: str) -> None:
         assert ((actual.double() - expected).abs() <= tolerance * (expected.abs() + 2 * terms**0.5)).all()
 
 
-@needs_compiler
-def test_where_there_is_a_compiler_they_are_built() -> None:
-    assert cpu_dyt.IS_BUILT
-
-
+@needs_cpu_kernels
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", cpu_dyt.DTYPES)
 @pytest.mark.parametrize("function", cpu_dyt.FUNCTIONS)
@@ -128,11 +120,13 @@ def test_every_edge_of_tiles_groups_and_blocks(
     check(inputs(rows, hidden, function, dtype), function)
 
 
+@needs_cpu_kernels
 def test_more_rows_than_blocks_can_hold_at_their_least() -> None:
-    rows = cpu_dyt._MIN_BLOCK_ROWS * cpu_dyt._MAX_BLOCKS + 1001
+    rows = cpu_dyt._MIN_BLOCK_ROWS * cpu_dyt._BACKWARD_BLOCKS + 1001
     check(inputs(rows, 40), "tanh")
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("function", cpu_dyt.FUNCTIONS)
 def test_results_do_not_depend_on_the_number_of_threads(function: str) -> None:
     t = inputs(500, 700, function)
@@ -148,26 +142,68 @@ def test_results_do_not_depend_on_the_number_of_threads(function: str) -> None:
         assert torch.equal(one, three)
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize(
     "view",
     [
-        lambda t: t.repeat(1, 2)[:, : t.shape[1]],  # row-strided: read in place
-        lambda t: t.T.contiguous().T,
-        lambda t: t[:1].expand(len(t), -1),
+        lambda t: t.repeat(*[1] * (t.dim() - 1), 2)[..., : t.shape[-1]],  # row-strided: read in place
+        lambda t: t.mT.contiguous().mT if t.dim() == 2 else t.repeat_interleave(2)[::2],
+        lambda t: t[:1].expand(t.shape),
         lambda t: torch.complex(torch.zeros_like(t), t).conj().imag,  # a lazy negation
+        lambda t: torch._efficientzerotensor(t.shape),  # no memory at all
     ],
-    ids=["row-strided", "transposed", "expanded", "negated"],
+    ids=["row-strided", "column-strided", "expanded", "negated", "without memory"],
 )
-def test_strides(view: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("name", ["x", "dy", "other", "weight", "bias"])
+def test_strides_and_lazy_values(name: str, view: Callable[[Tensor], Tensor]) -> None:
     t = inputs(70, 30)
-    check({**t, **{name: view(t[name]) for name in ("x", "dy", "other")}}, "tanh")  # type: ignore[arg-type]
+    check({**t, name: view(t[name])}, "tanh")  # type: ignore[arg-type]
 
 
+@needs_cpu_kernels
 def test_row_strided_tensors_are_not_copied() -> None:
     wide = torch.zeros(6, 10)
     assert cpu_dyt._rows(wide[:, 2:7], 5).data_ptr() == wide[:, 2:].data_ptr()
 
 
+@needs_cpu_kernels
+def test_freed_memory_is_an_error() -> None:
+    t = inputs(3, 4)
+    t["dy"].untyped_storage().resize_(0)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="the memory of dy has been freed"):
+        run(t, "tanh")
+
+
+@needs_cpu_kernels
+def test_an_upstream_gradient_of_another_dtype() -> None:
+    t = inputs(70, 30, dtype=torch.bfloat16)
+    check({**t, "dy": t["dy"].float(), "other": t["other"].float()}, "tanh")  # type: ignore[union-attr]
+
+
+@needs_cpu_kernels
+def test_sums_over_many_rows_are_exact_to_fp32() -> None:
+    rows = 200_000
+    x, dy, one, weight = torch.full((rows, 3), 0.3), torch.full((rows, 3), 0.1), torch.ones(1), torch.ones(3)
+    needs = [False, True, True, True, False]
+    dalpha, dweight, dbias = cpu_dyt.backward(dy, x, one, weight, None, "tanh", needs)
+    f, slope = math.tanh(x[0, 0].item()), 1 / math.cosh(x[0, 0].item()) ** 2
+    step = dy[0, 0].item()
+    # Within a group of rows fp32 rounds the same sum the same way each time.
+    assert dalpha.item() == pytest.approx(3 * rows * step * slope * x[0, 0].item(), rel=5e-7)
+    assert dweight.tolist() == pytest.approx([rows * step * f] * 3, rel=5e-7)
+    assert dbias.tolist() == pytest.approx([rows * step] * 3, rel=5e-7)
+
+
+@needs_cpu_kernels
+def test_the_sign_of_zero() -> None:
+    x, one = torch.tensor([[0.0, -0.0] * 9]), torch.ones(1)
+    for function in cpu_dyt.FUNCTIONS:
+        shift = torch.full((1,), -0.0) if function == "erf" else None
+        y = cpu_dyt.forward(x, one, torch.ones(18), None, shift, function)
+        assert torch.equal(y.signbit(), x.signbit())
+
+
+@needs_cpu_kernels
 def test_nothing_beside_the_output_is_written() -> None:
     for dtype in cpu_dyt.DTYPES:
         t = inputs(5, 600, dtype=dtype)
@@ -191,13 +227,19 @@ def along_the_line(function: str) -> tuple[Tensor, Tensor, Tensor]:
     return z.double(), value.double(), slope.double()
 
 
+@needs_cpu_kernels
 @pytest.mark.usefixtures("kernels")
 def test_tanh_and_its_slope_are_accurate_to_their_own_size() -> None:
     z, value, slope = along_the_line("tanh")
     torch.testing.assert_close(value, torch.tanh(z), rtol=2.5e-7, atol=0)
     torch.testing.assert_close(slope, 1 / torch.cosh(z) ** 2, rtol=5e-7, atol=0)
+    one, beyond = torch.ones(1), torch.linspace(44.36, 60, 1000)
+    needs = [True] + [False] * 4
+    (slope,) = cpu_dyt.backward(torch.ones(1000), beyond, one, torch.ones(1000), None, "tanh", needs)
+    assert not slope.any()
 
 
+@needs_cpu_kernels
 @pytest.mark.usefixtures("kernels")
 def test_erf_and_its_slope_are_accurate_to_their_own_size() -> None:
     z, value, slope = along_the_line("erf")
@@ -207,15 +249,19 @@ def test_erf_and_its_slope_are_accurate_to_their_own_size() -> None:
     assert ((slope - expected).abs() <= expected * (5e-7 + 6e-8 * z * z)).all()
 
 
+@needs_cpu_kernels
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", cpu_dyt.DTYPES)
 @pytest.mark.parametrize("function", cpu_dyt.FUNCTIONS)
-def test_saturated_infinite_and_nan_x(function: str) -> None:
+def test_saturated_infinite_and_nan_x(function: str, dtype: torch.dtype) -> None:
     inf = math.inf
-    x = torch.tensor([[100.0, -100.0, inf, -inf, math.nan, 0.5, 1e30, -3e38] * 3])
+    x = torch.tensor([[100.0, -100.0, inf, -inf, math.nan, 0.5, 1e30, -3e38] * 3], dtype=dtype)
     one, ones = torch.ones(1), torch.ones(x.shape[1])
     shift = torch.zeros(1) if function == "erf" else None
     y = cpu_dyt.forward(x, one, ones, None, shift, function)
-    dx, dalpha = cpu_dyt.backward(ones[None], x, one, ones, shift, function, [True, True] + [False] * 3)
+    dx, dalpha = cpu_dyt.backward(
+        ones[None].to(dtype), x, one, ones, shift, function, [True, True] + [False] * 3
+    )
     assert y[0, :4].tolist() == [1, -1, 1, -1]
     assert y[0, 6:8].tolist() == [1, -1]
     assert dx[0, [0, 1, 2, 3, 6, 7]].tolist() == [0] * 6
@@ -223,11 +269,14 @@ def test_saturated_infinite_and_nan_x(function: str) -> None:
     assert (dx.isnan() == x.isnan()).all()
     assert dalpha.isnan().all()
     without = x.nan_to_num(nan=0.0, posinf=inf, neginf=-inf)
-    (dalpha,) = cpu_dyt.backward(ones[None], without, one, ones, shift, function, [False, True] + [False] * 3)
+    (dalpha,) = cpu_dyt.backward(
+        ones[None].to(dtype), without, one, ones, shift, function, [False, True] + [False] * 3
+    )
     slope = 1 / math.cosh(0.5) ** 2 if function == "tanh" else 2 / math.sqrt(math.pi) * math.exp(-0.25)
     assert dalpha.item() == pytest.approx(3 * 0.5 * slope, rel=1e-6)
 
 
+@needs_cpu_kernels
 def test_bf16_is_rounded_to_nearest_even() -> None:
     x = torch.linspace(-3, 3, 5001).bfloat16()
     y = cpu_dyt.forward(x, torch.ones(1), torch.full((5001,), 1.7), None, None, "tanh")
@@ -235,20 +284,77 @@ def test_bf16_is_rounded_to_nearest_even() -> None:
     assert torch.equal(y, wide.bfloat16())
 
 
-def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = tmp_path / "cpu_kernels.so"
+THREADS = """
+import os, torch
+from megatron_dyt.ops import cpu_dyt
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+def forward(elements):
+    hidden = elements // 64
+    cpu_dyt.forward(torch.zeros(64, hidden), torch.ones(1), torch.ones(hidden), None, None, "tanh")
+
+torch.set_num_threads(4)
+at_first = threads()
+forward(1 << 14)
+small = threads() - at_first
+forward(1 << 18)
+large = threads() - at_first
+torch.tanh(torch.zeros(1 << 22))
+of_torch = threads()
+for _ in range(20):
+    forward(1 << 16)
+    torch.tanh(torch.zeros(1 << 22))
+print(len(small), len(large), of_torch == threads() == at_first | large)
+"""
+
+
+@needs_cpu_kernels
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_threads_are_those_of_torch_and_stay() -> None:
+    """None for few elements; then the three beside the caller's, which PyTorch uses too, for any size."""
+    command = [sys.executable, "-W", "ignore", "-c", THREADS]
+    result = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True)
+    assert result.stdout.split() == ["0", "3", "True"]
+
+
+@needs_compiler
+def test_where_there_is_a_compiler_they_are_built() -> None:
+    assert cpu_dyt.IS_BUILT
+
+
+@needs_compiler
+def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = build(tmp_path)
+    source = tmp_path / "cpu_kernels.c"
     monkeypatch.setattr(cpu_dyt, "LIBRARY", other)
-    assert cpu_dyt._open() is None  # missing
+    assert cpu_dyt._open() is not None
+    monkeypatch.setattr(cpu_dyt, "SOURCE", source)
+    assert cpu_dyt._open() is None  # no source
+    source.write_text("/* another version */\n")
+    assert cpu_dyt._open() is None
+    other.unlink()  # not written over: it is open
     other.write_bytes(b"no library")
     assert cpu_dyt._open() is None
-    if COMPILER is not None:
-        source = tmp_path / "other.c"
-        source.write_text("long long dyt_call_size(void) { return 8; }\n")
-        subprocess.run(
-            [*shlex.split(COMPILER), "-shared", "-fPIC", str(source), "-o", str(other)], check=True
-        )
-        assert cpu_dyt._open() is None
 
 
-def test_without_a_working_compiler_the_installation_goes_on(tmp_path: Path) -> None:
+@needs_compiler
+def test_fast_math_in_the_environment_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ctypes.CDLL(str(build(tmp_path, CFLAGS="-O3 -ffast-math")))
+    monkeypatch.setattr(cpu_dyt, "_library", library)
+    x = torch.tensor([math.nan, 1e-40, -3.0])
+    y = cpu_dyt.forward(x, torch.ones(1), torch.ones(3), None, None, "tanh")
+    torch.testing.assert_close(y.double(), torch.tanh(x.double()), rtol=3e-7, atol=2e-45, equal_nan=True)
+    assert (torch.tensor([1e-40]) * 1).item() > 0  # PyTorch still has denormals
+
+
+def test_without_a_working_compiler_the_installation_goes_on_and_leaves_no_earlier_library(
+    tmp_path: Path,
+) -> None:
+    earlier = tmp_path / "megatron_dyt/ops/cpu_kernels.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     assert not build(tmp_path, CC=shutil.which("false") or "false").exists()

@@ -349,7 +349,7 @@ def test_cuda_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cpu_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_dyt, "IS_BUILT", False)
-    message = r"kernels for CPUs are missing .*install a C compiler with OpenMP \(gcc\)"
+    message = r"kernels for CPUs are missing, .*install a C compiler with OpenMP \(gcc\)"
     check_warns_once_and_runs_torch_code(torch.device("cpu"), message)
     check_against_exact(make_inputs(), "tanh")
 

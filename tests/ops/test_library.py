@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dyt.ops import dyt, dyt_fork, dyt_residual
@@ -110,6 +111,35 @@ def test_a_subclass_as_any_argument_sees_the_operation(name: str, watched: int) 
     assert Watched.names[-1 if name != "dyt_fork" else 0].startswith("megatron_dyt::dyt")
 
 
-def test_vmap_goes_through_the_operation() -> None:
-    x, *parameters = (tensor.detach() for tensor in inputs())
-    assert torch.equal(torch.func.vmap(lambda row: dyt(row, *parameters))(x), dyt(x, *parameters))
+FUNCTIONAL = {
+    "grad": lambda f, t: torch.func.grad(lambda x: f(x).sum())(t[0]),
+    "jvp": lambda f, t: torch.func.jvp(f, (t[0],), (torch.ones_like(t[0]),))[1],
+    "vmap": lambda f, t: torch.func.vmap(f)(t[0]),
+    "hessian": lambda f, t: torch.func.hessian(lambda x: f(x).sum())(t[0]),
+    "forward mode": lambda f, t: forward_mode(f, t[0]),
+}
+
+
+def forward_mode(f: Callable[..., Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize("transform", FUNCTIONAL)
+@pytest.mark.parametrize("name", CALLS)
+def test_transforms_and_forward_mode(name: str, transform: str) -> None:
+    tensors = [tensor.detach().double() for tensor in inputs()]
+
+    def result_of(call: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        def one(x: Tensor) -> Tensor:
+            outputs = call(x, *tensors[1:])
+            return outputs[0] if isinstance(outputs, tuple) else outputs
+
+        return one
+
+    def in_torch(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return weight * torch.tanh(alpha * (3 * x if name == "dyt_residual" else x)) + bias
+
+    found, expected = (FUNCTIONAL[transform](result_of(call), tensors) for call in (CALLS[name], in_torch))
+    torch.testing.assert_close(found, expected)
+    assert expected.abs().max() > 0
