@@ -29,7 +29,7 @@ PROBES = (
 class TokenizerFacts(NamedTuple):
     """What the model's configuration needs of a tokenizer."""
 
-    vocab_size: int
+    vocab_size: int  # Rows of the embedding that its ids need.
     bos: int | None  # What a text begins with.
     eos: int | None
     pad: int | None
@@ -197,6 +197,5 @@ def _copy(name: str, directory: Path) -> TokenizerFacts:
             "--tokenizer-model, or --no-tokenizer to export the model without one"
         ) from error
     tokenizer.save_pretrained(str(directory))
-    return TokenizerFacts(
-        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    )
+    rows = 1 + max(tokenizer.get_vocab().values())  # more than its length where ids are left out
+    return TokenizerFacts(rows, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

@@ -122,6 +122,18 @@ def test_hugging_face_tokenizer_is_copied(tmp_path: Path, tokenizer_model: Path)
     assert ours == theirs
 
 
+def test_ids_that_a_hugging_face_tokenizer_leaves_out_have_rows(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 5, "[UNK]": 9}, unk_token="[UNK]"))
+    original = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    original.save_pretrained(str(tmp_path / "first"))
+    assert len(original) == 3
+    facts = write_tokenizer(run_args(tmp_path / "first", "HuggingFaceTokenizer"), tmp_path)
+    assert facts.vocab_size == 10
+
+
 def test_tokenizers_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a TikTokenizer; exported are"):
         write_tokenizer(run_args(tmp_path, "TikTokenizer"), tmp_path)
