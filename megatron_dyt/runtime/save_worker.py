@@ -34,7 +34,7 @@ def deaf_to_sigterm(start: Callable[..., Any]) -> Callable[..., Any]:
     """`start`, whose processes never see SIGTERM; daemons among them are killed when this process ends.
 
     They inherit a mask that blocks it, through fork, exec and fork server. A SIGTERM for this process that
-    comes meanwhile is delivered afterwards.
+    comes meanwhile is not lost: another thread takes it, or this one does afterwards.
     """
 
     @functools.wraps(start)
