@@ -26,14 +26,18 @@ _BACKWARD_BLOCKS, _MIN_BLOCK_ROWS = 64, 32
 _SUMS = 4
 
 
+# Matrices whose rows may be apart, and the field that says how far.
+_STRIDES = {name: f"{name}_stride" for name in ("x", "residual", "dy", "dsum")}
+
+
 class _Call(ctypes.Structure):
     """`struct call` of the library, which says what each field is."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "hidden", "blocks", "threads", "function", "is_bf16")),
         *((name, ctypes.c_double) for name in ("alpha", "shift")),
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "dy", "dsum")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("x", "residual", "dy", "dsum")),
+        *((name, ctypes.c_void_p) for name in _STRIDES),
+        *((stride, ctypes.c_int64) for stride in _STRIDES.values()),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "y", "sum", "partials")),
         *((name, ctypes.c_void_p) for name in ("dx", "dweight", "dbias", "dalpha", "dshift")),
     )
@@ -93,25 +97,24 @@ def _call(
     The caller holds references to all of them until this returns.
     """
     rows, hidden = x.shape
-    call = _Call(
-        rows=rows,
-        hidden=hidden,
-        blocks=blocks,
-        threads=max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD)),
-        function=FUNCTIONS.index(function),
-        is_bf16=x.dtype == torch.bfloat16,
-        alpha=alpha.item(),
-        shift=0.0 if shift is None else shift.item(),
-    )
+    fields: dict[str, float] = {
+        "rows": rows,
+        "hidden": hidden,
+        "blocks": blocks,
+        "threads": max(1, min(torch.get_num_threads(), rows * hidden // _ELEMENTS_PER_THREAD)),
+        "function": FUNCTIONS.index(function),
+        "is_bf16": x.dtype == torch.bfloat16,
+        "alpha": alpha.item(),
+        "shift": 0.0 if shift is None else shift.item(),
+    }
     for name, tensor in (("x", x), *tensors.items()):
         if tensor is not None:
-            address = tensor.data_ptr()
+            fields[name] = address = tensor.data_ptr()
             if not address and tensor.numel():
                 raise RuntimeError(f"the memory of {name} has been freed; DyT cannot read or write it")
-            setattr(call, name, address)
-            if name in ("x", "residual", "dy", "dsum"):
-                setattr(call, f"{name}_stride", tensor.stride(0))
-    getattr(_library, kernel)(ctypes.byref(call))
+            if name in _STRIDES:
+                fields[_STRIDES[name]] = tensor.stride(0)
+    getattr(_library, kernel)(ctypes.byref(_Call(**fields)))
 
 
 def forward(
@@ -187,7 +190,7 @@ def backward(
     upstream, w = _rows(_as(dy, x.dtype), hidden), _vector(weight)
     other = None if dsum is None else _rows(_as(dsum, x.dtype), hidden)
     blocks = max(1, min(_BACKWARD_BLOCKS, len(rows) // _MIN_BLOCK_ROWS))
-    partials = torch.empty(blocks, _SUMS, hidden, dtype=torch.float64, device="cpu")
+    partials = w.new_empty((blocks, _SUMS, hidden), dtype=torch.float64)
     _call(
         "dyt_backward",
         rows,
