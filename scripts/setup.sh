@@ -204,23 +204,21 @@ compile_kernels() {
 }
 
 main() {
-    if up_to_date; then
-        compile_kernels
-        return
-    fi
+    up_to_date && [[ -f $kernels.so ]] && return
     exec 9>"$root/.venv.lock"
     if type -P flock >/dev/null && ! flock -n 9; then
         say "another set-up of this checkout is running; waiting for it"
         flock 9
     fi
-    up_to_date && return
-    rm -f "$stamp"
-    make_venv
-    install
+    if ! up_to_date; then
+        rm -f "$stamp"
+        make_venv
+        install
+        fingerprint >"$stamp.new"
+        mv "$stamp.new" "$stamp"
+        say "done in $SECONDS s: $("$venv/bin/python" -V), $venv"
+    fi
     compile_kernels
-    fingerprint >"$stamp.new"
-    mv "$stamp.new" "$stamp"
-    say "done in $SECONDS s: $("$venv/bin/python" -V), $venv"
 }
 
 case ${1:-} in

@@ -40,9 +40,9 @@ def dyt(
     """
     check_tensors(x, alpha, weight, bias, shift)
     check_function(function, shift)
-    if is_transformed():
-        return reference.dyt_forward(x, alpha, weight, bias, function=function, shift=shift)
     implementation = choose_implementation(backend, x.device, function, x.dtype)
+    if is_transformed():
+        return reference.dyt_forward(x, alpha, weight, bias, function=function, shift=shift).contiguous()
     observed = is_observed(x, alpha, weight, bias, shift)
     call = torch.ops.megatron_dyt.dyt.default if observed else Dyt.apply
     y: Tensor = call(x, alpha, weight, bias, shift, function, implementation)
@@ -79,12 +79,11 @@ def dyt_residual(
     """
     check_tensors(x, alpha, weight, bias, shift, residual)
     check_function(function, shift)
-    if is_transformed():
-        return reference.dyt_residual_forward(
-            x, residual, alpha, weight, bias, function=function, shift=shift
-        )
     dtype = torch.promote_types(x.dtype, residual.dtype)
     implementation = choose_implementation(backend, x.device, function, dtype)
+    if is_transformed():
+        total = (x + residual).contiguous()
+        return reference.dyt_forward(total, alpha, weight, bias, function=function, shift=shift), total
     observed = is_observed(x, residual, alpha, weight, bias, shift)
     call = torch.ops.megatron_dyt.dyt_residual.default if observed else DytResidual.apply
     y, r = call(x, residual, alpha, weight, bias, shift, function, implementation)

@@ -143,3 +143,14 @@ def test_transforms_and_forward_mode(name: str, transform: str) -> None:
     found, expected = (FUNCTIONAL[transform](result_of(call), tensors) for call in (CALLS[name], in_torch))
     torch.testing.assert_close(found, expected)
     assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("call", [dyt, dyt_residual, dyt_fork])
+def test_transforms_keep_what_is_promised(call: Callable[..., Any]) -> None:
+    x, *parameters = (tensor.detach() for tensor in inputs())
+    args = [x.T.contiguous().T] * (2 if call is dyt_residual else 1) + parameters
+    with forward_ad.dual_level():
+        outputs = call(*args)
+        assert (outputs[0] if isinstance(outputs, tuple) else outputs).is_contiguous()
+        with pytest.raises(ValueError, match="backend is 'cuda'"):
+            call(*args, backend="cuda")
