@@ -3,7 +3,7 @@
 Counts what one layer of a LLaMA keeps for backward: every storage that autograd saves, once, parameters
 excepted, as large as it is when forward is over. Megatron's local spec in bf16, attention's inside
 recomputed, as flash attention does, and SwiGLU not fused: it keeps 5 tensors of width ffn so, and fused 3,
-which megatron_dyt/planning/memory.py counts. Runs on the CPU. Bytes are no matter of the device, except for
+which megatron_dyt/recipes/memory.py counts. Runs on the CPU. Bytes are no matter of the device, except for
 PyTorch's RMSNorm, which on CPUs keeps fp32 copies; so there is also an emulation that keeps what the fused
 ones for GPUs do.
 """
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_dyt.runtime import cpu
+from megatron_dyt import cpu
 
 NORM, CORE = "layernorm", "core_attn"
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from megatron_dyt.diagnostics.figures import STYLE
+from megatron_dyt.report.figures import STYLE
 
 _ROW, _BAR, _LABELS, _PLOT, _RIGHT = 22, 13, 190, 420, 110
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_dyt.data.files import write_atomically, write_json
+from megatron_dyt.atomic import write_atomically, write_json
 
 PACKAGES = (
     *("torch", "triton", "megatron-core", "transformers", "liger-kernel", "quack-kernels"),

@@ -19,8 +19,8 @@ from common_report import add_output, heading, markdown_table, new_report, save
 from common_timing import WallClock, in_turn, summary
 from torch import Tensor
 
+from megatron_dyt import cpu
 from megatron_dyt.ops import dyt
-from megatron_dyt.runtime import cpu
 
 # Tokens x hidden. The first is what a norm of `make quickstart` gets; the last shows the cost of a call.
 SHAPES = ((4096, 192), (4096, 512), (2048, 1024), (1024, 2048), (1024, 4096), (16, 192))

@@ -67,9 +67,8 @@ class Seconds(NamedTuple):
 
 def train_in_turn(argv: list[str], turns: Any, done: Any) -> None:
     """Megatron's training loop, in which each iteration waits for a line and answers with its seconds."""
-    from megatron_dyt import pretrain
+    from megatron_dyt import cpu, pretrain
     from megatron_dyt.patching import Patches, Replacement
-    from megatron_dyt.runtime import cpu
 
     started: list[float] = []
 

@@ -37,8 +37,8 @@ import numpy as np
 import pyarrow
 
 from megatron_dyt.data import tokenizers
+from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
 from megatron_dyt.data.train_tokenizer import train
-from megatron_dyt.runtime.dataset_manifest import SENTENCEPIECE
 
 TURN_BYTES = 4_000_000
 VOCABULARY = 32_000

@@ -177,7 +177,8 @@ def questions(kind: Kind, prompt: str, piece: Callable[[int], str]) -> list[tupl
 
 def run_child(options: argparse.Namespace) -> None:
     """Measure one contestant and write its seconds and scores."""
-    from megatron_dyt.runtime import cpu, dataset_helpers, launch
+    from megatron_dyt import cpu
+    from megatron_dyt.training import dataset_helpers, launch
 
     cpu.enable()
     launch.prepare_process()

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_dyt.checkpoints.torch_dist import LazyTensor, write_torch_dist
 from megatron_dyt.hf.mapping import LAYERS, megatron_shapes
 from megatron_dyt.hf.shape import llama_shape
-from megatron_dyt.hf.torch_dist import LazyTensor, write_torch_dist
 
 # VmHWM is of the process after exec; getrusage's peak begins with the parent's.
 CHILD = """

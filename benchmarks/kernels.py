@@ -23,7 +23,7 @@ from common_timing import Clock, DeviceClock, in_turn, summary
 from peers import PEERS, Inputs, Peer, Result, exact
 from torch import Tensor
 
-from megatron_dyt.diagnostics.figures import N_COLORS, Chart, Series, fit_axis, side_by_side
+from megatron_dyt.report.figures import N_COLORS, Chart, Series, fit_axis, side_by_side
 
 HIDDEN = (2048, 4096, 5120, 8192, 16384)
 TOKENS = (1024, 4096, 8192, 16384, 65536)

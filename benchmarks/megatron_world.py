@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dyt.runtime import cpu
+from megatron_dyt import cpu
 
 
 @contextmanager

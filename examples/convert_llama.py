@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_dyt import convert_norms
-from megatron_dyt.data.files import write_json
+from megatron_dyt.atomic import write_json
 from megatron_dyt.errors import UserError, run_main
 
 LENGTH, ROWS = 128, 16

@@ -78,7 +78,7 @@ run() {
   if [ ! -e "$dir/run.json" ]; then
     worked=yes
     say "$name: training $STEPS steps at learning rate $lr"
-    "${command[@]}" 2>&1 | "$PY" -m megatron_dyt.diagnostics.follow "$dir/train.log" --name "$name"
+    "${command[@]}" 2>&1 | "$PY" -m megatron_dyt.report.follow "$dir/train.log" --name "$name"
     "$PY" examples/quickstart/record.py --finish "$dir" --learning-rate "$lr" --seconds $((SECONDS - began))
   fi
   if [ ! -e "$dir/eval.json" ]; then
@@ -100,6 +100,6 @@ if [ $worked = no ] && [ -e "$OUT/results.json" ]; then
   exit 0
 fi
 say "report"
-"$PY" -m megatron_dyt.diagnostics.report --run "rmsnorm=$OUT/rmsnorm" --run "dyt=$OUT/dyt" --output "$OUT" \
+"$PY" -m megatron_dyt.report.compare --run "rmsnorm=$OUT/rmsnorm" --run "dyt=$OUT/dyt" --output "$OUT" \
   --title "DyT against RMSNorm: quickstart" --elapsed-seconds "$(elapsed)"
 say "done: open $OUT/report.html"

@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Self, get_args
-
-import torch
+from typing import Any, Literal, Self, get_args
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.names import Backend, Function, Preset, Role, WeightInit
-from megatron_dyt.ops.reference import dyt_forward
+
+# The closed sets of names that flags, configs and modules share.
+# Role: where a norm stands: in front of attention, in front of the MLP or MoE, after the last layer,
+# or on queries and keys.
+Role = Literal["attn", "ffn", "final", "qk"]
+Preset = Literal["paper", "unit"]
+Function = Literal["tanh", "erf", "hardtanh", "sigmoid", "isru", "identity"]
+WeightInit = Literal["one", "unit"]
+Backend = Literal["auto", "triton", "torch"]
+# What happens when an update makes an alpha <= 0.
+OnBadAlpha = Literal["stop", "report"]
 
 # arXiv 2503.10622, Tables 10 and 11: width -> (alpha0 in front of attention, alpha0 elsewhere).
 # 5120 is the 13B row of Table 10; Table 11 shows that depth does not matter.
@@ -148,6 +155,11 @@ def unit_response(function: str, alpha: float) -> float:
 
     Its inverse is the weight with which DyT hands on a unit-variance input at unit variance.
     """
+    # Here and not above: a recipe's table needs no torch, whose import takes seconds.
+    import torch
+
+    from megatron_dyt.ops.reference import dyt_forward
+
     # On the CPU also where a model is being built on another default device, such as meta.
     with torch.device("cpu"), torch.no_grad():
         z = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)

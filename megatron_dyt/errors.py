@@ -9,12 +9,16 @@ closing line, and exit code 1.
 from __future__ import annotations
 
 import errno
-import os
+import logging
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+from megatron_dyt import log
+
+_log = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
@@ -38,6 +42,7 @@ _OS_HINTS = {
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit the process with its code; see the module's docstring for failures."""
+    log.show()
     try:
         code = main() or 0
     except UserError as error:
@@ -82,6 +87,4 @@ def describe(error: BaseException) -> str:
 
 
 def _last_words(line: str) -> None:
-    rank = os.environ.get("RANK")
-    where = f" [rank {rank}]" if rank not in (None, "0") else ""
-    print(f"megatron_dyt{where}: {line}", file=sys.stderr, flush=True)
+    _log.error("%s", line, extra=log.ALL_RANKS)

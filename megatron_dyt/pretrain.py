@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_dyt import compat
+from megatron_dyt.cpu import device
 from megatron_dyt.errors import run_main
-from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import (
-    dataset_helpers,
-    datasets,
-    device,
-    launch,
-    preflight,
-    save_worker,
-    training_api,
-)
-from megatron_dyt.runtime.datasets import mtp_on_this_rank
+from megatron_dyt.training import dataset_helpers, datasets, launch, megatron_loop, preflight, save_worker
+from megatron_dyt.training.datasets import mtp_on_this_rank
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -47,7 +40,7 @@ _BATCH_TENSORS = (
 def main(argv: list[str] | None = None) -> None:
     """Train as `argv` (default: the command line) says.
 
-    Raises `UserError` for input that cannot work; see `megatron_dyt.runtime.preflight`.
+    Raises `UserError` for input that cannot work; see `megatron_dyt.training.preflight`.
     """
     entry = time.time()
     rest = device.activate(sys.argv[1:] if argv is None else argv)
@@ -72,12 +65,12 @@ def _pretrain(entry: float) -> None:
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with launch.clean_end(), save_worker.protected():
-        training_api.pretrain(
+        megatron_loop.pretrain(
             run,
             datasets.build,
             ModelType.encoder_or_decoder,
             forward_step,
-            {"tokenizer_type": "GPT2BPETokenizer", **training_api.evaluation_defaults(args)},
+            {"tokenizer_type": "GPT2BPETokenizer", **megatron_loop.evaluation_defaults(args)},
             store=store,
             get_embedding_ranks=get_embedding_ranks,
         )
@@ -138,7 +131,7 @@ def get_batch(
     if not needs_tokens and not packed:
         return nothing
     if not compat.has("model_builders"):
-        return {**nothing, **training_api.get_unpacked_batch(data_iterator, has_mtp)}
+        return {**nothing, **megatron_loop.get_unpacked_batch(data_iterator, has_mtp)}
 
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -149,7 +142,7 @@ def get_batch(
         batch,
         has_cu_seqlens=packed,
         is_hybrid_cp=args.hybrid_context_parallel,
-        **training_api.place_of_batch(has_mtp),
+        **megatron_loop.place_of_batch(has_mtp),
     )
     batch = core.flatten_batch_for_packed_sequences(batch)
     if not needs_tokens:

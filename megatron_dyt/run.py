@@ -13,8 +13,9 @@ import os
 import runpy
 import sys
 
+from megatron_dyt.cpu import device
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.runtime import dataset_helpers, device, launch
+from megatron_dyt.training import dataset_helpers, launch
 
 _USAGE = "python -m megatron_dyt.run [--device {auto,cpu,cuda}] (SCRIPT | -m MODULE) ARGS..."
 

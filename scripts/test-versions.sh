@@ -3,7 +3,7 @@
 # equivalence tests (tests/distributed/cases.py). Each release is installed alone into .venv-versions/RELEASE
 # and put in front of .venv, so that all share one torch. The release in .venv is what `make test` covers.
 #
-#   scripts/test-versions.sh                    every supported release (megatron_dyt/mcore/compat.py: TESTED)
+#   scripts/test-versions.sh                    every supported release (megatron_dyt/compat.py: TESTED)
 #   scripts/test-versions.sh 0.18.2 [0.19.2]    these
 #
 # Environment: PYTEST_ARGS is passed through to pytest; WORKERS is the number of pytest processes (2).
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=.venv/bin/python
 [ -x "$PY" ] || { echo "test-versions: error: .venv is missing; run 'make setup' first." >&2; exit 1; }
 
-TESTED=$("$PY" -c 'from megatron_dyt.mcore.compat import TESTED; print(*TESTED)')
+TESTED=$("$PY" -c 'from megatron_dyt.compat import TESTED; print(*TESTED)')
 UNIT=(tests/mcore tests/test_pretrain.py tests/test_run.py)
 UNIT+=(tests/evaluation/test_checkpoint_model.py tests/evaluation/test_scoring.py)
 PARALLEL=(tests/distributed/test_equivalence.py tests/distributed/test_families.py)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megatron_dyt import log
 from tests import results
 from tests.sources import remember_sources
 
@@ -39,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     remember_sources()
+    log.show()  # As every entry point does: tests read the plugin's lines from stdout.
     directory = config.getoption("--record-results")
     # With several pytest processes the one that hands out the tests hears of all outcomes.
     if directory and not hasattr(config, "workerinput"):
@@ -59,7 +61,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _skip_without(feature: str) -> None:
-    from megatron_dyt.mcore import compat
+    from megatron_dyt import compat
 
     # Not by `compat.megatron_version`: it imports Megatron, which the CPU runtime wants to do first.
     version = importlib.metadata.version("megatron-core")
@@ -113,7 +115,7 @@ def _run(argv: list[str]) -> SimpleNamespace:
     observers = Patches()
     try:
         # The observers come after the CPU runtime, which must be on before Megatron is imported.
-        from megatron_dyt.runtime import cpu
+        from megatron_dyt import cpu
 
         cpu.enable()
         observers.apply(_observers(seen))
@@ -157,7 +159,7 @@ def _forget_run() -> None:
     """Put Megatron's global state, the process groups and the CPU runtime away."""
     import torch
 
-    from megatron_dyt.runtime import cpu
+    from megatron_dyt import cpu
 
     if "megatron.training.training" in sys.modules:
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper

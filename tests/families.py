@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_dyt import compat
 from megatron_dyt.config import DyTConfig
-from megatron_dyt.mcore import compat
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 2
 IMAGE, PATCH = 8, 2

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt import cpu
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime import cpu
 from tests.mcore.conftest import loss_of, world
 
 __all__ = ["loss_of", "world"]  # fixtures

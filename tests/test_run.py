@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import megatron_dyt
-from megatron_dyt import run
+from megatron_dyt import cpu, run
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime import cpu
 
 SCRIPT = """
 import json, sys

@@ -130,7 +130,7 @@ try_flags() {
   else
     what=(--vocab-size "$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")")
   fi
-  alone -m megatron_dyt.planning.dry_run --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
+  alone -m megatron_dyt.recipes.dry_run --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
     "${what[@]}" -- "${TRAINING[@]}"
 }
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_dyt.data.files import read_json, sha256, whole_files, write_json
+from megatron_dyt.atomic import read_json, sha256, whole_files, write_json
 from megatron_dyt.errors import UserError, run_main
 
 FORMAT = 1

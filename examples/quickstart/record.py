@@ -13,7 +13,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from megatron_dyt.data.files import read_json, sha256, write_json
+from megatron_dyt.atomic import read_json, sha256, write_json
 
 
 def begin(directory: Path, data: Path, command: list[str]) -> None:

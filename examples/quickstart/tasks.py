@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dyt.data.files import write_atomically
+from megatron_dyt.atomic import write_atomically
 from megatron_dyt.data.jsonl import check_inputs, read_lines
 from megatron_dyt.errors import UserError, run_main
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dyt.atomic import read_json
 from megatron_dyt.data.collection import collection_path, read_total
-from megatron_dyt.data.files import read_json
+from megatron_dyt.data.dataset_manifest import manifest_path
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import manifest_path
 
 
 def blend(places: Sequence[Path]) -> list[str]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dyt.data.files import read_json, write_json
+from megatron_dyt.atomic import read_json, write_json
+from megatron_dyt.data.dataset_manifest import FORMAT, manifest_path
 from megatron_dyt.data.settings import Settings
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import FORMAT, manifest_path
 
 _END = ".manifest.json"
 _SUMS = ("documents", "tokens", "text_bytes", "empty_documents")

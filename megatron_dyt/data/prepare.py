@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dyt.atomic import read_json
 from megatron_dyt.data import collection, hub, sources, tokenizers, workers
 from megatron_dyt.data.blend import blend
-from megatron_dyt.data.files import read_json
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, manifest_path
 from megatron_dyt.data.progress import Progress, duration
 from megatron_dyt.data.records import DEFAULT_DOMAIN_KEY, DEFAULT_TEXT_KEY, Fields
 from megatron_dyt.data.settings import Filters, Settings, Shard
@@ -33,7 +34,6 @@ from megatron_dyt.data.sources import BrokenSourceError, Source
 from megatron_dyt.data.tracker import Tracker
 from megatron_dyt.data.verify import verify
 from megatron_dyt.errors import UserError, describe, run_main
-from megatron_dyt.runtime.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, manifest_path
 
 # A full disk, a quota and a limit on a file's size: nothing that a traceback explains.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dyt.data.files import (
+from megatron_dyt.atomic import (
     partial_path,
     read_json,
     sha256,
@@ -20,6 +20,7 @@ from megatron_dyt.data.files import (
     write_atomically,
     write_json,
 )
+from megatron_dyt.data.dataset_manifest import FORMAT, manifest_path
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
 from megatron_dyt.data.records import Document, Malformed
 from megatron_dyt.data.settings import Settings, Shard
@@ -27,7 +28,6 @@ from megatron_dyt.data.sources import BrokenSourceError, Source
 from megatron_dyt.data.tokenizers import Encoder
 from megatron_dyt.data.word_cache import Ids
 from megatron_dyt.data.word_table import Integers
-from megatron_dyt.runtime.dataset_manifest import FORMAT, manifest_path
 
 # Text that is encoded and written at a time.
 BATCH_CHARACTERS = 1 << 20

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dyt.data.files import sha256
+from megatron_dyt.atomic import sha256
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, tokenizer_file
 from megatron_dyt.data.word_cache import Ids, WordCache, obstacle
 from megatron_dyt.data.word_table import Integers
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, tokenizer_file
 
 # Texts -> the ids of all of them one after the other, and how many each has.
 Encoder = Callable[[Sequence[str]], tuple[Ids, Integers]]

@@ -22,7 +22,7 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_dyt.data.files import write_atomically
+from megatron_dyt.atomic import write_atomically
 from megatron_dyt.data.records import DEFAULT_TEXT_KEY, Fields, Malformed
 from megatron_dyt.data.sources import FileSource, Item, find
 from megatron_dyt.errors import UserError, run_main

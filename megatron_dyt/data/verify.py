@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_dyt.atomic import read_json, sha256
 from megatron_dyt.data.collection import collection_path, read_total
-from megatron_dyt.data.files import read_json, sha256
+from megatron_dyt.data.dataset_manifest import FORMAT, manifest_path
 from megatron_dyt.data.indexed_dataset import DTYPE_CODES, HEADER, MAGIC, VERSION
 from megatron_dyt.data.progress import Progress
 from megatron_dyt.data.shard import output_paths
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import FORMAT, manifest_path
 
 _BLOCK = 1 << 24
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from megatron_dyt.checkpoints.saved_args import find_checkpoint
+from megatron_dyt.cpu import device
 from megatron_dyt.errors import UserError, run_main
 from megatron_dyt.evaluation.attention import MODES
-from megatron_dyt.evaluation.checkpoint import find_checkpoint
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS
-from megatron_dyt.runtime import device
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ angles are those of the position ids.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.report import say
+
+_log = logging.getLogger(__name__)
 
 # How requests are computed: "shared" where they begin alike, "flat" each alone, "auto" shared if possible.
 MODES = ("auto", "shared", "flat")
@@ -78,7 +80,7 @@ def hidden_size_to_share(model: Any, mode: str) -> int | None:
     if reason and mode == "shared":
         raise UserError(f"contexts cannot be shared: {reason}. Use the mode flat, or auto")
     if reason:
-        say(f"contexts are not shared: {reason}")
+        _log.info(f"contexts are not shared: {reason}")
         return None
     share_contexts(model)
     return int(model.config.hidden_size)

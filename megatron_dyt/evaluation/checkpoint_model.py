@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 
-from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation import layout
-from megatron_dyt.evaluation.checkpoint import READ_ERRORS, Checkpoint, damaged, find_checkpoint, saved_args
-from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
-from megatron_dyt.evaluation.tokenizer_check import (
+from megatron_dyt import compat
+from megatron_dyt.checkpoints.saved_args import READ_ERRORS, Checkpoint, damaged, find_checkpoint, saved_args
+from megatron_dyt.data.tokenizer_check import (
     check_against_data,
     check_tokenizer,
     check_vocabulary,
     documents_begin_with_bos,
 )
-from megatron_dyt.mcore import compat
-from megatron_dyt.runtime import dataset_helpers, launch, training_api
+from megatron_dyt.errors import UserError
+from megatron_dyt.evaluation import layout
+from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
+from megatron_dyt.training import dataset_helpers, launch, megatron_loop
 
 # Flags of the model that are no fields of Megatron's TransformerConfig (megatron/training/
 # argument_utils.py reads them); its fields and those of TokenizerConfig are taken as they are.
@@ -201,7 +201,7 @@ def _start_megatron(flags: dict[str, Any]) -> tuple[Namespace, TextTokenizer]:
     # Megatron parses sys.argv, which holds this program's own flags.
     own, sys.argv = sys.argv, sys.argv[:1]
     try:
-        args = training_api.start(with_flags)
+        args = megatron_loop.start(with_flags)
     finally:
         sys.argv = own
     return args, get_tokenizer()
@@ -213,7 +213,7 @@ def build(args: Namespace) -> torch.nn.Module:
             f"the checkpoint holds a hybrid model (--hybrid-layer-pattern "
             f"{args.hybrid_layer_pattern}); only GPT models can be evaluated"
         )
-    return training_api.build_whole_gpt(args)
+    return megatron_loop.build_whole_gpt(args)
 
 
 def _load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:

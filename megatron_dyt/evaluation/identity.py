@@ -8,9 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import megatron_dyt
+from megatron_dyt.checkpoints.crc import Item, checksums, stored_items
+from megatron_dyt.data.tokenizer_check import tokenizer_hash
 from megatron_dyt.evaluation.tokenizer import TextTokenizer
-from megatron_dyt.evaluation.tokenizer_check import tokenizer_hash
-from megatron_dyt.runtime.checkpoint_crc import Item, checksums, stored_items
 
 
 def weights_identity(directory: Path) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_dyt import cpu
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime import cpu
 
 # Of a GPU's memory; the rest is for activations and logits.
 _FOR_WEIGHTS = 0.7
@@ -70,7 +70,7 @@ def _fewest(saved: Namespace, directory: Path, processes: int) -> int:
 
 def weight_bytes(saved: Namespace, directory: Path) -> int:
     """Bytes of the model's weights in the precision that the run computes in."""
-    from megatron_dyt.hf.torch_dist import TorchDistReader
+    from megatron_dyt.checkpoints.torch_dist import TorchDistReader
 
     shapes = [shape for shape, _dtype in TorchDistReader(directory).tensors.values()]
     halved = getattr(saved, "bf16", False) or getattr(saved, "fp16", False)

@@ -25,6 +25,7 @@ from lm_eval.utils import (
     simple_parse_args_string,
 )
 
+from megatron_dyt.cpu import device
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.attention import hidden_size_to_share
 from megatron_dyt.evaluation.batches import Item
@@ -36,7 +37,6 @@ from megatron_dyt.evaluation.identity import result_identity
 from megatron_dyt.evaluation.ranks import Ranks
 from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Score, Scorer
 from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
-from megatron_dyt.runtime import device
 
 _LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel", "bos")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")

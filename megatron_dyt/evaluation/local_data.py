@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dyt.data.files import whole_files
+from megatron_dyt.atomic import whole_files
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.paper import TASKS
 from megatron_dyt.patching import Patches, Replacement

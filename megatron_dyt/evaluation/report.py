@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_dyt.data.files import write_atomically
+from megatron_dyt.atomic import write_atomically
 from megatron_dyt.evaluation import paper
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel
 
@@ -72,7 +72,7 @@ def _versions() -> dict[str, str]:
     import lm_eval
 
     import megatron_dyt
-    from megatron_dyt.mcore.compat import megatron_version
+    from megatron_dyt.compat import megatron_version
 
     return {
         "lm_eval": lm_eval.__version__,

@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 import torch
 
+from megatron_dyt.config import Role
 from megatron_dyt.hf.mapping import hf_biases, hf_tied
 from megatron_dyt.hf.shape import LlamaShape
 from megatron_dyt.hf.tokenizer import TokenizerFacts
-from megatron_dyt.names import Role
 
 MODELING_FILE = "modeling_llama_dyt.py"
 _MODULE = MODELING_FILE.removesuffix(".py")

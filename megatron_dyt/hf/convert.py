@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from megatron_dyt.hf import modeling_llama_dyt
 from megatron_dyt.hf.config import AUTO_MAP, MODELING_FILE
 from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
 from megatron_dyt.nn import ConvertedNorm, convert_norms
-from megatron_dyt.runtime.report import say
 from megatron_dyt.version import __version__
+
+_log = logging.getLogger(__name__)
 
 # Names of transformers' norms in a LLaMA -> DyT's role.
 ROLES = {"input_layernorm": "attn", "post_attention_layernorm": "ffn", "norm": "final"}
@@ -90,17 +92,19 @@ def convert(job: Conversion) -> list[ConvertedNorm]:
     batch = _calibration_batch(job, tokenizer, _loaded(job.load, LlamaConfig))
     model = _loaded(job.load, LlamaForCausalLM, dtype="auto").eval()
     check_space("--output", job.output, sum(each.numel() * each.itemsize for each in model.parameters()))
-    say(f"calibrating {job.load} with {job.sequences} sequences of {job.length} tokens")
+    _log.info(f"calibrating {job.load} with {job.sequences} sequences of {job.length} tokens")
     report = convert_norms(model, {"input_ids": batch, "use_cache": False}, bias=job.bias)
     for norm in report:
-        say(f"  {norm.name}: alpha {norm.alpha:.4g}, squared error {norm.error:.2%} of the norm's output")
+        _log.info(
+            f"  {norm.name}: alpha {norm.alpha:.4g}, squared error {norm.error:.2%} of the norm's output"
+        )
     made = as_llama_dyt(model, report, job.bias)
     with whole_directory(job.output) as directory:
         made.save_pretrained(str(directory), max_shard_size=job.max_shard_size)
         tokenizer.save_pretrained(str(directory))
         shutil.copyfile(str(modeling_llama_dyt.__file__), directory / MODELING_FILE)
         (directory / "README.md").write_text(_card(job, report))
-    say(f"converted {job.load} to {job.output}; it has to be trained on (docs/convert.md)")
+    _log.info(f"converted {job.load} to {job.output}; it has to be trained on (docs/convert.md)")
     return report
 
 

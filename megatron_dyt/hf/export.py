@@ -9,6 +9,7 @@ and no model is needed.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shutil
 import sys
@@ -21,8 +22,9 @@ from typing import Any
 
 import torch
 
+from megatron_dyt.checkpoints.saved_args import Checkpoint, find_checkpoint, saved_args
+from megatron_dyt.checkpoints.torch_dist import TorchDistReader
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.evaluation.checkpoint import Checkpoint, find_checkpoint, saved_args
 from megatron_dyt.hf import mapping, modeling_llama_dyt
 from megatron_dyt.hf.config import MODELING_FILE, hf_config
 from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, Part, hf_parts
@@ -31,8 +33,8 @@ from megatron_dyt.hf.output_directory import check_free, check_space, whole_dire
 from megatron_dyt.hf.safetensors_io import DTYPES, Shard, plan_shards, tensor_bytes, write_shards
 from megatron_dyt.hf.shape import LlamaShape, llama_shape
 from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
-from megatron_dyt.hf.torch_dist import TorchDistReader
-from megatron_dyt.runtime.report import say
+
+_log = logging.getLogger(__name__)
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -150,7 +152,7 @@ def export(job: Export) -> None:
         _write_texts(directory, job, shape, shards, dtype, tokenizer, folded)
         write_shards(directory, _reported(parts, shape), shards, dtype)
     seconds = time.monotonic() - started
-    say(f"exported {job.checkpoint.directory} to {job.output}: {size / 1e9:.2f} GB in {seconds:.0f} s")
+    _log.info(f"exported {job.checkpoint.directory} to {job.output}: {size / 1e9:.2f} GB in {seconds:.0f} s")
 
 
 def folded_roles(shape: LlamaShape) -> tuple[str, ...]:
@@ -213,7 +215,7 @@ def _reported(parts: list[Part], shape: LlamaShape) -> Iterator[Part]:
     for number, part in enumerate(parts, 1):
         yield part
         if shape.num_layers >= 8 and number * 10 // len(parts) > (number - 1) * 10 // len(parts):
-            say(f"{number * 100 // len(parts)} % written")
+            _log.info(f"{number * 100 // len(parts)} % written")
 
 
 class ModelSource:

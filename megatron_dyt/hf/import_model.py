@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from megatron_dyt.config import DyTConfig
+from megatron_dyt.checkpoints.saved_args import TRACKER
+from megatron_dyt.checkpoints.torch_dist import LazyTensor, write_torch_dist
+from megatron_dyt.config import DyTConfig, Role
 from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.evaluation.checkpoint import TRACKER
 from megatron_dyt.hf.mapping import (
     EMBEDDING,
     EMBEDDING_SCALE,
@@ -40,10 +42,9 @@ from megatron_dyt.hf.mapping import (
 from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
 from megatron_dyt.hf.safetensors_io import SafetensorsReader, tensor_bytes
 from megatron_dyt.hf.shape import LlamaShape
-from megatron_dyt.hf.torch_dist import LazyTensor, write_torch_dist
 from megatron_dyt.mcore.args import NORMALIZATION
-from megatron_dyt.names import Role
-from megatron_dyt.runtime.report import say
+
+_log = logging.getLogger(__name__)
 
 # Megatron wants an iteration above 0; --finetune starts counting anew.
 ITERATION = 1
@@ -85,7 +86,7 @@ def import_model(load: Path, save: Path) -> None:
             (directory / TRACKER).write_text(str(ITERATION))
     finally:
         source.close()
-    say(f"imported {load} to {save}: {needed / 1e9:.2f} GB; train on with --load {save} --finetune")
+    _log.info(f"imported {load} to {save}: {needed / 1e9:.2f} GB; train on with --load {save} --finetune")
 
 
 # --- the model's shape ----------------------------------------------------------------------------

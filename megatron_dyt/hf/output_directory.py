@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dyt.data.files import partial_path
+from megatron_dyt.atomic import partial_path
 from megatron_dyt.errors import UserError
 
 

@@ -8,8 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_dyt.data.tokenizer_check import check_tokenizer, documents_begin_with_bos
 from megatron_dyt.errors import UserError, describe
-from megatron_dyt.evaluation.tokenizer_check import check_tokenizer, documents_begin_with_bos
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # What a conversion gets wrong shows in spaces, digits, line ends, bytes outside the vocabulary, and scripts.

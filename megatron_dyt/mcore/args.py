@@ -15,7 +15,13 @@ import torch
 
 from megatron_dyt.config import (
     QK_ALPHA,
+    Backend,
     DyTConfig,
+    Function,
+    OnBadAlpha,
+    Preset,
+    Role,
+    WeightInit,
     check_alpha,
     check_choice,
     parse_embedding_scale,
@@ -25,8 +31,8 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import handshake
 from megatron_dyt.mcore.fields import DyTFields, default_init_std
 from megatron_dyt.mcore.limits import refuse_unsupported
-from megatron_dyt.names import Backend, Function, OnBadAlpha, Preset, Role, WeightInit
 from megatron_dyt.ops.backends import choose_implementation
+from megatron_dyt.parsed_args import parsed_args
 
 NORMALIZATION = "DyT"
 
@@ -407,12 +413,3 @@ def initial_embedding_scale(config: Any) -> float | None:
         else config.embedding_init_method_std
     )
     return resolve_embedding_scale(rule, config.hidden_size, std)
-
-
-def parsed_args() -> Any:
-    """Megatron's parsed command line, or None when there is none."""
-    try:
-        from megatron.training import global_vars
-    except ImportError:
-        return None
-    return global_vars._GLOBAL_ARGS

@@ -14,10 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dyt.checkpoints import damage
+from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import checkpoint_damage
-from megatron_dyt.mcore.args import parsed_args
-from megatron_dyt.runtime.checkpoint_dir import OTHER_CHECKPOINT
+from megatron_dyt.parsed_args import parsed_args
 
 DEFAULT_STRICTNESS = "assume_ok_unexpected"
 SHOWN = 4
@@ -32,9 +32,7 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         model_keys = gather(set(model_tensor_keys(sharded_state_dict)), group)
         if model_keys:
             wanted = gather(set(_stored_keys(sharded_state_dict)), group)
-            checkpoint_damage.verify(
-                checkpoint_dir, wanted, checkpoint_damage.checks_data(parsed_args()), group
-            )
+            damage.verify(checkpoint_dir, wanted, damage.checks_data(parsed_args()), group)
             strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
             default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
             compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)

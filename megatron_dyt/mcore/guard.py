@@ -14,6 +14,7 @@ all ranks come to one verdict and none is left waiting for one that stopped.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from torch import nn
 from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore.monitor import Site, find_sites, global_name, unwrap
 from megatron_dyt.mcore.norm import DyTNorm
-from megatron_dyt.runtime.report import say
+
+_log = logging.getLogger(__name__)
 
 # Findings named in a message.
 SHOWN = 6
@@ -160,7 +162,7 @@ class Guard:
                 f"{what} Go on from the last checkpoint, with a smaller --lr or other data; with "
                 "--no-check-for-nan-in-loss-and-grad such steps are skipped."
             )
-        say(f"WARNING: {what} The step is skipped.")
+        _log.warning(f"{what} The step is skipped.")
 
     def _on_alpha(self, before: torch.Tensor, after: torch.Tensor) -> None:
         changes = zip(self.sites, before.tolist(), after.tolist(), _turned_bad(before, after), strict=True)
@@ -181,7 +183,7 @@ class Guard:
                 f"{what} Nothing of it was saved. Go on from the last checkpoint with a smaller --lr or a "
                 "longer warm-up; --dyt-on-bad-alpha report goes on where alpha is finite."
             )
-        say(f"WARNING: {what}")
+        _log.warning("%s", what)
 
     def _when(self) -> str:
         step = self.step()
@@ -326,7 +328,7 @@ def _guard_of(chunks: list[nn.Module], optimizer: Any) -> Guard | None:
     if config.normalization != "DyT" or optimizer is None:
         return None
     if getattr(args, "optimizer_cuda_graph", False):
-        say("WARNING: --optimizer-cuda-graph: alpha and gradients are not checked in a captured step.")
+        _log.warning("--optimizer-cuda-graph: alpha and gradients are not checked in a captured step.")
         return None
     return Guard(
         chunks,
@@ -355,7 +357,7 @@ def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
             raise
         should_exit = result[3]
         if should_exit:
-            say(_active.where_everywhere())
+            _log.info(_active.where_everywhere())
         return result
 
     return train_step

@@ -1,7 +1,7 @@
 """All ranks of a DyT run have the same plugin, Megatron, PyTorch and DyT settings, or none starts.
 
 Ranks that differ would build other parameters, which shows as a hang or, worse, not at all. They compare
-before the process group is made, with a time-out (`runtime/meeting.py`), so that a rank which runs without
+before the process group is made, with a time-out (`rendezvous.py`), so that a rank which runs without
 the plugin is named instead of waited for.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from megatron_dyt import compat
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import compat
-from megatron_dyt.runtime.meeting import Meeting, ranks, time_out
+from megatron_dyt.rendezvous import Meeting, ranks, time_out
 from megatron_dyt.version import __version__
 
 TOPIC = "handshake"

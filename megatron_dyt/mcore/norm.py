@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import nn
 
-from megatron_dyt.config import check_choice
+from megatron_dyt.config import Role, check_choice
 from megatron_dyt.mcore.residual import DeferredSum, offloads, uses_cuda_graphs
-from megatron_dyt.names import Role
 from megatron_dyt.nn import DynamicTanh
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dyt.mcore.args import parsed_args
+from megatron_dyt.parsed_args import parsed_args
 
 WEIGHT_DECAY_ON = ("matrices", "all")
 OUTPUT_INIT = ("depth-scaled", "plain")

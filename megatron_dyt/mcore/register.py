@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from megatron_dyt import compat, log
+from megatron_dyt.checkpoints import damage
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import (
     args,
     checkpoint,
-    checkpoint_damage,
-    compat,
     direct,
     embedding,
     guard,
@@ -123,10 +123,10 @@ TRAINING = (
     Seam(
         "megatron.training.checkpointing",
         "load_args_from_checkpoint",
-        checkpoint_damage.wrap_load_args,
+        damage.wrap_load_args,
     ),
-    Seam("megatron.training.training", "load_checkpoint", checkpoint_damage.wrap_load_checkpoint),
-    Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", checkpoint_damage.wrap_delete),
+    Seam("megatron.training.training", "load_checkpoint", damage.wrap_load_checkpoint),
+    Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", damage.wrap_delete),
     Seam(
         "megatron.training.training",
         "get_standard_config_overrides",
@@ -173,6 +173,7 @@ def register() -> None:
     global _patches
     if _patches is not None:
         return
+    log.show()
     version = compat.check_version()
     patches = Patches()
     try:

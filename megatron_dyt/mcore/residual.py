@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_dyt.mcore import compat, kept
+from megatron_dyt import compat
+from megatron_dyt.mcore import kept
 
 # A layer's norms, each in front of a branch whose result is added to what the norm returns beside it.
 SITES = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")

@@ -54,8 +54,8 @@ def test_recomputation_saves_both_outputs(found: dict[str, Counter[str]], size: 
 
 
 def test_a_plan_counts_what_a_layer_with_fused_swiglu_keeps(benchmark: ModuleType, world: None) -> None:
-    from megatron_dyt.planning import memory
-    from megatron_dyt.planning.layout import Layout
+    from megatron_dyt.recipes import memory
+    from megatron_dyt.recipes.layout import Layout
 
     size = benchmark.Size(sequence=32, batch=1, hidden=64, ffn=192, heads=4)
     recipe = dataclasses.replace(

@@ -13,16 +13,16 @@ import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_dyt.atomic import sole_writer
 from megatron_dyt.data import shard as shard_module
 from megatron_dyt.data import tokenizers
-from megatron_dyt.data.files import sole_writer
+from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
 from megatron_dyt.data.records import Fields
 from megatron_dyt.data.settings import Filters, Settings, Shard
 from megatron_dyt.data.shard import Counts, finished, write
 from megatron_dyt.data.sources import BrokenSourceError, FileSource
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import SENTENCEPIECE
 from tests.data.samples import source_texts
 
 DOMAINS = ["Github", "ArXiv", None]

@@ -13,9 +13,9 @@ import tokenizers as library
 from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_dyt.data import tokenizers, train_tokenizer
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE
 from megatron_dyt.data.tokenizers import Tokenizer
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import HUGGING_FACE, SENTENCEPIECE
 from tests.data.samples import VOCAB_SIZE, source_texts
 
 TEXTS = ["", "a text with </s> and <s> in it", "漢字 é 🙂", *source_texts()[:2]]

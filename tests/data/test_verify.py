@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.utils import get_blend_from_list
 
+from megatron_dyt.atomic import sha256
 from megatron_dyt.data.blend import blend
-from megatron_dyt.data.files import sha256
 from megatron_dyt.data.indexed_dataset import HEADER
 from megatron_dyt.data.prepare import main
 from megatron_dyt.data.verify import verify

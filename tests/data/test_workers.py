@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from megatron_dyt.data import tokenizers, workers
+from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
 from megatron_dyt.data.settings import Settings, Shard
 from megatron_dyt.data.sources import FileSource
 from megatron_dyt.data.workers import Broken, Event, Finished, Progressed, run
 from megatron_dyt.errors import UserError
-from megatron_dyt.runtime.dataset_manifest import SENTENCEPIECE
 from tests.data.samples import source_texts, write_jsonl
 
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dyt import pretrain
+from megatron_dyt.cpu import device
 from megatron_dyt.patching import Patches, Replacement
-from megatron_dyt.runtime import device
 from tests.distributed.worker import forget, start_groups
 from tests.sources import remember_sources
 

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import megatron_dyt
-from megatron_dyt import pretrain
+from megatron_dyt import pretrain, rendezvous
 from megatron_dyt.mcore import handshake
 from megatron_dyt.mcore.register import unregister
-from megatron_dyt.runtime import meeting
 
 
 def run(case: dict[str, Any], rank: int) -> list[str]:
     """Start training as the case says for this rank."""
     os.environ["MASTER_PORT"] = str(case["port"])
-    os.environ[meeting.VARIABLE] = str(case["seconds"])
-    meeting._store = None
+    os.environ[rendezvous.VARIABLE] = str(case["seconds"])
+    rendezvous._store = None
     mine = case["ranks"][rank]
     handshake.__version__ = mine["version"]  # type: ignore[attr-defined]
     try:

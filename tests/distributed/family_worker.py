@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_dyt.cpu import device
 from megatron_dyt.patching import Patches
-from megatron_dyt.runtime import device
 from tests import families
 from tests.distributed import record
 from tests.distributed.worker import unmarking

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dyt import pretrain
+from megatron_dyt import cpu, pretrain
 from megatron_dyt.errors import run_main
 from megatron_dyt.patching import Patches, Replacement
-from megatron_dyt.runtime import cpu
 
 
 def harmful(finalize: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,9 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_dyt import cpu
 from megatron_dyt.mcore.folding import fold_
 from megatron_dyt.mcore.norm import dyt_sites
-from megatron_dyt.runtime import cpu
 from tests import families
 
 

@@ -1,4 +1,4 @@
-"""The count of `diagnostics/scaling.py` is what real steps of two processes hand to their collectives."""
+"""The count of `recipes/scaling.py` is what real steps of two processes hand to their collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.diagnostics.scaling import FP32, GUARD_BYTES, Stage, added, aligned
+from megatron_dyt.recipes.scaling import FP32, GUARD_BYTES, Stage, added, aligned
 from tests.distributed import cases
 
 pytestmark = pytest.mark.distributed

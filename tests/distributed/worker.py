@@ -32,9 +32,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_dyt import pretrain
+from megatron_dyt import cpu, pretrain
+from megatron_dyt.cpu import device, latent_attention
 from megatron_dyt.patching import Patches, Replacement
-from megatron_dyt.runtime import cpu, device, latent_attention, launch
+from megatron_dyt.training import launch
 from tests.distributed import record
 from tests.sources import remember_sources
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_dyt import cpu
 from megatron_dyt.data import train_tokenizer
-from megatron_dyt.runtime import cpu
 
 VOCABULARY = 400  # Megatron pads it to 512.
 SEQUENCE = 48

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dyt.checkpoints.saved_args import TRACKER, find_checkpoint
 from megatron_dyt.data import train_tokenizer
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import checkpoint_model
-from megatron_dyt.evaluation.checkpoint import TRACKER, find_checkpoint
 from megatron_dyt.evaluation.checkpoint_model import load_model
 
 from .conftest import SEQUENCE, TEXT, VOCABULARY, Trained

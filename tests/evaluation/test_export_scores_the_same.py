@@ -10,11 +10,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from megatron_dyt import cpu
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.lm import MegatronDyTLM
 from megatron_dyt.evaluation.task_loading import load_tasks
 from megatron_dyt.hf import export
-from megatron_dyt.runtime import cpu
 
 from .conftest import SEQUENCE, TEXT, Trained
 from .task_data import write_all

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_dyt import cpu
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import layout
-from megatron_dyt.runtime import cpu
 
 MODEL = Namespace(num_attention_heads=12, padded_vocab_size=512, bf16=True)
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt import cpu
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import __main__ as entry
 from megatron_dyt.evaluation import task_loading
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.paper import TASKS
-from megatron_dyt.runtime import cpu
 
 from .conftest import SEQUENCE, TEXT, Trained, forget_megatron, restart
 from .task_data import write_all

@@ -45,7 +45,7 @@ exit 1
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *megatron_dyt.recipes*) echo --train-iters 10 ;;
-  *megatron_dyt.planning.dry_run*) echo dry run ;;
+  *megatron_dyt.recipes.dry_run*) echo dry run ;;
   *megatron_dyt.planning*) echo --micro-batch-size 1 ;;
   *megatron_dyt.data.prepare*) echo "0.25 some/prefix 0.75 other/prefix" ;;
   *)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart.record import main
-from megatron_dyt.data.files import read_json
+from megatron_dyt.atomic import read_json
 
 COMMAND = ["python", "-m", "x", "--lr", "4e-3", "--title", "two words"]
 

@@ -26,10 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_dyt import pretrain
+from megatron_dyt import cpu, pretrain
+from megatron_dyt.checkpoints import crc, iterations
 from megatron_dyt.errors import describe
 from megatron_dyt.patching import Patches, Replacement
-from megatron_dyt.runtime import checkpoint_crc, checkpoint_dir, cpu
 from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
@@ -114,12 +114,12 @@ def left(save: Path) -> dict[str, Any]:
 
 def problem_of(save: Path, iteration: int) -> str | None:
     """What is wrong with a checkpoint; None when it is whole."""
-    path = checkpoint_dir.iteration_directory(save, str(iteration))
+    path = iterations.iteration_directory(save, str(iteration))
     if not (path / "metadata.json").is_file():
         return "not finished"
     try:
-        checkpoint_dir.check_files(path)
-        return checkpoint_crc.find_damage(path, lambda _name: True)
+        iterations.check_files(path)
+        return crc.find_damage(path, lambda _name: True)
     except ValueError as error:
         return describe(error)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dyt.runtime import checkpoint_crc
+from megatron_dyt.checkpoints import crc
 
 # After the checkpoint that the run is resumed from.
 STEPS = 20
@@ -84,7 +84,7 @@ def kill_a_rank_after(step: int, rank: int, argv: list[str], log: Path) -> str:
 def contents(checkpoint: Path) -> dict[str, bytes]:
     """Every stored tensor and object, in bytes."""
     found = {}
-    for item in checkpoint_crc.stored_items(checkpoint):
+    for item in crc.stored_items(checkpoint):
         data = item.file.read_bytes()[item.offset : item.offset + item.length]
         found[f"{item.name} {item.file.name} {len(found)}"] = data
     return found

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_dyt.runtime.checkpoint_crc import _part, stored_items
+from megatron_dyt.checkpoints.crc import _part, stored_items
 
 pytestmark = pytest.mark.distributed
 

@@ -9,13 +9,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch.distributed as dist
 
-from megatron_dyt.mcore import checkpoint_damage
-from megatron_dyt.runtime.checkpoint_dir import DamagedCheckpoint
+from megatron_dyt.checkpoints import damage
+from megatron_dyt.checkpoints.iterations import DamagedCheckpoint
 
 dist.init_process_group("gloo")
 for directory in sys.argv[1:]:
     try:
-        checkpoint_damage.verify(directory, {"first", "second"})
+        damage.verify(directory, {"first", "second"})
         said = "whole"
     except DamagedCheckpoint as error:
         said = str(error)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.data import train_tokenizer
-from megatron_dyt.evaluation.checkpoint import Checkpoint
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
 PADDED = 64
@@ -140,7 +140,7 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def without_cpu_runtime() -> Iterator[None]:
     """Under it `torch.device("meta")`, with which transformers loads a model, has no effect."""
-    from megatron_dyt.runtime import cpu
+    from megatron_dyt import cpu
 
     cpu.disable()
     yield

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_dyt import convert_norms
+from megatron_dyt.checkpoints.saved_args import find_checkpoint, saved_args
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.checkpoint import find_checkpoint, saved_args
 from megatron_dyt.hf import convert as module
 from megatron_dyt.hf import register_auto_classes
 from megatron_dyt.hf.convert import main

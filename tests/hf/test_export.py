@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.checkpoints.torch_dist import LazyTensor, TorchDistReader, write_torch_dist
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.hf import export as export_module
 from megatron_dyt.hf.export import Export, _size, export, main
-from megatron_dyt.hf.torch_dist import LazyTensor, TorchDistReader, write_torch_dist
 
 from .conftest import TOKENS, Saved, hf_logits, hf_model
 

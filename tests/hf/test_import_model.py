@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.checkpoints.saved_args import find_checkpoint, saved_args
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.checkpoint import find_checkpoint, saved_args
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.import_model import import_model, main
@@ -62,7 +62,7 @@ def test_megatron_computes_the_same(
     fresh_megatron: None,  # noqa: F811
     dyt: dict[str, Any] | None,
 ) -> None:
-    from megatron_dyt.runtime import cpu
+    from megatron_dyt import cpu
 
     cpu.disable()
     theirs = hf_directory(tmp_path / "hf", dyt, rope_parameters={"rope_type": "default", "rope_theta": 500.0})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.config import Function
 from megatron_dyt.hf import modeling_llama_dyt
 from megatron_dyt.hf.modeling_llama_dyt import (
     FUNCTIONS,
@@ -17,7 +18,6 @@ from megatron_dyt.hf.modeling_llama_dyt import (
     LlamaDyTForCausalLM,
     LlamaDyTModel,
 )
-from megatron_dyt.names import Function
 from megatron_dyt.ops.reference import dyt_forward
 
 SMALL: dict[str, Any] = {

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from megatron_dyt.data.dataset_manifest import manifest_path
 from megatron_dyt.data.train_tokenizer import SETTINGS
 from megatron_dyt.errors import UserError
 from megatron_dyt.hf import tokenizer as module
 from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
-from megatron_dyt.runtime.dataset_manifest import manifest_path
 
 from .conftest import TEXT
 

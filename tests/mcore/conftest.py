@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dyt.runtime import cpu
+from megatron_dyt import cpu
 
 
 @pytest.fixture(scope="module")

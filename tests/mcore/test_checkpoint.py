@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.checkpoints.iterations import DamagedCheckpoint
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import checkpoint
-from megatron_dyt.runtime.checkpoint_dir import DamagedCheckpoint
 
 
 def load(model: Any, directory: Path, **options: Any) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_dyt import compat
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import compat, hybrid, kept, safety_net
+from megatron_dyt.mcore import hybrid, kept, safety_net
 from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
 from megatron_dyt.mcore.spec import rewrite_block, submodules_of
 from tests import families

@@ -4,9 +4,9 @@ import re
 import pytest
 
 import megatron_dyt
+from megatron_dyt.cpu import replacements
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import register as module
-from megatron_dyt.runtime import cpu_table
 
 
 def current(seam: module.Seam) -> object:
@@ -18,7 +18,7 @@ def current(seam: module.Seam) -> object:
 
 def own_seams() -> list[module.Seam]:
     """Those that the CPU runtime of these tests does not replace as well."""
-    shared = {(row.module, row.attribute) for row in cpu_table.rows()}
+    shared = {(row.module, row.attribute) for row in replacements.rows()}
     return [seam for seam in module.seams() if (seam.module, seam.attribute) not in shared]
 
 

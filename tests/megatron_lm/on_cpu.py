@@ -9,7 +9,8 @@ import os
 import runpy
 import sys
 
-from megatron_dyt.runtime import cpu, dataset_helpers
+from megatron_dyt import cpu
+from megatron_dyt.training import dataset_helpers
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dyt.names import Function
+from megatron_dyt.config import Function
 from megatron_dyt.ops.reference import FUNCTIONS, dyt_backward, dyt_forward
 
 Array = np.ndarray

@@ -180,7 +180,7 @@ def test_without_the_package_only_dyt_is_an_error(
 # Both ways into DyT in a patched Megatron: a config without a command line, and the command line.
 BOTH_WAYS = """
 import sys
-from megatron_dyt.runtime import cpu
+from megatron_dyt import cpu
 cpu.enable()
 import megatron_dyt
 from megatron_dyt.mcore.register import unregister

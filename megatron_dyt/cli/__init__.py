@@ -1,0 +1,84 @@
+"""`megatron-dyt COMMAND`: the one door to everything but training, which torchrun starts.
+
+A command is a click command in a module of this folder that imports what does the work only when it is
+called, so that `--help` needs no torch. Under torchrun: `torchrun ... -m megatron_dyt COMMAND`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from megatron_dyt.errors import run_main
+
+# Command -> (where it is, what it does).
+COMMANDS = {
+    "recipe": ("megatron_dyt.recipes.__main__", "a LLaMA size and how it is trained, as text or as flags"),
+    "plan": ("megatron_dyt.recipes.plan", "parallel layout, memory and days of a recipe on a cluster"),
+    "dry-run": (
+        "megatron_dyt.recipes.dry_run",
+        "try a launch's flags under a simulated world, without GPUs",
+    ),
+    "prepare-data": ("megatron_dyt.data.prepare", "tokenize text into Megatron's indexed data sets"),
+    "train-tokenizer": ("megatron_dyt.data.train_tokenizer", "make a SentencePiece tokenizer"),
+    "eval": ("megatron_dyt.evaluation.__main__", "zero-shot evaluation of a checkpoint with lm-eval"),
+    "eval-data": (
+        "megatron_dyt.evaluation.export_data",
+        "fetch the tasks' data for machines without network",
+    ),
+    "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
+    "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
+    "convert": ("megatron_dyt.hf.convert", "a Hugging Face LLaMA as one with DyT (experimental)"),
+    "report": ("megatron_dyt.report.compare", "compare runs: results.json and report.html"),
+}
+
+
+class _Lazy(click.Group):
+    """A group that knows its commands' names and one-line help, and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name][0].partition(":")[::2]
+        if not name:
+            return _passed_through(cmd_name, module)
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, what) for name, (_where, what) in COMMANDS.items()])
+
+
+def _passed_through(name: str, module: str) -> click.Command:
+    """A command that still has a parser of its own."""
+    import runpy
+    import sys
+
+    @click.command(name, context_settings={"ignore_unknown_options": True}, add_help_option=False)
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def command(words: tuple[str, ...]) -> Any:
+        sys.argv = [f"megatron-dyt {name}", *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    return command
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="megatron-dyt")
+def main() -> None:
+    """Dynamic Tanh for Megatron-Core: recipes, data, evaluation, export and reports.
+
+    Training is started by torchrun: torchrun ... -m megatron_dyt.pretrain ARGS, or -m megatron_dyt.run FILE.
+    """
+
+
+def entry() -> None:
+    """The console script. A `UserError` of a command ends in one line and exit code 2."""
+    run_main(lambda: main.main(prog_name="megatron-dyt"))

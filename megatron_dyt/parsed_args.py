@@ -1,0 +1,21 @@
+"""Megatron's parsed command line, a global of its own: the only file that touches it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_MODULE = "megatron.training.global_vars"
+
+
+def parsed_args() -> Any:
+    """What Megatron has parsed; None before that, and in a program without its command line."""
+    # Not by an import: where nothing has imported the module, nothing was parsed.
+    return getattr(sys.modules.get(_MODULE), "_GLOBAL_ARGS", None)
+
+
+def set_parsed_args(args: Any) -> None:
+    """Make `args` Megatron's, without the tokenizer and the loggers that `set_global_variables` starts."""
+    from megatron.training import global_vars
+
+    global_vars._GLOBAL_ARGS = args

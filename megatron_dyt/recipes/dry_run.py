@@ -1,0 +1,246 @@
+"""A dry run: `python -m megatron_dyt.recipes.dry_run --nodes 128 --gpus-per-node 8 -- MEGATRON FLAGS`.
+
+Passes the flags of a launch through Megatron's own parser and validation under a simulated world of that
+many ranks, and builds the model of every pipeline stage on the meta device, where tensors have shapes and
+no storage. It needs neither GPUs nor the memory of the model. Reported: parameters a rank, and what those
+of all ranks add up to; with --parameters it must be that. A flag that Megatron would refuse on the cluster
+is refused here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dyt import compat
+from megatron_dyt.cpu import device
+from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.mcore import handshake
+from megatron_dyt.parsed_args import set_parsed_args
+from megatron_dyt.training import preflight
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank of a pipeline stage holds.
+
+    Attributes:
+        split: parameters of which each tensor parallel rank has a part of its own.
+        replicated: parameters of which each has a copy, such as those of DyT.
+        norms: DyT or RMSNorm sites.
+    """
+
+    index: int
+    split: int
+    replicated: int
+    norms: int
+
+    @property
+    def parameters(self) -> int:
+        return self.split + self.replicated
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; raises UserError for what could not run on that cluster."""
+    given = sys.argv[1:] if argv is None else argv
+    split = given.index("--") if "--" in given else len(given)
+    own, flags = given[:split], given[split + 1 :]
+    parser = argparse.ArgumentParser(prog="megatron-dyt dry-run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--vocab-size", type=int, help="entries of the tokenizer")
+    size.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece file, to count them")
+    parser.add_argument(
+        "--files", action="store_true", help="check tokenizer and data files too, as training does"
+    )
+    parser.add_argument("--parameters", type=int, help="how many the whole model must have")
+    options = parser.parse_args(own)
+    if not flags:
+        raise UserError(
+            "no flags to try: give Megatron's flags after `--`, as the launch script prints them."
+        )
+    began = time.monotonic()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    world = options.nodes * options.gpus_per_node
+    vocab_size = options.vocab_size or _entries(options.tokenizer_model)
+    args, stages = simulate(flags, world, vocab_size)
+    total = whole(args, stages)
+    if options.parameters not in (None, total):
+        raise UserError(
+            f"the ranks' parameters add up to {total:,}, and the recipe has {options.parameters:,}: "
+            "the flags make another model"
+        )
+    if options.files:
+        preflight.check_tokenizer(args)
+        preflight.check_data(args)
+    for line in report(args, stages, world):
+        print(line)
+    print(f"dry run: fine, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _entries(tokenizer_model: str) -> int:
+    import sentencepiece
+
+    try:
+        return int(sentencepiece.SentencePieceProcessor(model_file=tokenizer_model).get_piece_size())
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--tokenizer-model {tokenizer_model} is not a readable SentencePiece model ({error})"
+        ) from error
+
+
+def simulate(flags: list[str], world_size: int, vocab_size: int) -> tuple[Any, list[Stage]]:
+    """Megatron's validated arguments and every pipeline stage, in a world that is only said to exist.
+
+    Raises:
+        UserError: flags that Megatron does not accept for this number of ranks.
+    """
+    import megatron_dyt
+
+    device.activate(["--device", "cpu"])
+    megatron_dyt.register()
+    compat.check_training_version()
+    with _environment(world_size), handshake.suspended(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = _validated(flags, vocab_size)
+        stages = [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]
+    return args, stages
+
+
+@contextlib.contextmanager
+def _environment(world_size: int) -> Iterator[None]:
+    """What a launcher sets, as rank 0 of a world of that size sees it."""
+    before = dict(os.environ)
+    os.environ.update(WORLD_SIZE=str(world_size), RANK="0", LOCAL_RANK="0")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _validated(flags: list[str], vocab_size: int) -> Any:
+    from megatron.training import arguments
+
+    errors, report = io.StringIO(), io.StringIO()
+    own, sys.argv = sys.argv, [sys.argv[0], *flags]
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(report):
+            args = arguments.parse_args()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                arguments.validate_args(args)
+    except SystemExit as refusal:
+        last = (errors.getvalue().strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"Megatron's parser refuses the flags: {last}") from refusal
+    except UserError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as refusal:
+        raise UserError(f"Megatron refuses the flags: {refusal or type(refusal).__name__}") from refusal
+    finally:
+        sys.argv = own
+    # Such as that it switches a flag off.
+    for text in dict.fromkeys(" ".join(str(each.message).split()) for each in caught):
+        _log.info(f"Megatron warns: {text}")
+    _set_vocabulary(args, vocab_size)
+    args.perform_initialization = False  # There is nothing to fill.
+    set_parsed_args(args)  # Only what the model's builder reads.
+    return args
+
+
+def _set_vocabulary(args: Any, entries: int) -> None:
+    """What Megatron does when it builds the tokenizer; a given size has to hold it."""
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    if getattr(args, "padded_vocab_size", None) is None:
+        args.padded_vocab_size = -(-entries // multiple) * multiple
+    elif args.padded_vocab_size < entries:
+        raise UserError(
+            f"--padded-vocab-size is {args.padded_vocab_size}, and the tokenizer has {entries} entries; "
+            f"leave the flag out, or give at least {-(-entries // multiple) * multiple}"
+        )
+
+
+def _stage(args: Any, index: int) -> Stage:
+    """Build the model chunks of one pipeline stage and count them."""
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # Ranks count tensor parallel fastest, pipeline slowest.
+    rank = index * (args.world_size // args.pipeline_model_parallel_size)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        config = gpt_config_from_args(args)
+        builder = config.get_builder_cls()(config)
+        with torch.device("meta"):
+            chunks = build_virtual_pipeline_stages(
+                builder.build_model,
+                ProcessGroupCollection.use_mpu_process_groups(),
+                args.virtual_pipeline_model_parallel_size,
+                ModelType.encoder_or_decoder,
+            )
+        return _counted(index, chunks)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _counted(index: int, chunks: list[torch.nn.Module]) -> Stage:
+    split = replicated = 0
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        assert parameter.is_meta, "a dry run must not allocate the model"
+        if getattr(parameter, "tensor_model_parallel", False):
+            split += parameter.numel()
+        else:
+            replicated += parameter.numel()
+    norms = sum("Norm" in type(module).__name__ for chunk in chunks for module in chunk.modules())
+    return Stage(index, split, replicated, norms)
+
+
+def whole(args: Any, stages: list[Stage]) -> int:
+    """Parameters of the model that the ranks hold together."""
+    return sum(args.tensor_model_parallel_size * stage.split + stage.replicated for stage in stages)
+
+
+def report(args: Any, stages: list[Stage], world_size: int) -> list[str]:
+    """Lines for a reader."""
+    tp = args.tensor_model_parallel_size
+    total = whole(args, stages)
+    lines = [
+        f"dry run: {world_size} ranks, TP {tp} x PP {len(stages)} x DP {args.data_parallel_size}; Megatron "
+        "accepts the flags",
+        f"  one model: {total:,} parameters ({total / 1e9:.2f}B), padded vocabulary {args.padded_vocab_size}",
+    ]
+    return lines + [
+        f"  stage {stage.index}: {stage.parameters:,} parameters a rank ({stage.replicated:,} of them on "
+        f"every tensor parallel rank), {stage.norms} norms"
+        for stage in stages
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

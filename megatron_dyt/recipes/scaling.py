@@ -1,0 +1,228 @@
+"""What DyT adds over RMSNorm to the communication of a training step, counted for layouts too large to try.
+
+    python -m megatron_dyt.recipes.scaling [--write docs/scaling.md]
+
+Nothing here depends on the sequence's length or the batch: what is added are parameters, which are reduced
+once a step, and the guard's flags. `tests/distributed/test_scaling.py` compares the count with what real
+runs of two processes hand to their collectives. Bytes are those handed to a collective, not those on the
+wire, which depend on its algorithm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.recipes import Recipe, load
+from megatron_dyt.recipes.layout import Layout
+from megatron_dyt.recipes.memory import stage_parameters
+
+BF16, FP32 = 2, 4
+# The distributed optimizer starts every parameter at a multiple of this many elements
+# (megatron/core/optimizer/param_layout.py).
+ALIGNMENT = 64
+# mcore/guard.py: two flags of 4 bytes, reduced over all ranks.
+GUARD_BYTES = 8
+
+SIZES = ("7b", "13b", "34b", "70b")
+MAX_RANKS = 4096
+# Layouts shown: tensor x pipeline x data parallel ranks.
+SHOWN = {
+    "7b": ((1, 1, 8), (2, 1, 256), (2, 1, 2048)),
+    "13b": ((2, 1, 32), (2, 2, 128), (4, 2, 512)),
+    "34b": ((4, 2, 16), (8, 2, 64), (8, 4, 128)),
+    "70b": ((8, 4, 8), (8, 4, 32), (8, 8, 64), (8, 16, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a model that a pipeline rank has; DyT's settings as in `DyTConfig`."""
+
+    layers: int
+    hidden: int
+    first: bool = True
+    last: bool = True
+    bias: bool = False
+    embedding_scale: bool = True
+    qk_norm: bool = False
+    head_dim: int = 0
+
+    def extra(self) -> list[int]:
+        """Lengths of the parameters that DyT has and RMSNorm has not: alpha and bias of each site, and
+        the embedding scale."""
+        in_layers = self._of_sites(2 * self.layers + self.last, self.hidden)
+        return in_layers + self.extra_qk() + [1] * (self.first and self.embedding_scale)
+
+    def extra_qk(self) -> list[int]:
+        """Those of them on queries and keys, of which each tensor parallel rank has its heads' part of the
+        gradient, with or without sequence parallelism."""
+        return self._of_sites(2 * self.layers, self.head_dim) if self.qk_norm else []
+
+    def _of_sites(self, sites: int, width: int) -> list[int]:
+        return ([1, width] if self.bias else [1]) * sites
+
+
+@dataclass(frozen=True)
+class Added:
+    """What one rank hands to its collectives in a step more than with RMSNorm, in bytes.
+
+    Attributes:
+        parameters: elements.
+        reduction: gradients, over the data parallel ranks.
+        gather: parameters, over the data parallel ranks (distributed optimizer only).
+        sequence: gradients of replicated parameters, over the tensor parallel ranks.
+        guard: over all ranks.
+        collectives: calls that RMSNorm does not have.
+    """
+
+    parameters: int
+    reduction: int
+    gather: int
+    sequence: int
+    guard: int
+    collectives: int
+
+    @property
+    def total(self) -> int:
+        return self.reduction + self.gather + self.sequence + self.guard
+
+
+def added(
+    stage: Stage,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    distributed_optimizer: bool = True,
+    sequence_parallel: bool = True,
+    gradient_bytes: int = FP32,
+    parameter_bytes: int = BF16,
+) -> Added:
+    """Count for one rank of `stage`.
+
+    Gradients ride in collectives that RMSNorm has too: the data parallel buffer, which grows, and, under
+    sequence parallelism, one flattened all-reduce of all replicated gradients. With the distributed
+    optimizer every parameter takes a multiple of `ALIGNMENT` elements of the buffer. Left out is the end
+    of a bucket, which Megatron pads to a common multiple of DP and 128 elements with either norm.
+    """
+    lengths = stage.extra()
+    count = sum(lengths)
+    partial = count if sequence_parallel else sum(stage.extra_qk())
+    buffer = sum(aligned(length) for length in lengths) if distributed_optimizer else count
+    return Added(
+        parameters=count,
+        reduction=buffer * gradient_bytes if dp > 1 else 0,
+        gather=buffer * parameter_bytes if dp > 1 and distributed_optimizer else 0,
+        sequence=partial * gradient_bytes if tp > 1 else 0,
+        guard=GUARD_BYTES if tp * pp * dp > 1 else 0,
+        collectives=1 if tp * pp * dp > 1 else 0,
+    )
+
+
+def aligned(length: int) -> int:
+    """Elements that a parameter takes in the distributed optimizer's buffer."""
+    return math.ceil(length / ALIGNMENT) * ALIGNMENT
+
+
+def stages(recipe: Recipe, pp: int) -> Iterator[Stage]:
+    """The pipeline stages of a recipe's model, equally filled."""
+    for index in range(pp):
+        yield Stage(
+            recipe.num_layers // pp,
+            recipe.hidden_size,
+            first=index == 0,
+            last=index == pp - 1,
+            bias=recipe.bias,
+        )
+
+
+def worst(recipe: Recipe, tp: int, pp: int, dp: int) -> tuple[Added, float]:
+    """The rank that gets the most, and the share of its parameters that this is."""
+    layout = Layout(tp, pp, 1, dp, 1)
+    counts = [(added(stage, tp=tp, pp=pp, dp=dp), index) for index, stage in enumerate(stages(recipe, pp))]
+    most, index = max(counts, key=lambda each: each[0].total)
+    return most, most.parameters / (stage_parameters(recipe, layout, index) - most.parameters)
+
+
+def layouts(recipe: Recipe, ranks: int = MAX_RANKS) -> Iterator[tuple[int, int, int]]:
+    """Every TP x PP x DP of powers of two with at most `ranks` ranks that the model can be split into."""
+    powers = [2**i for i in range(int(math.log2(ranks)) + 1)]
+    for tp in (power for power in powers if power <= 8):
+        for pp in (power for power in powers if recipe.num_layers % power == 0):
+            yield from ((tp, pp, dp) for dp in powers if tp * pp * dp <= ranks)
+
+
+def report() -> str:
+    """The tables, in Markdown."""
+    lines = [
+        "| Size | TP × PP × DP | Ranks | Parameters added | of the rank's | Gradient reduction (DP) "
+        "| Parameter gather (DP) | Norm gradients (TP) | Guard (all) | Collectives |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size in SIZES:
+        for tp, pp, dp in SHOWN[size]:
+            most, share = worst(load(size), tp, pp, dp)
+            lines.append(
+                f"| {size.upper()} | {tp} × {pp} × {dp} | {tp * pp * dp} | {most.parameters} | {share:.1e} | "
+                f"+{most.reduction:,} B | +{most.gather:,} B | +{most.sequence:,} B | +{most.guard} B | "
+                f"+{most.collectives} |"
+            )
+    lines += ["", *_extremes()]
+    return "\n".join(lines)
+
+
+def _extremes() -> Iterator[str]:
+    tried = 0
+    found = []
+    for size in SIZES:
+        recipe = load(size)
+        for layout in layouts(recipe):
+            tried += 1
+            most, share = worst(recipe, *layout)
+            found.append((most.total, share, most.collectives, size, layout))
+    total, _, _, size, (tp, pp, dp) = max(found)
+    share = max(each[1] for each in found)
+    calls = max(each[2] for each in found)
+    yield (
+        f"Over all {tried} layouts of powers of two (TP to 8, up to {MAX_RANKS:,} ranks) of these sizes, no "
+        f"rank hands more than {total:,} B a step more to its collectives ({size.upper()}, TP {tp}, PP {pp}, "
+        f"DP {dp}), no rank has more than {share:.1e} of its parameters more, and no step has more than "
+        f"{calls} collective more."
+    )
+
+
+BEGIN = "<!-- begin: python -m megatron_dyt.recipes.scaling -->"
+END = "<!-- end -->"
+
+
+def write(page: Path) -> None:
+    """Put the report between the page's markers. Raises UserError when it has none."""
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{page} has no lines {BEGIN!r} and {END!r} to write between")
+    head, rest = text.split(BEGIN, 1)
+    temporary = page.with_name(page.name + ".tmp")
+    temporary.write_text(f"{head}{BEGIN}\n{report()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    temporary.replace(page)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report, or write it into a page."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_dyt.recipes.scaling", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put it between the markers of this page")
+    given = parser.parse_args(argv)
+    if given.write is None:
+        print(report())
+    else:
+        write(given.write)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

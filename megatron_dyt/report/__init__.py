@@ -1,0 +1,1 @@
+"""What a run measured: its log, plots and the page that compares runs."""

@@ -1,1 +1,0 @@
-"""Where Megatron runs: on CUDA devices, or without any on CPU processes."""

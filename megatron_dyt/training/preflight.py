@@ -1,0 +1,209 @@
+"""Input checked before training starts, so that what is wrong is said at once and clearly.
+
+Rank 0 looks at the files, and tells the others, which wait for it. Paths in object stores ("s3://...")
+are left to Megatron.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dyt import rendezvous
+from megatron_dyt.checkpoints import iterations
+from megatron_dyt.data import dataset_manifest
+from megatron_dyt.errors import UserError
+from megatron_dyt.training import token_ids
+
+_log = logging.getLogger(__name__)
+
+
+def check(args: Namespace) -> None:
+    """Raise `UserError`, on every rank, when the data, tokenizer or checkpoint of `args` cannot work.
+
+    `args` are Megatron's parsed arguments, before its own validation. Leftovers of an interrupted
+    save in the --save directory are removed.
+    """
+    if not getattr(args, "yaml_cfg", None):
+        rendezvous.on_rank_0("preflight", lambda: check_files(args), rendezvous.time_out(args))
+
+
+def check_files(args: Namespace) -> None:
+    """All checks, on this rank alone."""
+    check_tokenizer(args)
+    check_data(args)
+    check_evaluation(args)
+    check_save(args)
+    check_load(args)
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """The tokenizer's files exist, and a sentencepiece model can be read."""
+    from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
+
+    if getattr(args, "use_checkpoint_args", False) and args.use_tokenizer_model_from_checkpoint_args:
+        return  # Megatron takes it from the checkpoint.
+    kind = args.tokenizer_type or "GPT2BPETokenizer"
+    needed: dict[str, tuple[str, ...]] = {"GPT2BPETokenizer": ("vocab_file", "merge_file")}
+    needed |= dict.fromkeys((*SP_TOKENIZERS, "TikTokenizer"), ("tokenizer_model",))
+    for name in needed.get(kind, ()):
+        flag, path = f"--{name.replace('_', '-')}", getattr(args, name)
+        if path is None:
+            raise UserError(f"--tokenizer-type {kind} needs {flag} FILE, which was not given")
+        if "://" not in path and not os.path.isfile(path):
+            raise UserError(f"{flag} {path}: no such file. Give the tokenizer's file")
+    if kind in SP_TOKENIZERS and "://" not in args.tokenizer_model:
+        _check_sentencepiece(args.tokenizer_model)
+
+
+def _check_sentencepiece(path: str) -> None:
+    import sentencepiece
+
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--tokenizer-model {path} is not a readable sentencepiece model ({error}). Train or "
+            "copy it again"
+        ) from error
+
+
+def check_data(args: Namespace) -> None:
+    """Data were named; each indexed dataset's files agree, and its manifest and ids with the tokenizer."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return
+    files = (args.data_args_path, args.per_split_data_args_path, args.per_dataset_sequences_path)
+    for path in filter(None, files):
+        if "://" not in path and not os.path.isfile(path):
+            raise UserError(f"data file list {path}: no such file")
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [each for each in (blend, *(per_split or ())) if each is not None]
+    if not blends:
+        raise UserError(
+            "no training data were given: use --data-path PREFIX, or --train-data-path and "
+            "--valid-data-path (PREFIX of PREFIX.bin and PREFIX.idx), or --mock-data for a dry run"
+        )
+    if args.sft:
+        return
+    prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
+    local = [prefix for prefix in prefixes if "://" not in prefix]
+    dtypes = {prefix: check_indexed_dataset(prefix) for prefix in local}
+    dataset_manifest.check(local, args)
+    token_ids.check(dtypes, args)
+
+
+def check_indexed_dataset(prefix: str) -> np.dtype[Any]:
+    """PREFIX.idx is a whole index and PREFIX.bin holds as many bytes as it says. Returns the ids' type."""
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, data):
+        if not path.is_file():
+            raise UserError(
+                f"dataset {prefix}: {path} does not exist. Give the prefix of a .bin and .idx pair "
+                "(megatron-dyt prepare-data writes one); for a directory that it wrote, give what "
+                "megatron-dyt prepare-data --print-blend DIR prints"
+            )
+    tokens, dtype = _read_index(index)
+    expected = tokens * dtype.itemsize
+    present = data.stat().st_size
+    if present != expected:
+        raise UserError(
+            f"dataset {prefix}: {data} has {present} bytes, but {index} describes {expected}. "
+            "One of them is truncated or belongs to another dataset: prepare the data again"
+        )
+    return dtype
+
+
+# By the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
+_DTYPES = {
+    **{1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64},
+    **{6: np.float64, 7: np.float32, 8: np.uint16},
+}
+# Magic, version, dtype code, number of sequences, number of document boundaries.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+
+
+def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
+    """(tokens that the .bin of this index must have, their type); `UserError` when it is damaged."""
+    with index.open("rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+        if len(header) < _INDEX_HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
+            raise UserError(f"{index} is not the index of a Megatron dataset: prepare it again")
+        _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        # Lengths (int32) and offsets (int64) of the sequences, then the document boundaries (int64).
+        needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
+        if code not in _DTYPES or index.stat().st_size < needed:
+            raise UserError(
+                f"{index} is damaged or truncated ({index.stat().st_size} of {needed} bytes): "
+                "prepare the data again"
+            )
+    if sequences == 0:
+        raise UserError(f"{index} describes a dataset without documents: prepare it again")
+    lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
+    return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
+
+
+def check_evaluation(args: Namespace) -> None:
+    """--eval-interval can be divided by, which Megatron does; see `megatron_loop.evaluation_defaults`."""
+    interval = args.eval_interval
+    if interval is not None and interval < 1:
+        raise UserError(
+            f"--eval-interval {interval} is not a number of steps: give at least 1, or leave it out to "
+            "evaluate after the last step only (--eval-iters 0: never)"
+        )
+
+
+def check_save(args: Namespace) -> None:
+    """--save can be written; what an interrupted save left there is cleared away."""
+    if args.save is None or "://" in args.save:
+        return
+    if not args.save_interval:
+        raise UserError(f"--save {args.save} needs --save-interval N, the number of steps between two saves")
+    try:
+        os.makedirs(args.save, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {args.save}: cannot make this directory ({error})") from error
+    if not os.access(args.save, os.W_OK | os.X_OK):
+        raise UserError(f"--save {args.save}: no permission to write there")
+    for line in iterations.tidy(args.save):
+        _log.info(line)
+
+
+def check_load(args: Namespace) -> None:
+    """The checkpoint to load is there and whole.
+
+    --load of a directory without any checkpoint starts from scratch when it is also the --save
+    directory (so that one command starts and resumes a run); otherwise it is an error. With
+    --dyt-load-fallback a damaged one is dealt with when it is loaded.
+    """
+    for flag in ("load", "pretrained_checkpoint"):
+        directory = getattr(args, flag, None)
+        if directory is None or "://" in directory:
+            continue
+        iteration = iterations.last_iteration(directory)
+        if flag == "load" and args.ckpt_step:
+            iteration = str(args.ckpt_step)
+        if iteration is not None:
+            if flag != "load" or not getattr(args, "dyt_load_fallback", False):
+                iterations.check_readable(directory, iteration)
+        elif args.exit_on_missing_checkpoint or not _is_fresh_start(args, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')} {directory}: there is no checkpoint "
+                "(no latest_checkpointed_iteration.txt). Give the --save directory of an earlier "
+                "run; to start from scratch leave the flag out, or give the same --save"
+            )
+
+
+def _is_fresh_start(args: Namespace, flag: str) -> bool:
+    """Nothing to load yet: the run will save where it loads from, or starts from another one."""
+    if flag != "load":
+        return False
+    same = args.save is not None and os.path.abspath(args.load) == os.path.abspath(args.save)
+    return same or getattr(args, "pretrained_checkpoint", None) is not None

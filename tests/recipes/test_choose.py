@@ -1,0 +1,65 @@
+"""The chosen layout fits, is about the fastest, and what cannot be planned is refused."""
+
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.recipes import load
+from megatron_dyt.recipes.choose import UNSURE, Speeds, days, flops_a_token, ranked
+from megatron_dyt.recipes.layout import Cluster
+
+SPEEDS = Speeds()
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("7b", 64), ("13b", 64), ("34b", 128), ("70b", 128), ("125m", 1)]
+)
+def test_the_best_plan(name: str, nodes: int) -> None:
+    plans = ranked(load(name), Cluster(nodes, 8, 80e9), SPEEDS)
+    best = plans[0]
+    assert all(plan.fits for plan in plans)
+    assert best.step <= (1 + UNSURE) * min(plan.step for plan in plans)
+    equal = [plan for plan in plans if plan.step <= (1 + UNSURE) * min(each.step for each in plans)]
+    assert best.memory.total == min(plan.memory.total for plan in equal)
+
+
+def test_less_memory_makes_it_split_or_recompute_more() -> None:
+    recipe = load("7b")
+    large = ranked(recipe, Cluster(1, 8, 140e9), SPEEDS)[0]
+    small = ranked(recipe, Cluster(1, 8, 24e9), SPEEDS)[0]
+    assert small.memory.total < 24e9 < large.memory.total
+    assert small.step > large.step
+
+
+def test_given_sizes_are_kept() -> None:
+    plans = ranked(load("70b"), Cluster(128, 8, 80e9), SPEEDS, {"tp": 8, "micro_batch": 1})
+    assert {(plan.layout.tp, plan.layout.micro_batch) for plan in plans} == {(8, 1)}
+
+
+def test_days_by_hand() -> None:
+    recipe = load("7b")
+    # 6 FLOPs for each parameter but the embedding's, and causal attention: 6 L s h.
+    by_hand = 6 * (recipe.parameters_without_norms - 32000 * 4096) + 6 * 32 * 4096 * 4096
+    assert flops_a_token(recipe) == by_hand
+    assert days(recipe, 512, 0.4, 989e12) == pytest.approx(
+        recipe.tokens * by_hand / (512 * 989e12 * 0.4) / 86400
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "memory", "fixed", "message"),
+    [
+        (1, 80e9, {}, "does not fit on 1 x 8 GPUs of 80 GB: the leanest layout .* needs .* GB"),
+        (7, 80e9, {}, "cannot be laid out on 7 x 8 GPUs"),
+        (128, 80e9, {"tp": 3}, "GPUs and tp 3: TP x PP"),
+        (
+            128,
+            80e9,
+            {"tp": 8, "pp": 3, "vpp": 1, "micro_batch": 1},
+            "PP 3 x 1 chunks does not divide 80 layers",
+        ),
+        (1, 80e9, {"tp": 8, "pp": 4, "vpp": 1, "micro_batch": 1}, "is 32 GPUs; the cluster has 8"),
+    ],
+)
+def test_what_cannot_be_planned(nodes: int, memory: float, fixed: dict[str, int | str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ranked(load("70b"), Cluster(nodes, 8, memory), SPEEDS, fixed)

@@ -1,0 +1,192 @@
+"""Wrong input is named before training starts."""
+
+from __future__ import annotations
+
+import io
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.training import preflight
+
+
+def arguments(**given: Any) -> Namespace:
+    """Megatron's parsed arguments, as far as the checks look at them."""
+    flags = dict.fromkeys(
+        (
+            *("data_path", "data_args_path", "train_data_path", "valid_data_path"),
+            *("test_data_path", "per_split_data_args_path", "per_dataset_sequences_path"),
+            *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "yaml_cfg"),
+            *("save", "load", "pretrained_checkpoint", "ckpt_step", "eval_interval"),
+        )
+    )
+    return Namespace(
+        **{
+            **flags,
+            "save_interval": 10,
+            "padded_vocab_size": 128,
+            "mock_data": False,
+            "sft": False,
+            "exit_on_missing_checkpoint": False,
+            **given,
+        }
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    """An indexed dataset of two documents, written by Megatron itself."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(tmp_path / "corpus")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in ([1, 2, 3], [4, 5]):
+        builder.add_document(np.array(document, np.uint16), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture
+def sentencepiece_model(tmp_path: Path) -> str:
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = iter([f"line {number} of a small text" for number in range(50)])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=30, minloglevel=2
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+def test_good_input_passes(dataset: str, sentencepiece_model: str, tmp_path: Path) -> None:
+    save = str(tmp_path / "new" / "checkpoint")
+    preflight.check(
+        arguments(
+            train_data_path=[dataset],
+            valid_data_path=["1.0", dataset],
+            tokenizer_type="SentencePieceTokenizer",
+            tokenizer_model=sentencepiece_model,
+            save=save,
+            load=save,
+        )
+    )
+    assert os.path.isdir(save)
+
+
+def test_missing_halves_of_a_dataset(dataset: str) -> None:
+    os.rename(f"{dataset}.bin", f"{dataset}.other")
+    with pytest.raises(UserError, match=r"corpus\.bin does not exist"):
+        preflight.check_data(arguments(data_path=["1", dataset]))
+    with pytest.raises(UserError, match=r"nowhere\.idx does not exist"):
+        preflight.check_data(arguments(data_path=["nowhere"]))
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_data_of_another_length_than_the_index_says(dataset: str, change: int) -> None:
+    os.truncate(f"{dataset}.bin", 10 + change)
+    with pytest.raises(UserError, match=rf"has {10 + change} bytes, but .* describes 10"):
+        preflight.check_indexed_dataset(dataset)
+
+
+def test_damaged_indexes(dataset: str) -> None:
+    index = Path(f"{dataset}.idx")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"truncated \({len(whole) - 1} of {len(whole)} bytes"):
+        preflight.check_indexed_dataset(dataset)
+    index.write_bytes(whole[:9] + bytes(8) + b"\xff" + whole[18:])
+    with pytest.raises(UserError, match="damaged or truncated"):
+        preflight.check_indexed_dataset(dataset)
+    index.write_bytes(b"something else entirely, but long enough")
+    with pytest.raises(UserError, match="not the index of a Megatron dataset"):
+        preflight.check_indexed_dataset(dataset)
+    index.write_bytes(whole[:18] + bytes(16))
+    with pytest.raises(UserError, match="without documents"):
+        preflight.check_indexed_dataset(dataset)
+
+
+def test_ids_beyond_the_vocabulary(dataset: str) -> None:
+    preflight.check_data(arguments(data_path=[dataset], padded_vocab_size=6))
+    with pytest.raises(UserError, match=r"corpus has the id 5 \(token 4 of its file;"):
+        preflight.check_data(arguments(data_path=[dataset], padded_vocab_size=5))
+
+
+def test_no_data_at_all() -> None:
+    with pytest.raises(UserError, match=r"no training data were given.*--mock-data"):
+        preflight.check_data(arguments())
+    preflight.check_data(arguments(mock_data=True))
+
+
+def test_a_missing_list_of_data() -> None:
+    with pytest.raises(UserError, match=r"data file list nowhere\.txt: no such file"):
+        preflight.check_data(arguments(data_args_path="nowhere.txt"))
+
+
+def test_tokenizers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="GPT2BPETokenizer needs --vocab-file FILE"):
+        preflight.check_tokenizer(arguments())
+    with pytest.raises(UserError, match="--tokenizer-model nowhere: no such file"):
+        preflight.check_tokenizer(arguments(tokenizer_type="Llama2Tokenizer", tokenizer_model="nowhere"))
+    broken = tmp_path / "tokenizer.model"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(UserError, match="is not a readable sentencepiece model"):
+        preflight.check_tokenizer(
+            arguments(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(broken))
+        )
+    preflight.check_tokenizer(arguments(tokenizer_type="NullTokenizer"))
+
+
+def test_save_directories_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make this directory"):
+        preflight.check_save(arguments(save=str(tmp_path / "file")))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="no permission to write"):
+        preflight.check_save(arguments(save=str(tmp_path)))
+
+
+def test_loading_where_nothing_is(tmp_path: Path) -> None:
+    empty = str(tmp_path)
+    preflight.check_load(arguments(load=empty, save=empty))
+    preflight.check_load(arguments())
+    for flags in (
+        {"load": empty},
+        {"load": empty, "save": empty, "exit_on_missing_checkpoint": True},
+        {"pretrained_checkpoint": empty},
+    ):
+        with pytest.raises(UserError, match="there is no checkpoint"):
+            preflight.check_load(arguments(**flags))
+
+
+def test_loading_a_step_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    for step, wanted in ((None, 3), (7, 7)):
+        with pytest.raises(UserError, match=f"iter_000000{wanted} does not exist"):
+            preflight.check_load(arguments(load=str(tmp_path), ckpt_step=step))
+
+
+def test_the_tokenizer_of_a_checkpoint_is_not_asked_for() -> None:
+    args = arguments(use_checkpoint_args=True, use_tokenizer_model_from_checkpoint_args=True)
+    preflight.check_tokenizer(args)
+    args.use_tokenizer_model_from_checkpoint_args = False
+    with pytest.raises(UserError, match="which was not given"):
+        preflight.check_tokenizer(args)
+
+
+def test_an_interval_that_cannot_be_divided_by() -> None:
+    with pytest.raises(UserError, match="--eval-interval 0 is not a number of steps"):
+        preflight.check_files(arguments(mock_data=True, tokenizer_type="NullTokenizer", eval_interval=0))
+    for interval in (None, 1):
+        preflight.check_evaluation(arguments(eval_interval=interval))
+
+
+def test_saving_needs_an_interval(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs --save-interval N"):
+        preflight.check_save(arguments(save=str(tmp_path), save_interval=None))
