@@ -16,6 +16,7 @@ import pytest
 
 from megatron_dyt import log
 from tests import results
+from tests.ranks import Parent
 from tests.sources import remember_sources
 
 # A LLaMA small enough to train for some steps in a second; tests append what they vary.
@@ -81,6 +82,14 @@ def no_address_left() -> Iterator[None]:
 def training_loop() -> None:
     """Skips where Megatron has no training loop."""
     _skip_without("training_loop")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Parent]:
+    """Starts processes that have imported Megatron already: `ranks.run([Rank(...), ...], watched=True)`."""
+    parent = Parent()
+    yield parent
+    parent.close()
 
 
 @pytest.fixture

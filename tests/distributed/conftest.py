@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases, checkpoint_cases, family_cases, record
+from tests.ranks import Parent, Rank
 
 HERE = Path(__file__).parent
 # A launch that hangs must fail; give more on a machine that has other work.
@@ -28,45 +27,33 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(results: Path) -> Launch:
+def launch(results: Path, ranks: Parent) -> Launch:
     """`launch(name, processes, cases, worker)` runs cases, once for a name; failing to is a test failure."""
     problems: dict[str, str | None] = {}
 
     def start(name: str, processes: int, todo: list[dict[str, Any]], worker: str = "worker.py") -> None:
         if name not in problems:
-            problems[name] = _run(results, name, processes, todo, worker)
+            job = results / f"{name}.json"
+            job.write_text(json.dumps({"output": str(results), "cases": todo}), encoding="utf-8")
+            command = [str(HERE / worker), str(job)]
+            problems[name] = _run(ranks, command, processes, results / f"{name}.log")
         if problems[name]:
             pytest.fail(f"launch {name} of {processes} processes: {problems[name]}", pytrace=False)
 
     return start
 
 
-def _run(results: Path, name: str, processes: int, todo: list[dict[str, Any]], worker: str) -> str | None:
+def _run(ranks: Parent, command: list[str], processes: int, log: Path) -> str | None:
     """Run the worker; returns what went wrong, or None."""
-    job, log = results / f"{name}.json", results / f"{name}.log"
-    job.write_text(json.dumps({"output": str(results), "cases": todo}), encoding="utf-8")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / worker), str(job)]
-    settings = {"OMP_NUM_THREADS": "1", "MEGATRON_DYT_DEVICE": os.environ.get("MEGATRON_DYT_DEVICE", "cpu")}
-    # A run inside the test process has left its own address here.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=inherited | settings, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its workers.
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            code = None
-    if code == 0:
-        return None
-    end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-60:])
-    what = f"not finished after {TIMEOUT:g} s" if code is None else f"exit code {code}"
-    return f"{what}\n{end}"
+    try:
+        codes = ranks.run([Rank(command, str(log))] * processes, watched=True, timeout=TIMEOUT)
+    except TimeoutError as late:
+        what = str(late)
+    else:
+        if not any(codes):
+            return None
+        what = f"exit codes {codes}"
+    return "\n".join([what, *log.read_text(encoding="utf-8").splitlines()[-60:]])
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.plain import launch
+from tests.ranks import Parent
 
 pytestmark = pytest.mark.distributed
 
@@ -14,9 +15,9 @@ WORKER = str(Path(__file__).with_name("faulty.py"))
 FLAGS = "--normalization DyT --dyt-preset unit --pipeline-model-parallel-size 2 --train-iters 5"
 
 
-def test_all_ranks_skip_and_all_ranks_stop(tiny_llama: list[str], tmp_path: Path) -> None:
+def test_all_ranks_skip_and_all_ranks_stop(tiny_llama: list[str], tmp_path: Path, ranks: Parent) -> None:
     flags = [*tiny_llama, *FLAGS.split(), "--no-check-for-nan-in-loss-and-grad"]
-    first, second = launch(tmp_path, [[WORKER, *flags]] * 2)
+    first, second = launch(ranks, tmp_path, [[WORKER, *flags]] * 2)
     warning = "WARNING: step 2: the gradient is not finite (norm nan) and was not applied. layer 2 attn "
     assert f"{warning}decoder.layers.1.input_layernorm.weight (gradient) on rank 1." in first.out
     assert "number of skipped iterations:   1" in second.out

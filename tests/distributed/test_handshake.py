@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY_LLAMA
-from tests.distributed.plain import TIMEOUT, launch
+from tests.distributed.plain import launch
 from tests.ports import free_port
+from tests.ranks import TIMEOUT, Parent
 
 pytestmark = pytest.mark.distributed
 
@@ -41,12 +42,12 @@ CASES: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
+def endings(tmp_path_factory: pytest.TempPathFactory, ranks: Parent) -> dict[str, list[list[str]]]:
     """For each case [exception, message] of both ranks."""
     directory = tmp_path_factory.mktemp("handshake")
     todo = [{"port": free_port(), "seconds": seconds, "ranks": both} for seconds, *both in CASES.values()]
     (directory / "cases.json").write_text(json.dumps(todo), encoding="utf-8")
-    ended = launch(directory, [[WORKER, str(directory / "cases.json")]] * 2)
+    ended = launch(ranks, directory, [[WORKER, str(directory / "cases.json")]] * 2)
     results = [[json.loads(line) for line in re.findall("RESULT (.*)", each.out)] for each in ended]
     assert [len(each) for each in results] == [len(CASES)] * 2, ended
     return dict(zip(CASES, map(list, zip(*results, strict=True)), strict=True))

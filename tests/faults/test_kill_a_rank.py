@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dyt.checkpoints import crc
+from tests.ranks import Parent, Rank
 
 # After the checkpoint that the run is resumed from.
 STEPS = 20
@@ -22,30 +23,21 @@ TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "600"))
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def command(tiny_llama: list[str], directory: Path, exit_at: int) -> list[str]:
+def arguments(tiny_llama: list[str], directory: Path, exit_at: int) -> list[str]:
     """Training on two ranks, with tensor and sequence parallelism, that saves every 10 steps."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*tiny_llama, "--normalization", "DyT", "--dyt-preset", "unit", "--attention-dropout", "0.1"]
     argv += ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--train-iters", "4000"]
     argv += ["--save", str(directory), "--load", str(directory), "--save-interval", "10"]
     argv += ["--exit-interval", str(exit_at), "--distributed-timeout-minutes", "2"]
-    return [*torchrun, "-m", "megatron_dyt.pretrain", "--device", "cpu", *argv]
+    return ["-m", "megatron_dyt.pretrain", "--device", "cpu", *argv]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(tiny_llama: list[str], directory: Path, exit_at: int) -> str:
-    done = subprocess.run(
-        command(tiny_llama, directory, exit_at),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run(ranks: Parent, argv: list[str], log: Path) -> str:
+    assert ranks.run([Rank(argv, str(log))] * 2, watched=True) == [0, 0], log.read_text()[-3000:]
+    return log.read_text()
 
 
 def rank_processes(launcher: int) -> dict[int, int]:
@@ -91,17 +83,19 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_rank_ends_the_launch_and_the_run_goes_on_bit_for_bit(
-    tiny_llama: list[str], tmp_path: Path
+    tiny_llama: list[str], tmp_path: Path, ranks: Parent
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     rank = random.Random(5).randrange(2)
-    log = kill_a_rank_after(13, rank, command(tiny_llama, killed, 4000), tmp_path / "log")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*torchrun, *arguments(tiny_llama, killed, 4000)]
+    log = kill_a_rank_after(13, rank, argv, tmp_path / "log")
     assert re.search(r"exitcode *: -9.*\n.*|Signal 9 \(SIGKILL\) received", log)
     saved = int((killed / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 10
     end = saved + STEPS
-    resumed = run(tiny_llama, killed, end)
-    in_one_go = run(tiny_llama, whole, end)
+    resumed = run(ranks, arguments(tiny_llama, killed, end), tmp_path / "resumed")
+    in_one_go = run(ranks, arguments(tiny_llama, whole, end), tmp_path / "in_one_go")
     rest, again = losses(in_one_go)[saved:], losses(resumed)
     assert len(again) == STEPS
     # The second line of a process is the mean of its first two steps.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.ranks import Parent, Rank
+
 SAVER = Path(__file__).with_name("saver.py")
-KILLS = 20
-TIMEOUT = float(os.environ.get("MEGATRON_DYT_TEST_TIMEOUT", "600"))
+KILLS = 10
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -22,9 +20,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
     "flags", [[], ["--async-save", "--use-persistent-ckpt-worker"]], ids=["synchronous", "asynchronous"]
 )
 def test_every_kill_leaves_a_checkpoint_to_go_on_from(
-    tiny_llama: list[str], tmp_path: Path, flags: list[str]
+    tiny_llama: list[str], tmp_path: Path, ranks: Parent, flags: list[str]
 ) -> None:
-    lives = run(tmp_path, tiny_llama, flags)
+    lives = run(ranks, tmp_path, tiny_llama, flags)
     hits = [life["left"]["in_a_save"] for life in lives[:-1]]
     assert sum(hits) == KILLS, f"{sum(hits)} of {len(hits)} kills hit a save"
     losses: dict[int, str] = {}
@@ -40,24 +38,18 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(
             assert losses.setdefault(step["iteration"], step["loss"]) == step["loss"]
         assert life["left"]["problem"] is None
         last = life["left"]["last"]
-    assert last >= 10  # It got somewhere, too.
+    assert last >= KILLS // 3  # It got somewhere, too.
     assert len(set(losses.values())) > len(losses) // 2
 
 
-def run(directory: Path, tiny_llama: list[str], flags: list[str]) -> list[dict[str, Any]]:
+def run(ranks: Parent, directory: Path, tiny_llama: list[str], flags: list[str]) -> list[dict[str, Any]]:
     checkpoint = str(directory / "checkpoint")
     argv = [*tiny_llama, "--normalization", "DyT", "--dyt-preset", "unit", "--train-iters", "100", *flags]
     argv += ["--save", checkpoint, "--load", checkpoint, "--save-interval", "1"]
     job = {"directory": str(directory), "argv": argv, "kills": KILLS, "seed": 11}
     (directory / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, str(SAVER), str(directory / "job.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = directory / "saver.log"
+    codes = ranks.run([Rank([str(SAVER), str(directory / "job.json")], str(log))], watched=True)
+    assert codes == [0], log.read_text()[-3000:]
     lives: list[dict[str, Any]] = json.loads((directory / "kills.json").read_text())
     return lives
