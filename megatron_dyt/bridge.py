@@ -35,6 +35,13 @@ except ImportError as error:
         "megatron.core's TransformerConfig."
     ) from error
 
+# Fields of a provider that have the name and the value of Megatron's arguments.
+SHAPE_FIELDS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("seq_length", "position_embedding_type", "rotary_base", "add_bias_linear"),
+    *("attention_dropout", "hidden_dropout"),
+)
+
 
 class DyTProviderMixin(DyTFields):
     """Gives a model provider of Bridge the `dyt_*` fields; list it first among the bases.
@@ -103,25 +110,16 @@ def llama_provider(size: str, **settings: Any) -> DyTGPTModelProvider:
         UserError: there is no such recipe.
     """
     recipe = recipes.load(size)
-    linear_std = recipe.hidden_size**-0.5 if recipe.preset == "unit" else recipe.init_std
+    args = recipe.megatron_args()
     model: dict[str, Any] = {
-        "num_layers": recipe.num_layers,
-        "hidden_size": recipe.hidden_size,
-        "ffn_hidden_size": recipe.ffn_hidden_size,
-        "num_attention_heads": recipe.num_attention_heads,
-        "num_query_groups": recipe.num_query_groups,
-        "seq_length": recipe.seq_length,
+        **{name: args[name] for name in SHAPE_FIELDS},
+        "kv_channels": recipe.kv_channels,
         "vocab_size": recipe.vocab_size,
         "should_pad_vocab": True,
-        "position_embedding_type": "rope",
-        "rotary_base": recipe.rope_base,
         "share_embeddings_and_output_weights": recipe.tie_embeddings,
-        "gated_linear_unit": True,
+        "gated_linear_unit": args["swiglu"],
         "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "init_method_std": linear_std,
+        "init_method_std": recipe.linear_init_std,
         "embedding_init_method_std": recipe.init_std,
         "dyt_preset": recipe.preset,
         "dyt_bias": recipe.bias,
@@ -129,5 +127,5 @@ def llama_provider(size: str, **settings: Any) -> DyTGPTModelProvider:
     if recipe.output_init == "plain":
         from megatron.core.utils import init_method_normal
 
-        model["output_layer_init_method"] = init_method_normal(linear_std)
+        model["output_layer_init_method"] = init_method_normal(recipe.linear_init_std)
     return DyTGPTModelProvider(**(model | settings))

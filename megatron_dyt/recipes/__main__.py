@@ -7,8 +7,7 @@ import shlex
 import sys
 
 from megatron_dyt.errors import run_main
-from megatron_dyt.recipes import load, names
-from megatron_dyt.recipes.recipe import NORMS
+from megatron_dyt.recipes import NORMS, load, names
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import Recipe
 
-# Megatron pads the vocabulary to a multiple of this times the tensor parallel size.
-VOCAB_MULTIPLE = 128
 RECOMPUTE = ("none", "selective", "full")
 
 

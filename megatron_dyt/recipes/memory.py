@@ -8,11 +8,10 @@ estimates: the allocator's slack, NCCL's buffers and the CUDA context are in `RE
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_dyt.recipes import Recipe
-from megatron_dyt.recipes.layout import VOCAB_MULTIPLE, Layout
+from megatron_dyt.recipes.layout import Layout
 
 BF16, FP32 = 2, 4
 # Adam's fp32 weight, first and second moment, spread over the data parallel ranks.
@@ -39,12 +38,6 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + RESERVE
 
 
-def padded_vocab(recipe: Recipe, tp: int) -> int:
-    """Rows of the embedding, as Megatron pads them."""
-    multiple = VOCAB_MULTIPLE * tp
-    return math.ceil(recipe.vocab_size / multiple) * multiple
-
-
 def layer_parameters(recipe: Recipe, tp: int) -> int:
     """Parameters of one transformer layer on a tensor parallel rank, two DyT included."""
     hidden = recipe.hidden_size
@@ -64,7 +57,7 @@ def norm_parameters(recipe: Recipe) -> int:
 def stage_parameters(recipe: Recipe, layout: Layout, stage: int) -> int:
     """Parameters on one rank of a pipeline stage."""
     count = recipe.num_layers // layout.pp * layer_parameters(recipe, layout.tp)
-    embedding = padded_vocab(recipe, layout.tp) // layout.tp * recipe.hidden_size
+    embedding = recipe.padded_vocab_size(layout.tp) // layout.tp * recipe.hidden_size
     first, last = stage == 0, stage == layout.pp - 1
     if first:
         count += embedding + 1  # the embedding scale
@@ -78,11 +71,10 @@ def stage_parameters(recipe: Recipe, layout: Layout, stage: int) -> int:
 def model_parameters(recipe: Recipe, layout: Layout, norm: str = "DyT") -> int:
     """Parameters of the whole model with DyT or RMSNorm, its vocabulary padded for the layout."""
     copies = 1 if recipe.tie_embeddings and layout.pp == 1 else 2  # The last stage has its own.
-    embeddings = copies * padded_vocab(recipe, layout.tp) * recipe.hidden_size
-    unpadded = (1 if recipe.tie_embeddings else 2) * recipe.vocab_size * recipe.hidden_size
+    embeddings = copies * recipe.padded_vocab_size(layout.tp) * recipe.hidden_size
     one_norm = norm_parameters(recipe) if norm == "DyT" else recipe.hidden_size
     scale = int(norm == "DyT" or recipe.preset == "unit")  # of the embedding
-    matrices = recipe.parameters_without_norms - unpadded
+    matrices = recipe.parameters_without_norms - recipe.embedding_parameters
     return matrices + embeddings + (2 * recipe.num_layers + 1) * one_norm + scale
 
 
@@ -119,11 +111,10 @@ def layer_activations(recipe: Recipe, layout: Layout) -> float:
     """
     tokens = layout.micro_batch * recipe.seq_length
     hidden, ffn = recipe.hidden_size, recipe.ffn_hidden_size
-    kv = recipe.num_query_groups * recipe.head_dim
     if layout.recompute == "full":
         return BF16 * tokens * hidden / layout.tp
     outputs = 1 if layout.micro_batch == 1 else 2
-    elements = 4 * hidden + (hidden + 2 * kv) + outputs * hidden
+    elements = 4 * hidden + (hidden + 2 * recipe.key_size) + outputs * hidden
     if layout.recompute == "selective":
         elements -= 2 * hidden  # Both outputs of DyT are computed again, and the MLP inside.
     else:
@@ -154,7 +145,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int) -> Memory:
     if stage == layout.pp - 1:
         # bf16 logits, their fp32 softmax and its gradient, vocabulary split over the ranks.
         tokens = layout.micro_batch * recipe.seq_length
-        logits = (BF16 + 2 * FP32) * tokens * padded_vocab(recipe, layout.tp) / layout.tp
+        logits = (BF16 + 2 * FP32) * tokens * recipe.padded_vocab_size(layout.tp) / layout.tp
     return Memory(
         stage=stage,
         weights=BF16 * parameters,

@@ -1,7 +1,7 @@
 """A recipe: one LLaMA size with everything that decides its training, and its Megatron flags.
 
 What a recipe leaves out is where it runs: parallel layout, data, checkpoints and logging come from the
-launch script and from `megatron_dyt.planning`.
+launch script and from `megatron-dyt plan`.
 """
 
 from __future__ import annotations
@@ -15,35 +15,29 @@ import yaml
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
+from megatron_dyt.llama import NORMS, LlamaShape, as_flags
 
-NORMS = ("DyT", "RMSNorm")
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """One size of `llama.yaml`; the fields have the names and units of Megatron's flags.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(LlamaShape):
+    """One size of `llama.yaml`: the shape, and how it is trained. Fields have the units of Megatron's flags.
 
     Attributes:
         vocab_size: entries of the tokenizer, before Megatron pads them to a multiple.
-        global_batch_size: sequences a step.
+        seq_length: tokens of a sequence; the model has as many positions.
+        global_batch_size: sequences per step.
         train_iters, warmup_iters: steps.
         lr, min_lr_ratio: peak learning rate, and the last one as a fraction of it.
         weight_decay_on: "matrices" or "all"; see `megatron_dyt.mcore.recipe_flags`.
+        init_std: of the embedding, and under the preset "paper" of linear layers.
+        output_init: "plain" or "depth-scaled"; see `megatron_dyt.mcore.recipe_flags`.
         preset: DyT's preset, "paper" or "unit".
+        bias: whether each DyT has a bias (beta).
         paper: what the paper reports for this size (loss, zero-shot mean, GPUs); empty if it has none.
         notes: what was ambiguous, what was chosen, and the source.
     """
 
     name: str
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    ffn_hidden_size: int
-    vocab_size: int
-    seq_length: int
-    rope_base: int
-    tie_embeddings: bool
     global_batch_size: int
     train_iters: int
     lr: float
@@ -63,10 +57,6 @@ class Recipe:
     notes: tuple[str, ...] = ()
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_length
 
@@ -76,13 +66,14 @@ class Recipe:
         return self.tokens_per_step * self.train_iters
 
     @property
-    def parameters_without_norms(self) -> int:
-        """Parameters in matrices: embedding, head, attention and SwiGLU MLPs; vocabulary unpadded."""
-        kv = self.num_query_groups * self.head_dim
-        attention = self.hidden_size * (2 * self.hidden_size + 2 * kv)
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * (attention + mlp) + embeddings
+    def linear_init_std(self) -> float:
+        """Std that linear layers start with."""
+        return self.dyt.linear_init_std(self.hidden_size) or self.init_std
+
+    @property
+    def dyt(self) -> DyTConfig:
+        """DyT's settings under the recipe's preset."""
+        return DyTConfig.preset(self.preset, self.hidden_size, bias=self.bias)
 
     def flags(self, norm: str = "DyT") -> list[str]:
         """Megatron's flags for model, recipe and norm.
@@ -92,67 +83,46 @@ class Recipe:
         """
         if norm not in NORMS:
             raise UserError(f"a recipe has the norms {' and '.join(NORMS)}; {norm!r} was given.")
-        return [*self._model_flags(), *self._training_flags(), *self._norm_flags(norm)]
-
-    def _model_flags(self) -> list[str]:
-        flags = {
-            "num-layers": self.num_layers,
-            "hidden-size": self.hidden_size,
-            "ffn-hidden-size": self.ffn_hidden_size,
-            "num-attention-heads": self.num_attention_heads,
-            "seq-length": self.seq_length,
-            "max-position-embeddings": self.seq_length,
-            "position-embedding-type": "rope",
-            "rotary-base": self.rope_base,
-            "attention-dropout": 0,
-            "hidden-dropout": 0,
-        }
-        switches = ["--swiglu", "--disable-bias-linear"]
-        if not self.tie_embeddings:
-            switches.append("--untie-embeddings-and-output-weights")
-        if self.num_query_groups != self.num_attention_heads:
-            switches += ["--group-query-attention", "--num-query-groups", str(self.num_query_groups)]
-        return [*_as_flags(flags), *switches]
+        return [*self.megatron_flags(), *self._training_flags(), *self._norm_flags(norm)]
 
     def _training_flags(self) -> list[str]:
-        return _as_flags(
+        return as_flags(
             {
-                "global-batch-size": self.global_batch_size,
-                "train-iters": self.train_iters,
+                "global_batch_size": self.global_batch_size,
+                "train_iters": self.train_iters,
                 "lr": self.lr,
-                "min-lr": self.lr * self.min_lr_ratio,
-                "lr-decay-style": "cosine",
-                "lr-warmup-iters": self.warmup_iters,
-                "lr-warmup-style": self.warmup_style,
-                "adam-beta1": self.adam_beta1,
-                "adam-beta2": self.adam_beta2,
-                "weight-decay": self.weight_decay,
-                "weight-decay-on": self.weight_decay_on,
-                "clip-grad": self.clip_grad,
-                "output-init": self.output_init,
+                "min_lr": self.lr * self.min_lr_ratio,
+                "lr_decay_style": "cosine",
+                "lr_warmup_iters": self.warmup_iters,
+                "lr_warmup_style": self.warmup_style,
+                "adam_beta1": self.adam_beta1,
+                "adam_beta2": self.adam_beta2,
+                "weight_decay": self.weight_decay,
+                "weight_decay_on": self.weight_decay_on,
+                "clip_grad": self.clip_grad,
+                "output_init": self.output_init,
             }
         )
 
     def _norm_flags(self, norm: str) -> list[str]:
         """The norm and its start. The RMSNorm twin of a `unit` recipe starts at the same scale; that of a
         `paper` recipe is the paper's baseline, which has no embedding scale."""
-        unit = self.preset == "unit"
-        linear_std = self.hidden_size**-0.5 if unit else self.init_std
-        start = {"init-method-std": linear_std, "embedding-init-method-std": self.init_std}
+        start = as_flags(
+            {"init_method_std": self.linear_init_std, "embedding_init_method_std": self.init_std}
+        )
         if norm == "RMSNorm":
-            scale = ["--embedding-scale", "unit"] if unit else []
-            return ["--normalization", "RMSNorm", *_as_flags(start), *scale]
+            scale = ["--embedding-scale", "unit"] if self.preset == "unit" else []
+            return ["--normalization", "RMSNorm", *start, *scale]
         bias = "--dyt-bias" if self.bias else "--no-dyt-bias"
-        return ["--normalization", "DyT", "--dyt-preset", self.preset, bias, *_as_flags(start)]
+        return ["--normalization", "DyT", "--dyt-preset", self.preset, bias, *start]
 
     def describe(self) -> list[str]:
         """Lines for a reader: size, tokens, alpha0, what the paper has, notes."""
-        dyt = DyTConfig.preset(self.preset, self.hidden_size)
         lines = [
             f"LLaMA {self.name}: {self.parameters_without_norms / 1e9:.3g}B parameters, "
             f"{self.tokens / 1e9:.3g}B tokens in {self.train_iters} steps",
-            f"  DyT preset {self.preset}: alpha0 {dyt.alpha_attn:g} in front of attention, "
-            f"{dyt.alpha_ffn:g} elsewhere",
+            f"  DyT preset {self.preset}: alpha0 {self.dyt.alpha_attn:g} in front of attention, "
+            f"{self.dyt.alpha_ffn:g} elsewhere",
         ]
         if self.paper:
             known = self.paper
@@ -161,13 +131,6 @@ class Recipe:
                 f"mean {known['norm_zero_shot']:.3f} / {known['dyt_zero_shot']:.3f}, on {known['gpus']} GPUs"
             )
         return lines + [f"  note: {note}" for note in self.notes]
-
-
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        flags += [f"--{name}", f"{value:.10g}" if isinstance(value, float) else str(value)]
-    return flags
 
 
 @functools.cache

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_dyt"
 # A new top-level module gets its place here.
 ORDER = (
     # The ground, which all may use.
-    *("version", "log", "errors", "patching", "atomic", "parsed_args", "compat", "rendezvous"),
+    *("version", "log", "errors", "patching", "atomic", "parsed_args", "compat", "rendezvous", "llama"),
     # What stands alone: the math; Megatron without a GPU; checkpoint directories; data sets.
     *("ops", "config", "nn", "cpu", "checkpoints", "data"),
     # DyT inside Megatron, and what is built on it.

@@ -30,7 +30,7 @@ def test_the_papers_sizes(name: str, nodes: int) -> None:
     recipe = load(name)
     layout = ranked(recipe, Cluster(nodes, 8, 80e9), Speeds())[0].layout
     args, stages = dry_run.simulate([*recipe.flags(), *layout.flags(), *RUN], 8 * nodes, recipe.vocab_size)
-    assert args.padded_vocab_size == memory.padded_vocab(recipe, layout.tp)
+    assert args.padded_vocab_size == recipe.padded_vocab_size(layout.tp)
     assert [stage.parameters for stage in stages] == [
         memory.stage_parameters(recipe, layout, stage) for stage in range(layout.pp)
     ]

@@ -10,7 +10,7 @@ from megatron_dyt.recipes.layout import Layout
 def test_one_rank_holds_the_whole_model(name: str) -> None:
     recipe = load(name)
     norms = (2 * recipe.num_layers + 1) * (recipe.hidden_size + 1)
-    padding = 2 * (memory.padded_vocab(recipe, 1) - recipe.vocab_size) * recipe.hidden_size
+    padding = 2 * (recipe.padded_vocab_size() - recipe.vocab_size) * recipe.hidden_size
     expected = recipe.parameters_without_norms + norms + padding + 1  # the embedding scale
     assert memory.stage_parameters(recipe, Layout(1, 1, 1, 1, 1), 0) == expected
 
