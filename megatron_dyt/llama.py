@@ -274,7 +274,7 @@ def _rope_scaling(args: Namespace) -> dict[str, Any]:
 def _hf_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(rope.setdefault("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = rope.setdefault("rope_type", rope.pop("type", "default"))
+    kind = str(rope.setdefault("rope_type", rope.pop("type", "default")))
     factor = float(rope.get("factor", 1.0))
     fits = {
         "default": True,
