@@ -3,13 +3,15 @@
 A mistake of the user is a `UserError`: one line that says what was given, what is allowed and what to
 do, and exit code 2. A `TrainingFault` is one line too, and exit code 1. Everything else keeps its
 traceback (it is a defect or a fault of the machine, and the traceback is what we need), followed by one
-closing line, and exit code 1.
+closing line, and exit code 1. When nobody reads our output any more (`| head`), the end is silent.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
+import select
 import signal
 import sys
 import traceback
@@ -28,6 +30,9 @@ class UserError(ValueError):
 class TrainingFault(RuntimeError):
     """Training must not go on: values that are not finite, a bad alpha. The message says where."""
 
+
+# A command whose output nobody reads ends with this code, as if by SIGPIPE.
+UNREAD = 128 + signal.SIGPIPE
 
 _OS_HINTS = {
     errno.ENOSPC: "the disk is full; free space or write elsewhere, then start again: it goes on from "
@@ -58,13 +63,31 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         raise
     # BaseException: PyTorch's CheckpointException is one.
     except BaseException as error:
-        traceback.print_exc()
-        cause = root_user_error(error)
-        _last_words(f"error: {cause}" if cause else f"stopped: {describe(error)}")
-        code = 2 if cause else 1
-    sys.stdout.flush()
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            code = UNREAD
+        else:
+            traceback.print_exc()
+            cause = root_user_error(error)
+            _last_words(f"error: {cause}" if cause else f"stopped: {describe(error)}")
+            code = 2 if cause else 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter tries once more as it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = UNREAD
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether standard output is a pipe whose reader has gone: other pipes that break are faults."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # POLLERR is reported whatever is asked for.
+    except (OSError, ValueError):  # It is no file.
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def root_user_error(error: BaseException) -> UserError | None:

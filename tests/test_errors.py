@@ -1,4 +1,7 @@
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -96,3 +99,27 @@ def test_a_cycle_of_causes_ends() -> None:
 
 def test_an_error_without_text_is_named() -> None:
     assert describe(ValueError()) == "ValueError: no message"
+
+
+@pytest.mark.parametrize(("lines", "buffered"), [(1, True), (100000, True), (1, False)])
+def test_output_that_nobody_reads_ends_silently(lines: int, buffered: bool) -> None:
+    """Whether the pipe breaks while lines are printed or when all is flushed at the end."""
+    script = f"from megatron_dyt.errors import run_main; run_main(lambda: print('x\\n' * {lines}))"
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        **{"stdout": write, "stderr": subprocess.PIPE, "text": True, "check": False},
+        env=os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"},
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    code, text = ended(main, capsys)
+    assert code == 1
+    assert text.splitlines()[-1].startswith("megatron_dyt: stopped: BrokenPipeError")

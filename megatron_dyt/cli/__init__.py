@@ -7,6 +7,7 @@ called, so that `--help` needs no torch. Under torchrun: `torchrun ... -m megatr
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import click
@@ -59,7 +60,6 @@ class _Lazy(click.Group):
 def _passed_through(name: str, module: str) -> click.Command:
     """A command that still has a parser of its own."""
     import runpy
-    import sys
 
     @click.command(name, context_settings={"ignore_unknown_options": True}, add_help_option=False)
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
@@ -81,4 +81,17 @@ def main() -> None:
 
 def entry() -> None:
     """The console script. A `UserError` of a command ends in one line and exit code 2."""
-    run_main(lambda: main.main(prog_name="megatron-dyt"))
+    run_main(_run)
+
+
+def _run() -> int | None:
+    """Run the command line; not by click's own `main`, which keeps Ctrl-C and broken pipes to itself."""
+    try:
+        with main.make_context("megatron-dyt", sys.argv[1:]) as context:
+            code: int | None = main.invoke(context)
+            return code
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code

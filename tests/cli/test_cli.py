@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_dyt import cli
+from megatron_dyt.errors import UserError
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -26,3 +27,29 @@ def test_an_unknown_command_is_refused() -> None:
     result = CliRunner().invoke(cli.main, ["train"])
     assert result.exit_code == 2
     assert "No such command 'train'" in result.output
+
+
+@click.command()
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@click.command()
+def refused() -> None:
+    raise UserError("given; allowed; to do")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["interrupted"], 130), (["refused"], 2), (["refused", "--no-such"], 2), (["--version"], 0), ([], 2)],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else str(given),
+)
+def test_a_command_ends_as_run_main_says(
+    words: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in ("interrupted", "refused"):
+        monkeypatch.setitem(cli.COMMANDS, command, (f"{__name__}:{command}", ""))
+    monkeypatch.setattr("sys.argv", ["megatron-dyt", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.entry()
+    assert end.value.code == code
