@@ -84,7 +84,7 @@ run() {
   if [ ! -e "$dir/eval.json" ]; then
     worked=yes
     say "$name: zero-shot evaluation"
-    "$PY" -m megatron_dyt.evaluation --load "$dir/checkpoint" --tasks dyt_bits_per_byte,dyt_next_line \
+    "$PY" -m megatron_dyt eval --load "$dir/checkpoint" --tasks dyt_bits_per_byte,dyt_next_line \
       --include-path "$OUT/tasks" --output "$dir/eval.json"
   fi
 }

@@ -18,7 +18,7 @@ import torch
 from megatron_dyt import compat
 from megatron_dyt.cpu import device
 from megatron_dyt.errors import run_main
-from megatron_dyt.training import dataset_helpers, datasets, launch, megatron_loop, preflight, save_worker
+from megatron_dyt.training import dataset_helpers, datasets, launch, megatron_loop, preflight, signals
 from megatron_dyt.training.datasets import mtp_on_this_rank
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _pretrain(entry: float) -> None:
     preflight.check(args)
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=entry)
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    with launch.clean_end(), save_worker.protected():
+    with launch.clean_end(), signals.writer_ignores_sigterm():
         megatron_loop.pretrain(
             run,
             datasets.build,

@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from megatron_dyt import errors, pretrain
+from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches, Replacement
 
 pytestmark = pytest.mark.needs("training_loop")
 
 Run = Callable[[list[str]], SimpleNamespace]
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def weights(run: SimpleNamespace) -> dict[str, torch.Tensor]:

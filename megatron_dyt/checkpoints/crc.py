@@ -6,6 +6,7 @@ every record. PyTorch does not look at them when it loads: a flipped bit becomes
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 
-_CHUNK = 2**20
+_CHUNK = 2**20  # Bytes that are read at once.
 _ZIP = b"PK\3\4"
 # Megatron's name for what is not sharded (arguments, iteration); before 0.19 it is a file of its own.
 _COMMON, _COMMON_FILE = "common_state", "common.pt"
@@ -64,12 +65,28 @@ def stored_items(directory: Path) -> list[Item]:
     return sorted(items, key=lambda item: (item.file, item.offset))
 
 
-def checksums(item: Item) -> list[int]:
-    """The CRC-32 of each record of an item as stored, from the archive's end: nothing is compared."""
-    with item.file.open("rb") as file:
-        archive = cast(IO[bytes], _Slice(file, item.offset, item.length))
-        with zipfile.ZipFile(archive) as records:
-            return [record.CRC for record in records.infolist()]
+def weights_hash(directory: Path) -> str:
+    """A SHA-256 over the checksums that a checkpoint stores of its model tensors, in hexadecimal.
+
+    It reads the ends of the stored archives, not the weights, and compares nothing. A copy of the
+    checkpoint elsewhere has the same; one saved at another parallel layout has not.
+    """
+    digest = hashlib.sha256()
+    for item in stored_items(directory):
+        if "optimizer." not in item.name:
+            digest.update(f"{item.name} {item.length} {_stated_checksums(item)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stated_checksums(item: Item) -> str:
+    try:
+        with item.file.open("rb") as file:
+            archive = cast(IO[bytes], _Slice(file, item.offset, item.length))
+            with zipfile.ZipFile(archive) as records:
+                return " ".join(str(record.CRC) for record in records.infolist())
+    except (OSError, zipfile.BadZipFile) as error:
+        # The load will say what is wrong with it.
+        return type(error).__name__
 
 
 def _is_common(name: str) -> bool:
@@ -114,7 +131,7 @@ def _read_all(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
 class _Slice(io.RawIOBase):
     """Part of a file as a file."""
 
-    def __init__(self, file: Any, offset: int, length: int) -> None:
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
 
     def readable(self) -> bool:

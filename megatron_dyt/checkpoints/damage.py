@@ -161,9 +161,7 @@ def _to_load(args: Any) -> Path | None:
     directory = getattr(args, "load", None)
     if directory is None or "://" in directory or getattr(args, "non_persistent_ckpt_type", None):
         return None
-    iteration = iterations.last_iteration(directory)
-    if getattr(args, "ckpt_step", None):
-        iteration = str(args.ckpt_step)
+    iteration = iterations.iteration_to_load(directory, getattr(args, "ckpt_step", None))
     return None if iteration is None else iterations.iteration_directory(directory, iteration)
 
 

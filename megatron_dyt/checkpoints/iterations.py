@@ -1,4 +1,4 @@
-"""A directory of Megatron checkpoints on disk: which are complete, which one is the last.
+"""A directory of Megatron checkpoints on disk: what its tracker names, which iterations are complete.
 
 Megatron writes `iter_NNNNNNN/`, then its `metadata.json`, then the tracker file with the number. A
 process that dies on the way leaves a directory without a whole `metadata.json`, or in the worst moment an
@@ -13,6 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_dyt.atomic import write_atomically
 from megatron_dyt.errors import UserError
 
 
@@ -20,34 +21,72 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that is there but not whole: an earlier one may be."""
 
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # What the tracker may hold in place of a number: a checkpoint without an iteration.
 OTHER_CHECKPOINT = "load an earlier checkpoint with --ckpt-step N, or let --dyt-load-fallback find one"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 # What Megatron's torch_dist format writes before metadata.json; anything else is not ours to remove.
 _PARTS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json")
 
 
-def last_iteration(directory: str | Path) -> str | None:
-    """What the tracker names: an iteration such as "300", or "release"; None without a tracker.
+# --- which iteration is meant ---------------------------------------------------------------------
 
-    Raises `UserError` when the tracker holds something else.
+
+def last_iteration(directory: str | Path) -> str | None:
+    """What the tracker names: an iteration such as "300", or `RELEASE`; None without a tracker.
+
+    Raises `UserError` when the tracker is empty or holds something else: Megatron would exit with code 0.
     """
-    tracker = Path(directory) / _TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit() and text != "release":
+    text = _tracker_text(directory)
+    if text is not None and not text.isdecimal() and text != RELEASE:
         raise UserError(
-            f"{tracker} holds {text!r}; it must hold the number of an iteration (or 'release'). "
-            f"Write into it the number of a complete checkpoint; there: {_listed(directory)}"
+            f"{Path(directory) / TRACKER} holds {text!r}; it must hold the number of an iteration (or "
+            f"{RELEASE!r}). Write into it the number of a complete checkpoint; there: "
+            f"{listed(directory)}"
         )
     return text
 
 
+def _tracker_text(directory: str | Path) -> str | None:
+    tracker = Path(directory) / TRACKER
+    # A damaged file may hold any bytes.
+    return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
+
+
+def iteration_to_load(directory: str | Path, step: int | None) -> str | None:
+    """What Megatron loads from `directory` with `--ckpt-step step`; None when there is nothing to load.
+
+    It reads the tracker first all the same, and takes a release whatever the step is
+    (megatron/training/checkpointing.py, `_load_base_checkpoint`).
+    """
+    named = last_iteration(directory)
+    return str(step) if step and named != RELEASE else named
+
+
+def missing_tracker(directory: str | Path) -> str:
+    """What is wrong with a `directory` without a tracker, and what to give in its place."""
+    root = Path(directory)
+    hint = "Give the directory that training saved to (--save)"
+    iteration = _ITERATION.fullmatch(root.name)
+    if iteration:
+        hint = f"It is one iteration of a checkpoint: give {root.parent} and --ckpt-step {int(iteration[1])}"
+    elif _complete_iterations(root):
+        hint = f"Choose one of its iterations with --ckpt-step: {listed(root)}"
+    return f"there is no checkpoint (no {TRACKER}). {hint}"
+
+
+def listed(directory: str | Path) -> str:
+    """The complete iterations of a directory for a message: "2, 4", or "none"."""
+    return ", ".join(map(str, _complete_iterations(Path(directory)))) or "none"
+
+
 def iteration_directory(directory: str | Path, iteration: str) -> Path:
     """`iter_0000300` for "300"; the directory need not exist."""
-    name = iteration if iteration == "release" else f"iter_{int(iteration):07d}"
+    name = iteration if iteration == RELEASE else f"iter_{int(iteration):07d}"
     return Path(directory) / name
+
+
+# --- complete, interrupted, damaged ---------------------------------------------------------------
 
 
 def tidy(directory: str | Path) -> list[str]:
@@ -57,19 +96,19 @@ def tidy(directory: str | Path) -> list[str]:
     """
     root = Path(directory)
     done = []
-    tracker = root / _TRACKER
-    named = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else ""
+    named = _tracker_text(root)
+    tracked = iteration_directory(root, named) if named and named.isdecimal() else None
     for path in sorted(root.glob("iter_*")):
         # What the tracker names was complete once: if it is damaged now, that is not ours to remove.
-        if _is_interrupted_save(path) and not (named.isdigit() and path == iteration_directory(root, named)):
+        if path != tracked and _is_interrupted_save(path):
             # Another rank may still be writing there; what it leaves is removed at the next start.
             shutil.rmtree(path, ignore_errors=True)
             if not path.exists():
                 done.append(f"removed the incomplete checkpoint {path}")
     complete = _complete_iterations(root)
-    if tracker.exists() and not named and complete:
-        _write(tracker, str(max(complete)))
-        done.append(f"set the empty {tracker} to {max(complete)}, the last complete checkpoint")
+    if named == "" and complete:
+        _track(root, complete[-1])
+        done.append(f"set the empty {root / TRACKER} to {complete[-1]}, the last complete checkpoint")
     return done
 
 
@@ -78,7 +117,7 @@ def check_readable(directory: str | Path, iteration: str) -> None:
     path = iteration_directory(directory, iteration)
     if not path.is_dir():
         raise DamagedCheckpoint(
-            f"checkpoint {path} does not exist; complete checkpoints there: {_listed(directory)}"
+            f"checkpoint {path} does not exist; complete checkpoints there: {listed(directory)}"
         )
     check_files(path)
 
@@ -87,7 +126,7 @@ def check_files(path: Path) -> None:
     """Raise `DamagedCheckpoint` unless the torch_dist files of `iter_NNNNNNN` are there at full length."""
     if (not any(path.glob("*.distcp")) and not (path / ".metadata").is_file()) or _is_complete_dcp(path):
         return  # Another format (--ckpt-format), which Megatron checks itself.
-    other = f"{OTHER_CHECKPOINT}; complete there: {_listed(path.parent)}"
+    other = f"{OTHER_CHECKPOINT}; complete there: {listed(path.parent)}"
     if not _has_config(path) or not (path / ".metadata").is_file():
         raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no metadata. {other}")
     for name, length in _needed_lengths(path).items():
@@ -116,7 +155,7 @@ def set_aside(path: Path, tracked: Path) -> Path:
         to = path.with_name(f"{path.name}.damaged{number}")
     match = _ITERATION.fullmatch(tracked.name)
     assert match is not None
-    _write(path.parent / _TRACKER, str(int(match[1])))
+    _track(path.parent, int(match[1]))
     os.replace(path, to)
     return to
 
@@ -170,11 +209,5 @@ def _complete_iterations(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _listed(directory: str | Path) -> str:
-    return ", ".join(map(str, _complete_iterations(Path(directory)))) or "none"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _track(root: Path, iteration: int) -> None:
+    write_atomically(root / TRACKER, str(iteration).encode())

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dyt.checkpoints import iterations
 from megatron_dyt.errors import UserError, describe
 
-TRACKER = "latest_checkpointed_iteration.txt"
 # What reading a damaged file may raise is anything; torch's own is no Exception.
 READ_ERRORS = (Exception, CheckpointException)
 
@@ -32,46 +31,23 @@ def find_checkpoint(load: str, step: int | None = None) -> Checkpoint:
         raise UserError(
             f"--load {load}: no such directory. Give the directory that training saved to (--save)"
         )
-    directories = _iterations(root)
     if step is None:
-        step = _latest(root, directories)
-    if step not in directories:
+        named = iterations.last_iteration(root)
+        if named is None:
+            raise UserError(f"--load {load}: {iterations.missing_tracker(root)}")
+        if named == iterations.RELEASE:
+            raise UserError(
+                f"{root / iterations.TRACKER} names a release, a checkpoint without an iteration. Choose an "
+                f"iteration with --ckpt-step; found: {iterations.listed(root)}"
+            )
+        step = int(named)
+    directory = iterations.iteration_directory(root, str(step))
+    if not directory.is_dir():
         raise UserError(
-            f"--load {load}: iteration {step} is not there; found: {_listed(directories)}. "
+            f"--load {load}: iteration {step} is not there; found: {iterations.listed(root)}. "
             f"Choose one of them with --ckpt-step"
         )
-    return Checkpoint(root, step, directories[step])
-
-
-def _iterations(root: Path) -> dict[int, Path]:
-    found = {
-        int(path.name.removeprefix("iter_")): path
-        for path in root.glob("iter_*")
-        if path.name.removeprefix("iter_").isdigit()
-    }
-    return dict(sorted(found.items()))
-
-
-def _latest(root: Path, directories: dict[int, Path]) -> int:
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        hint = "Give the directory that training saved to (--save)"
-        if re.fullmatch(r"iter_\d+", root.name):
-            hint = f"Give --load {root.parent} --ckpt-step {int(root.name[5:])}"
-        elif directories:
-            hint = f"Choose one of its iterations with --ckpt-step: {_listed(directories)}"
-        raise UserError(f"--load {root}: no checkpoint there: {TRACKER} is missing. {hint}")
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise UserError(
-            f"{tracker} says {text!r}, not an iteration number. Choose an iteration with "
-            f"--ckpt-step; found: {_listed(directories)}"
-        )
-    return int(text)
-
-
-def _listed(directories: dict[int, Path]) -> str:
-    return ", ".join(map(str, directories)) or "none"
+    return Checkpoint(root, step, directory)
 
 
 def saved_args(checkpoint: Checkpoint) -> Namespace:

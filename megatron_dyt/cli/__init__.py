@@ -24,9 +24,9 @@ COMMANDS = {
     ),
     "prepare-data": ("megatron_dyt.data.prepare", "tokenize text into Megatron's indexed data sets"),
     "train-tokenizer": ("megatron_dyt.data.train_tokenizer", "make a SentencePiece tokenizer"),
-    "eval": ("megatron_dyt.evaluation.__main__", "zero-shot evaluation of a checkpoint with lm-eval"),
+    "eval": ("megatron_dyt.cli.evaluation:evaluate", "zero-shot evaluation of a checkpoint with lm-eval"),
     "eval-data": (
-        "megatron_dyt.evaluation.export_data",
+        "megatron_dyt.cli.evaluation:export_data",
         "fetch the tasks' data for machines without network",
     ),
     "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),

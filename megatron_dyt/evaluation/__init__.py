@@ -1,1 +1,1 @@
-"""Zero-shot lm-eval on Megatron checkpoints: `python -m megatron_dyt.evaluation`."""
+"""Zero-shot lm-eval on Megatron checkpoints: `megatron-dyt eval`."""

@@ -6,6 +6,10 @@ and its rotary embedding counts slots. Here the softmax attention of every layer
 angles are those of the position ids.
 """
 
+# Dimension letters, of names such as `query_BNSC`:
+#   B  rows of a batch     S  slots of a row                      N  query heads
+#   C  channels of a head  G  key and value heads (N is a multiple)
+
 from __future__ import annotations
 
 import logging
@@ -16,11 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.evaluation.batches import MODES
 
 _log = logging.getLogger(__name__)
 
-# How requests are computed: "shared" where they begin alike, "flat" each alone, "auto" shared if possible.
-MODES = ("auto", "shared", "flat")
 # Softmax attention without anything else in it; others keep their own and are not shared.
 _PLAIN = ("DotProductAttention", "TEDotProductAttention", "SharedAttention")
 _POSITIONS = ("rope", "learned_absolute", "none")
@@ -34,7 +37,7 @@ _OTHER_ATTENTION = {
 
 
 class SharedAttention(torch.nn.Module):
-    """Softmax attention over [tokens, batch, heads, channels], causal or by an additive mask."""
+    """Softmax attention, causal or by an additive mask, in the place of Megatron's `core_attention`."""
 
     def __init__(self, scale: float | None) -> None:
         super().__init__()
@@ -43,20 +46,26 @@ class SharedAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_options: Any
     ) -> Tensor:
-        """[tokens, batch, heads * channels]; the mask is [batch, 1, tokens, tokens], None is causal."""
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
+        """[S, B, N * C] from query [S, B, N, C], key and value [S, B, G, C], all of one dtype.
+
+        The mask is [B, 1, S, S], of 0 and -inf; None is causal.
+        """
+        query_BNSC, key_BGSC, value_BGSC = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        per_group = query_BNSC.shape[1] // key_BGSC.shape[1]
+        key_BNSC, value_BNSC = key_BGSC, value_BGSC
+        if per_group > 1:
+            key_BNSC, value_BNSC = (
+                part.repeat_interleave(per_group, dim=1) for part in (key_BGSC, value_BGSC)
+            )
+        mixed_BNSC = F.scaled_dot_product_attention(
+            query_BNSC,
+            key_BNSC,
+            value_BNSC,
             attn_mask=None if attention_mask is None else attention_mask.to(query.dtype),
             is_causal=attention_mask is None,
             scale=self.scale,
         )
-        return mixed.permute(2, 0, 1, 3).flatten(2)
+        return mixed_BNSC.permute(2, 0, 1, 3).flatten(2)
 
 
 def gpt_of(model: Any) -> Any:
@@ -113,7 +122,7 @@ def share_contexts(model: Any) -> None:
         return
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        # The fused kernels take one position a slot for all rows.
+        # The fused kernels take one position per slot for all rows.
         attention.config.apply_rope_fusion = False
         if hasattr(attention.config, "fused_single_qkv_rope"):
             attention.config.fused_single_qkv_rope = False
@@ -123,16 +132,17 @@ def share_contexts(model: Any) -> None:
 
 
 def _turn_by_position_ids(model: Any) -> None:
-    ids: list[Tensor | None] = [None]
+    """Turn queries and keys by the position ids of each forward pass, where it has a mask."""
+    ids_BS: list[Tensor | None] = [None]
 
     def note(_model: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        _tokens, positions, mask = arguments[:3]
+        _tokens_BS, positions_BS, mask_B1SS = arguments[:3]
         # In a causal batch positions are slots, as Megatron has them.
-        ids[0] = None if mask is None else positions
+        ids_BS[0] = None if mask_B1SS is None else positions_BS
 
-    def angles(_module: torch.nn.Module, _arguments: Any, by_slot: Tensor) -> Tensor:
-        """[tokens, batch, 1, channels] from Megatron's [tokens, 1, 1, channels]."""
-        return by_slot if ids[0] is None else by_slot[:, 0][ids[0].T]
+    def angles(_module: torch.nn.Module, _arguments: Any, angles_S11C: Tensor) -> Tensor:
+        """[S, B, 1, C] where each row has positions of its own."""
+        return angles_S11C if ids_BS[0] is None else angles_S11C[:, 0][ids_BS[0].T]
 
     model.register_forward_pre_hook(note)
     model.rotary_pos_emb.register_forward_hook(angles)

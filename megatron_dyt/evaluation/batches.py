@@ -5,6 +5,8 @@ tree, laid out depth first: a mask lets each token see its own ancestors alone, 
 the root, so that every sequence is computed as if it stood alone.
 """
 
+# Dimension letter: S  slots of a row
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Linear layers of a LLaMA cost 24 h² operations a token and layer, attention 4 h for each token seen: as
+# How requests are computed: "shared" where they begin alike, "flat" each alone, "auto" shared if possible.
+MODES = ("auto", "shared", "flat")
+# Tokens in one forward pass, padding included.
+DEFAULT_BATCH_TOKENS = 8192
+# Linear layers of a LLaMA cost 24 h² operations per token and layer, attention 4 h for each token seen: as
 # much as for 6 h tokens.
 _LINEAR_IN_ATTENTION = 6
 
@@ -39,8 +45,10 @@ class Row:
         self.positions: list[int] = []
         self.branches: list[Branch] = []
         self.is_chain = True
-        # Each item's own slots (start, end), and the slots before them that it sees.
+        # Each item's own slots (start, end), and the slots before them that it sees: int64, as many as it
+        # has tokens in common with those before it.
         self._segments: list[tuple[int, int, np.ndarray]] = []
+        # int64, the slots of the item added last, in the order of its inputs.
         self._path = np.arange(0)
 
     def __len__(self) -> int:
@@ -67,12 +75,12 @@ class Row:
         return saved > (2 * len(self) + new) * new
 
     def visible(self) -> np.ndarray:
-        """bool [slots, slots]: what the token of each slot (first index) attends to."""
-        seen = np.zeros((len(self), len(self)), dtype=bool)
+        """bool [S, S]: what the token of each slot (first index) attends to."""
+        seen_SS = np.zeros((len(self), len(self)), dtype=bool)
         for start, end, before in self._segments:
-            seen[start:end, before] = True
-            seen[start:end, start:end] = np.tri(end - start, dtype=bool)
-        return seen
+            seen_SS[start:end, before] = True
+            seen_SS[start:end, start:end] = np.tri(end - start, dtype=bool)
+        return seen_SS
 
 
 def flat_rows(items: Sequence[Item]) -> list[Row]:
@@ -123,7 +131,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group indices of `lengths`, longest first, so that rows times the longest <= `batch_tokens`.
 
     A sequence longer than `batch_tokens` gets a batch of its own, and much shorter ones a new batch, so
-    that padding is a quarter of it at most (16 tokens a row where that is more).
+    that padding is a quarter of it at most (16 tokens per row where that is more).
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -16,21 +16,24 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+import megatron_dyt
 from megatron_dyt import compat
+from megatron_dyt.checkpoints import iterations
+from megatron_dyt.checkpoints.crc import weights_hash
 from megatron_dyt.checkpoints.saved_args import READ_ERRORS, Checkpoint, damaged, find_checkpoint, saved_args
 from megatron_dyt.data.tokenizer_check import (
     check_against_data,
     check_tokenizer,
     check_vocabulary,
     documents_begin_with_bos,
+    tokenizer_hash,
 )
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import layout
-from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
 from megatron_dyt.training import dataset_helpers, launch, megatron_loop
 
 # Flags of the model that are no fields of Megatron's TransformerConfig (megatron/training/
@@ -61,6 +64,28 @@ _RUN_FLAGS = re.compile(
 )
 
 
+class TextTokenizer(Protocol):
+    """What is used of Megatron's tokenizers."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eod(self) -> int: ...
+    def tokenize(self, text: str) -> list[int]: ...
+    def detokenize(self, ids: list[int]) -> str: ...
+
+
+def prefix_token(tokenizer: TextTokenizer, bos: bool = True) -> int:
+    """What contexts begin with: the tokenizer's BOS; its end-of-document token without one or `bos`."""
+    try:
+        begin = tokenizer.bos if bos else None
+    except (AttributeError, NotImplementedError):
+        begin = None
+    return tokenizer.eod if begin is None or begin < 0 else begin
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """The model in eval mode on its device, its tokenizer, and where they come from.
@@ -83,6 +108,19 @@ class LoadedModel:
             f"contexts begin with {begin}"
         )
 
+    def identity(self) -> dict[str, object]:
+        """All that the result of a request, which is tokens, depends on besides it, for results on disk."""
+        path = self.args.tokenizer_model
+        return {
+            "weights": weights_hash(self.checkpoint.directory),
+            "tokenizer": tokenizer_hash(self.args, path) or path,
+            # Not in the hash of a tokenizer.json, and some kinds have no hash.
+            "vocabulary": [self.tokenizer.vocab_size, self.tokenizer.eod],
+            "tokenizer_type": getattr(self.args, "tokenizer_type", None),
+            "precision": [bool(getattr(self.args, name, False)) for name in ("bf16", "fp16")],
+            "megatron_dyt": megatron_dyt.__version__,
+        }
+
 
 def load_model(
     load: str,
@@ -98,13 +136,16 @@ def load_model(
     `tokenizer_model` replaces the tokenizer's path stored in the checkpoint; the parallel sizes are those
     of `layout.choose`. `bos` says whether contexts begin with BOS, or else with an end of document; None
     asks the manifests of the training data, and takes BOS where they are not in reach. Sets up Megatron in
-    this process (which torchrun may have started): choose the device first, with `runtime.device`. Raises
+    this process (which torchrun may have started): choose the device first, with `cpu.device`. Raises
     `UserError` for a checkpoint that is missing, damaged or not of the model it states, for another
     tokenizer than its own, and for a layout that does not fit.
     """
-    import megatron_dyt
-
     checkpoint = find_checkpoint(load, ckpt_step)
+    if iterations.iteration_to_load(load, checkpoint.iteration) == iterations.RELEASE:
+        raise UserError(
+            f"{checkpoint.root / iterations.TRACKER} names a release, which Megatron loads whatever "
+            f"--ckpt-step says. Write {checkpoint.iteration} into it to evaluate that iteration"
+        )
     launch.prepare_process()
     megatron_dyt.register()
     compat.check_training_version()
@@ -135,7 +176,7 @@ def _quiet_megatron() -> Iterator[None]:
     except UserError:
         raise
     except BaseException:
-        print(report.getvalue())
+        sys.stdout.write(report.getvalue())
         raise
 
 
@@ -208,6 +249,7 @@ def _start_megatron(flags: dict[str, Any]) -> tuple[Namespace, TextTokenizer]:
 
 
 def build(args: Namespace) -> torch.nn.Module:
+    """The GPT model of Megatron's `args`, with fresh weights; `UserError` for another kind of model."""
     if args.hybrid_layer_pattern is not None:
         raise UserError(
             f"the checkpoint holds a hybrid model (--hybrid-layer-pattern "

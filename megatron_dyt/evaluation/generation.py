@@ -1,18 +1,18 @@
-"""New tokens from a Megatron GPT model, greedily or sampled, in batches dealt over ranks."""
+"""New tokens from a Megatron GPT model, greedily or sampled, in batches divided over ranks."""
+
+# Dimension letters: B  prompts of a batch that are not done     V  entries of the tokenizer's vocabulary
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_dyt.data.progress import Progress
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.batches import Item, flat_rows, plan_batches
-from megatron_dyt.evaluation.forward import Forward, not_finite
+from megatron_dyt.evaluation.forward import Forward, Positions, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
 
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
@@ -64,14 +64,13 @@ class Generator:
         lengths = [min(len(prompt) + max_new, max_length) for prompt in prompts]
         batches = plan_batches(lengths, self.batch_tokens)[self.ranks.index :: self.ranks.count]
         mine: dict[int, list[int]] = {}
-        screen = sys.stderr if self.ranks.reports else io.StringIO()
-        with Progress(what, sum(map(len, batches)), unit="requests", scale=1, stream=screen) as progress:
+        with self.ranks.progress(what, sum(map(len, batches)), unit="requests") as progress:
             for batch in batches:
                 samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
                 rows = [list(prompts[i]) for i in batch]
                 new = self._continue(rows, samplers, max_new, max_length, done, temperature)
                 mine.update(zip(batch, new, strict=True))
-                progress.update(len(mine))
+                progress.update(len(batch))
         everyone = self.ranks.merge(mine)
         return [everyone[i] for i in range(len(prompts))]
 
@@ -84,28 +83,29 @@ class Generator:
         done: Callable[[list[int]], bool],
         temperature: float,
     ) -> list[list[int]]:
+        """The new tokens of each of `rows`, which grow by them; a row's sampler is used for it alone."""
         starts = [len(row) for row in rows]
         live = list(range(len(rows)))
         for _ in range(max_new):
             inputs = flat_rows([Item(list(rows[i]), [0]) for i in live])
-            last = torch.tensor([len(row) - 1 for row in inputs])
-            (logits,) = self.forward(inputs, (torch.arange(len(live)), last), _itself)
-            if not logits.isfinite().all():
+            last_B = torch.tensor([len(row) - 1 for row in inputs])
+            (logits_BV,) = self.forward(inputs, Positions(torch.arange(len(live)), last_B), _itself)
+            if not logits_BV.isfinite().all():
                 raise not_finite()
-            for row, row_logits in zip(live, logits, strict=True):
-                rows[row].append(_pick(row_logits, temperature, samplers[row]))
+            for row, logits_V in zip(live, logits_BV, strict=True):
+                rows[row].append(_pick(logits_V, temperature, samplers[row]))
             live = [i for i in live if len(rows[i]) < max_length and not done(rows[i][starts[i] :])]
             if not live:
                 break
         return [row[start:] for row, start in zip(rows, starts, strict=True)]
 
 
-def _itself(logits: torch.Tensor, _where: slice) -> tuple[torch.Tensor, ...]:
-    return (logits,)
+def _itself(logits_BV: Tensor, _where: slice) -> tuple[Tensor, ...]:
+    return (logits_BV,)
 
 
-def _pick(logits: torch.Tensor, temperature: float, sampler: torch.Generator) -> int:
+def _pick(logits_V: Tensor, temperature: float, sampler: torch.Generator) -> int:
     if temperature == 0.0:
-        return int(logits.argmax())
-    chances = torch.softmax(logits / temperature, dim=0)
-    return int(torch.multinomial(chances, 1, generator=sampler))
+        return int(logits_V.argmax())
+    chances_V = torch.softmax(logits_V / temperature, dim=0)
+    return int(torch.multinomial(chances_V, 1, generator=sampler))

@@ -1,13 +1,13 @@
 """The lm-eval model `megatron_dyt`: a Megatron GPT model behind lm-eval's interface.
 
 lm-eval sees one rank (`world_size` 1), so every process builds all requests; `Scorer` and `Generator`
-deal the batches over the data-parallel ranks and give every process all results.
+divide the batches over the data-parallel ranks and give every process all results.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,24 +19,20 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import (
-    get_rolling_token_windows,
-    make_disjoint_window,
-    simple_parse_args_string,
-)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from megatron_dyt.cpu import device
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.attention import hidden_size_to_share
-from megatron_dyt.evaluation.batches import Item
+from megatron_dyt.evaluation.batches import DEFAULT_BATCH_TOKENS, Item
 from megatron_dyt.evaluation.cache import ResultCache, key_of
-from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel, TextTokenizer, load_model, prefix_token
 from megatron_dyt.evaluation.forward import Forward
 from megatron_dyt.evaluation.generation import Generator, check_options
-from megatron_dyt.evaluation.identity import result_identity
 from megatron_dyt.evaluation.ranks import Ranks
-from megatron_dyt.evaluation.scoring import DEFAULT_BATCH_TOKENS, Score, Scorer
-from megatron_dyt.evaluation.tokenizer import TextTokenizer, prefix_token
+from megatron_dyt.evaluation.scoring import Score, Scorer
+
+_log = logging.getLogger(__name__)
 
 _LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel", "bos")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
@@ -180,11 +176,10 @@ class MegatronDyTLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         windows = [list(self._windows(context, tokens)) for _, context, tokens in requests]
         longer = sum(len(context) + len(tokens) > self.max_length + 1 for _, context, tokens in requests)
-        if longer and not self._is_silent:
-            print(
-                f"megatron_dyt: {longer} of {len(requests)} requests are longer than {self.max_length} "
-                f"tokens; their contexts lose the oldest",
-                file=sys.stderr,
+        if longer:
+            _log.info(
+                f"{longer} of {len(requests)} requests are longer than {self.max_length} tokens; their "
+                f"contexts lose the oldest"
             )
         return list(self._score_windows(windows, "loglikelihood"))
 
@@ -284,9 +279,7 @@ def _open_cache(directory: str | Path | None, loaded: LoadedModel, ranks: Ranks)
     """One process opens the file; the others hear from it."""
     if directory is None:
         return None
-    args, checkpoint = loaded.args, loaded.checkpoint
-    identity = result_identity(args, checkpoint.directory, args.tokenizer_model, loaded.tokenizer)
-    cache = ResultCache(Path(directory), identity)
+    cache = ResultCache(Path(directory), loaded.identity())
     if ranks.reports:
         cache.check()
     return cache

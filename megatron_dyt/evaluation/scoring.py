@@ -1,21 +1,29 @@
-"""Log-probabilities from a Megatron GPT model: planned in rows, dealt over ranks, remembered on disk."""
+"""Log-probabilities from a Megatron GPT model: planned in rows, divided over ranks, kept on disk.
+
+A sequence is an `Item`: inputs, and targets whose log-probabilities are summed.
+"""
+
+# Dimension letters, of names such as `logits_PV`:
+#   N  items of a call                     M  items of a batch
+#   T  targets of all items of a batch     P  different positions of a batch (row, slot) that predict one
+#   V  entries of the tokenizer's vocabulary
 
 from __future__ import annotations
 
-import io
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TextIO
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from megatron_dyt.data.progress import Progress
 from megatron_dyt.evaluation.batches import Item, Row, batches_of, flat_rows, shared_rows
 from megatron_dyt.evaluation.cache import ResultCache, key_of
-from megatron_dyt.evaluation.forward import Forward, not_finite
+from megatron_dyt.evaluation.forward import Forward, Positions, UseLogits, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
 
-DEFAULT_BATCH_TOKENS = 8192
+_log = logging.getLogger(__name__)
+
 # Batches of each rank between two exchanges of results: what a kill may cost.
 ROUND = 16
 
@@ -51,18 +59,19 @@ class Scorer:
 
     def score(self, items: Sequence[Item], what: str = "scoring") -> list[Score]:
         """The `Score` of every item, in the items' order; `UserError` when one is not finite."""
-        # One row an item: the log-probability, and 1 when every target is the likeliest token.
-        table = torch.zeros(len(items), 2, dtype=torch.float64)
+        # fp64 [N, 2]: the log-probability, and 1 when every target is the likeliest token.
+        table_N2 = torch.zeros(len(items), 2, dtype=torch.float64)
         keys = [key_of("score", *item) for item in items] if self.cache else []
         known = self._known(keys)
         for index, values in known.items():
-            table[index] = torch.tensor(values, dtype=torch.float64)
+            table_N2[index] = torch.tensor(values, dtype=torch.float64)
         todo = [index for index in range(len(items)) if index not in known]
-        rows = self._rows([items[i] for i in todo])
-        for done in self._rounds(rows, [items[i] for i in todo], table, todo, what):
+        for done, values_M2 in self._rounds([items[i] for i in todo], what):
+            indices = [todo[i] for i in done]
+            table_N2[indices] = values_M2
             if self.cache and self.ranks.reports:
-                self.cache.put({keys[i]: table[i].tolist() for i in done})
-        return [Score(logprob, greedy == 1.0) for logprob, greedy in table.tolist()]
+                self.cache.put({keys[i]: table_N2[i].tolist() for i in indices})
+        return [Score(logprob, greedy == 1.0) for logprob, greedy in table_N2.tolist()]
 
     def _known(self, keys: list[str]) -> dict[int, list[float]]:
         """Results in the cache by index in `keys`, the same on every process."""
@@ -70,81 +79,72 @@ class Scorer:
             return {}
         found = self.ranks.from_first(self.cache.get(keys) if self.ranks.reports else {})
         known = {index: found[key] for index, key in enumerate(keys) if key in found}
-        if known and self.ranks.reports:
-            print(f"megatron_dyt: {len(known)} of {len(keys)} results are in the cache", file=sys.stderr)
+        if known:
+            _log.info(f"{len(known)} of {len(keys)} results are in the cache")
         return known
 
-    def _rows(self, items: Sequence[Item]) -> list[Row]:
+    def _rounds(self, items: Sequence[Item], what: str) -> Iterator[tuple[list[int], Tensor]]:
+        """Score `items` on all ranks; after each round, the indices that are done and their fp64 [M, 2]."""
         if self.share is None:
-            return flat_rows(items)
-        return shared_rows(items, self.batch_tokens, self.share)
-
-    # --- over the ranks ---------------------------------------------------------------------------
-
-    def _rounds(
-        self, rows: list[Row], items: list[Item], table: torch.Tensor, places: list[int], what: str
-    ) -> Iterator[list[int]]:
-        """Fill `table` at `places` (one an item); yield, after each round, the places that are new."""
+            rows = flat_rows(items)
+        else:
+            rows = shared_rows(items, self.batch_tokens, self.share)
         batches = batches_of(rows, self.batch_tokens)
-        total = sum(len(row) for row in rows)
-        with Progress(what, total, unit="ktok", scale=1e3, stream=self._screen()) as progress:
-            tokens = requests = 0
-            step = ROUND * self.ranks.count
-            for start in range(0, len(batches), step):
-                together = batches[start : start + step]
-                part = torch.zeros(len(items), 2, dtype=torch.float64)
+        requests = 0
+        with self.ranks.progress(what, sum(map(len, rows)), unit="tok") as progress:
+            for start in range(0, len(batches), ROUND * self.ranks.count):
+                together = batches[start : start + ROUND * self.ranks.count]
+                part_N2 = torch.zeros(len(items), 2, dtype=torch.float64)
                 for number, batch in enumerate(together):
                     if number % self.ranks.count == self.ranks.index:
-                        self._score_batch(batch, items, part)
+                        self._score_batch(batch, items, part_N2)
                     # Of all ranks, which keep about the same pace.
-                    tokens += sum(map(len, batch))
                     requests += sum(len(row.branches) for row in batch)
-                    progress.update(tokens, f"{requests:,} of {len(items):,} requests")
-                indices = [branch.item for batch in together for row in batch for branch in row.branches]
-                new = [places[i] for i in indices]
-                table[new] = self.ranks.sum(part[indices], self.forward.device)
+                    progress.set_postfix_str(f"{requests:,} of {len(items):,} requests", refresh=False)
+                    progress.update(sum(map(len, batch)))
+                done = [branch.item for batch in together for row in batch for branch in row.branches]
+                values_M2 = self.ranks.sum(part_N2[done], self.forward.device)
                 # Of all ranks, so that none is left waiting for one that has stopped.
-                if not table[new].isfinite().all():
+                if not values_M2.isfinite().all():
                     raise not_finite()
-                yield new
+                yield done, values_M2
 
-    def _screen(self) -> TextIO:
-        return sys.stderr if self.ranks.reports else io.StringIO()
+    def _score_batch(self, batch: Sequence[Row], items: Sequence[Item], table_N2: Tensor) -> None:
+        """Fill the rows of `table_N2` (fp64, as in `score`) that belong to the items in `batch`."""
+        branches = [(row, branch) for row, members in enumerate(batch) for branch in members.branches]
+        item_M = torch.tensor([branch.item for _, branch in branches])
+        row_M = torch.tensor([row for row, _ in branches])
+        targets_M = torch.tensor([len(branch.slots) for _, branch in branches])
+        item_T, row_T = item_M.repeat_interleave(targets_M), row_M.repeat_interleave(targets_M)
+        slot_T = torch.tensor([slot for _, branch in branches for slot in branch.slots])
+        target_T = torch.tensor([token for _, branch in branches for token in items[branch.item].targets])
 
-    # --- one batch --------------------------------------------------------------------------------
-
-    def _score_batch(self, batch: Sequence[Row], items: Sequence[Item], table: torch.Tensor) -> None:
-        """Fill the rows of `table` (float64, one an item) of the items in `batch`."""
-        branches = [(number, branch) for number, row in enumerate(batch) for branch in row.branches]
-        counts = torch.tensor([len(branch.slots) for _, branch in branches])
-        owners = torch.tensor([branch.item for _, branch in branches]).repeat_interleave(counts)
-        rows = torch.tensor([number for number, _ in branches]).repeat_interleave(counts)
-        slots = torch.tensor([slot for _, branch in branches for slot in branch.slots])
-        targets = torch.tensor([token for _, branch in branches for token in items[branch.item].targets])
         # Answers that begin alike, or are one token, have positions in common: the head runs there once.
         longest = max(map(len, batch))
-        places, which = torch.unique(rows * longest + slots, return_inverse=True)
-        order = which.argsort()
-        use = _score_targets(targets[order], which[order])
-        logprobs, greedy = self.forward(batch, (places // longest, places % longest), use)
-        owners = owners[order]
+        place_P, which_T = torch.unique(row_T * longest + slot_T, return_inverse=True)
+        order_T = which_T.argsort()
+        where = Positions(place_P // longest, place_P % longest)
+        logprob_T, hit_T = self.forward(batch, where, _score_targets(target_T[order_T], which_T[order_T]))
+
+        item_T = item_T[order_T]
         # Summed in fp64, so that a long text's sum does not depend on the order of its parts.
-        table[:, 0].index_add_(0, owners, logprobs.double())
-        hits = torch.zeros(len(table), dtype=torch.float64).index_add_(0, owners, greedy.double())
-        indices = torch.tensor([branch.item for _, branch in branches])
-        table[indices, 1] = (hits[indices] == counts).double()
+        table_N2[:, 0].index_add_(0, item_T, logprob_T.double())
+        hits_N = torch.zeros(len(table_N2), dtype=torch.float64).index_add_(0, item_T, hit_T.double())
+        table_N2[item_M, 1] = (hits_N[item_M] == targets_M).double()
 
 
-def _score_targets(
-    targets: torch.Tensor, which: torch.Tensor
-) -> Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]:
-    """Log-probability of each target, and whether it is the likeliest, at position `which` (ascending)."""
+def _score_targets(target_T: Tensor, which_T: Tensor) -> UseLogits:
+    """fp32 log-probability of each target, and bool whether it is the likeliest token, both [T].
 
-    def score(logits: torch.Tensor, where: slice) -> tuple[torch.Tensor, ...]:
-        first, last = torch.searchsorted(which, torch.tensor([where.start, where.stop])).tolist()
-        wanted = targets[first:last].to(logits.device)
-        rows = (which[first:last] - where.start).to(logits.device)
-        logprobs = logits[rows, wanted] - logits.logsumexp(1)[rows]
-        return logprobs, logits.argmax(1)[rows] == wanted
+    `which_T` are the indices of the targets' positions, ascending, so that each slice of positions has
+    a slice of targets.
+    """
+
+    def score(logits_PV: Tensor, where: slice) -> tuple[Tensor, ...]:
+        first, last = torch.searchsorted(which_T, torch.tensor([where.start, where.stop])).tolist()
+        wanted_T = target_T[first:last].to(logits_PV.device)
+        row_T = (which_T[first:last] - where.start).to(logits_PV.device)
+        logprob_T = logits_PV[row_T, wanted_T] - logits_PV.logsumexp(1)[row_T]
+        return logprob_T, logits_PV.argmax(1)[row_T] == wanted_T
 
     return score

@@ -1,18 +1,29 @@
-"""lm-eval's tasks by name, with this package's own and a user's, from the Hub or from local files."""
+"""lm-eval's tasks by name, with this package's own and a user's, and where their documents come from.
+
+They come from the Hub, or, for machines without network, from a directory of `TASK.SPLIT.jsonl` (one JSON
+object a line) or `TASK.SPLIT.parquet` files with the columns of the data set on the Hub, which
+`export_documents` makes; only the evaluated split of each task is read.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dyt.atomic import whole_files
 from megatron_dyt.errors import UserError, describe
-from megatron_dyt.evaluation import local_data, paper
+from megatron_dyt.evaluation import paper
+from megatron_dyt.patching import Patches, Replacement
+
+_log = logging.getLogger(__name__)
 
 SEED = 1234
 OWN_TASKS = Path(__file__).parent / "tasks"
+SUFFIXES = (".jsonl", ".parquet")
 # What the data sets library and the Hub raise offline are many classes.
 _NO_DATA = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
 
@@ -32,7 +43,7 @@ def load_tasks(names: list[str], include_path: str | None = None, data: Path | N
     if unknown:
         own = ", ".join(_index([OWN_TASKS, *([include_path] if include_path else [])]).all_tasks)
         raise UserError(f"--tasks: unknown {', '.join(unknown)}; allowed are lm-eval's tasks and {own}")
-    with local_data.instead_of_hub(data) if data else contextlib.nullcontext():
+    with _from_files(data) if data else contextlib.nullcontext():
         loaded: dict[str, Any] = _load(manager, names)
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
@@ -92,3 +103,122 @@ def _index(paths: list[Any], everything: bool = False) -> Any:
         return TaskManager(include_path=[str(path) for path in paths], include_defaults=everything)
     finally:
         logger.removeFilter(unexpected)
+
+
+# --- documents in local files ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _from_files(directory: Path) -> Iterator[None]:
+    """Inside, lm-eval's tasks read their documents from `directory`.
+
+    lm-eval can take another data set for a task, but not for the members of a group.
+    """
+    if not directory.is_dir():
+        raise UserError(f"--task-data {directory}: no such directory")
+
+    def make(_download: Callable[..., None]) -> Callable[..., None]:
+        def read(task: Any, *_arguments: Any, **_options: Any) -> None:
+            task.dataset = _read_splits(directory, task.config)
+
+        return read
+
+    patches = Patches()
+    patches.apply([Replacement("lm_eval.api.task", "ConfigurableTask.download", make)])
+    try:
+        yield
+    finally:
+        patches.undo()
+
+
+def _read_splits(directory: Path, config: Any) -> dict[str, Any]:
+    """The evaluated split of the task of lm-eval's `config`, as a `datasets.Dataset` by its name.
+
+    The task's other splits stand for few-shot examples, which zero-shot tasks do not take: all are the
+    same documents here.
+    """
+    split = evaluated_split(config)
+    # Columns are known of the paper's tasks alone.
+    columns = paper.TASKS[config.task].columns if config.task in paper.TASKS else ()
+    documents = read_documents(_find_file(directory, config.task, split), columns)
+    others = (config.training_split, config.validation_split, config.fewshot_split)
+    return {name: documents for name in {split, *others} if name is not None}
+
+
+def evaluated_split(config: Any) -> str:
+    """The split that lm-eval evaluates: the test split where the task has one."""
+    return str(config.test_split or config.validation_split)
+
+
+def _find_file(directory: Path, task: str, split: str) -> Path:
+    """The file of a task's split; `UserError` naming it when it is not there."""
+    paths = [directory / f"{task}.{split}{suffix}" for suffix in SUFFIXES]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"the data of task {task} is missing: {paths[0]} (or {SUFFIXES[1]}) is not there. Make it on a "
+        f"machine with network: megatron-dyt eval-data --tasks {task} --output DIR"
+    )
+
+
+def read_documents(path: Path, columns: tuple[str, ...] = ()) -> Any:
+    """The file's documents as a `datasets.Dataset`; `UserError` naming file and line or column."""
+    from datasets import Dataset
+
+    rows = list(_json_lines(path)) if path.suffix == ".jsonl" else _parquet_rows(path)
+    if not rows:
+        raise UserError(f"{path} has no documents; make it again with megatron-dyt eval-data")
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in columns if name not in row]
+        if missing:
+            raise UserError(
+                f"{path}: document {number} has no {', '.join(missing)}; it has {', '.join(row)}, and needs "
+                f"{', '.join(columns)}"
+            )
+    return Dataset.from_list(rows)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} is {type(row).__name__}; a JSON object is needed")
+            yield row
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error})") from error
+    return rows
+
+
+def export_documents(names: list[str], output: Path, include_path: str | None = None) -> None:
+    """Fetch the evaluated split of each task from the Hub into `output`, a directory for `load_tasks`.
+
+    Args:
+        names, include_path: tasks, as for `load_tasks`.
+
+    Raises:
+        UserError: `output` is a file; what `load_tasks` raises.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a directory")
+    for name, task in load_tasks(names, include_path)["tasks"].items():
+        split = evaluated_split(task.config)
+        path = output / f"{name}.{split}.jsonl"
+        with whole_files([path]) as (partial,), partial.open("w", encoding="utf-8") as file:
+            for document in task.dataset[split]:
+                file.write(json.dumps(document, ensure_ascii=False) + "\n")
+        _log.info(f"{len(task.dataset[split]):,} documents in {path}")

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from megatron_dyt.checkpoints.saved_args import TRACKER
+from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.checkpoints.torch_dist import LazyTensor, write_torch_dist
 from megatron_dyt.config import DyTConfig, Role
 from megatron_dyt.errors import UserError, run_main

@@ -1,7 +1,7 @@
 """A run's directory as data, and the numbers that compare runs.
 
 A directory holds `train.log` (Megatron's stdout), `eval.json` (written by
-`python -m megatron_dyt.evaluation`), for a DyT run `checkpoint/dyt_stats.jsonl`
+`megatron-dyt eval`), for a DyT run `checkpoint/dyt_stats.jsonl`
 (with pipeline parallelism one `dyt_stats.stageN.jsonl` a stage), and optionally
 `run.json` with any of `command`, `learning_rate`, `sequence_length` and `seconds`.
 """
@@ -106,7 +106,7 @@ def load_run(
     log = read_log(log_path)
     if not eval_path.is_file() and not allow_missing_eval:
         raise UserError(
-            f"{eval_path} is missing; write it with `python -m megatron_dyt.evaluation --load "
+            f"{eval_path} is missing; write it with `megatron-dyt eval --load "
             f"{directory / 'checkpoint'} --tasks {','.join(t for t, _ in _EVAL_METRICS.values())} "
             f"--output {eval_path}`, or pass --allow-missing-eval to report without it"
         )
@@ -221,7 +221,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or not all(isinstance(v, dict) for v in results.values()):
         raise UserError(
             f"{path}: 'results' must be {{task: {{metric: value}}}} as "
-            "`python -m megatron_dyt.evaluation` writes it; run the evaluation again"
+            "`megatron-dyt eval` writes it; run the evaluation again"
         )
     return data
 
@@ -237,7 +237,7 @@ def _evaluated(run: Run, key: str, allow_missing: bool) -> float | None:
     found = ", ".join(sorted(run.evaluation.get("results", {}))) or "none"
     raise UserError(
         f"{run.directory / 'eval.json'} has no {metric!r} of task {task!r} (tasks in it: {found}); "
-        f"run `python -m megatron_dyt.evaluation --load {run.directory / 'checkpoint'} "
+        f"run `megatron-dyt eval --load {run.directory / 'checkpoint'} "
         f"--tasks {task} ...` again, or pass --allow-missing-eval to report without it"
     )
 

@@ -1,4 +1,4 @@
-"""How a training process starts and ends: the address of a lone process, signals, clean-up."""
+"""How a training process starts and ends: the address of a lone process, and what a run leaves behind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,10 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dyt import log
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.parsed_args import parsed_args
+from megatron_dyt.training import signals
 
 _log = logging.getLogger(__name__)
 
-# With less free space than this (bytes) a failed write is taken for a full disk.
+# With less free space than this (bytes) a failed write is taken for a full disk: the writer's own buffers
+# and what other programs free meanwhile leave some megabytes.
 _FULL = 16 * 2**20
 
 
@@ -42,19 +41,19 @@ def clean_end() -> Iterator[None]:
     ends the process with one line and exit code 143, Ctrl-C is a `KeyboardInterrupt`. A checkpoint
     that cannot be written is an `OSError` that says why.
     """
-    with _signals_as_exceptions() as signals, _writer_errors() as reasons:
+    with signals.as_exceptions() as received, _writer_errors() as reasons:
         try:
             yield
         except BaseException as error:
-            signals.ending = True
+            received.ending = True
             save = _save_directory()
             free = shutil.disk_usage(save).free if save else None
             _clear_interrupted_save(save)
-            if signal.SIGTERM in signals.received:
+            if signal.SIGTERM in received.numbers:
                 line = "terminated by SIGTERM; the last complete checkpoint is intact"
                 _log.error(line, extra=log.ALL_RANKS)
                 raise SystemExit(128 + signal.SIGTERM) from None
-            if signal.SIGINT in signals.received:
+            if signal.SIGINT in received.numbers:
                 raise KeyboardInterrupt("the last complete checkpoint is intact") from error
             if isinstance(error, CheckpointException):
                 raise _save_error(save, free, reasons) from error
@@ -87,34 +86,6 @@ def _writer_errors() -> Iterator[list[str]]:
         yield messages
     finally:
         logger.removeFilter(keep)
-
-
-@dataclass
-class _Signals:
-    """SIGTERM and SIGINT so far; once the run is ending, further ones are noted only."""
-
-    received: list[int] = field(default_factory=list)
-    ending: bool = False
-
-
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[_Signals]:
-    """Note SIGTERM and SIGINT, and raise `KeyboardInterrupt` where the process is."""
-    signals, owner = _Signals(), os.getpid()
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() == owner:  # Data loader workers inherit the handler.
-            signals.received.append(number)
-        if not signals.ending:
-            raise KeyboardInterrupt
-
-    handled = (signal.SIGTERM, signal.SIGINT)
-    previous: dict[int, Any] = {number: signal.signal(number, interrupt) for number in handled}
-    try:
-        yield signals
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _save_directory() -> str | None:

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megatron_dyt import rendezvous
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.data import dataset_manifest
 from megatron_dyt.errors import UserError
-from megatron_dyt.training import token_ids
+from megatron_dyt.training import indexed_data
 
 _log = logging.getLogger(__name__)
 
@@ -95,59 +90,9 @@ def check_data(args: Namespace) -> None:
         return
     prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
     local = [prefix for prefix in prefixes if "://" not in prefix]
-    dtypes = {prefix: check_indexed_dataset(prefix) for prefix in local}
+    dtypes = {prefix: indexed_data.check_files(prefix) for prefix in local}
     dataset_manifest.check(local, args)
-    token_ids.check(dtypes, args)
-
-
-def check_indexed_dataset(prefix: str) -> np.dtype[Any]:
-    """PREFIX.idx is a whole index and PREFIX.bin holds as many bytes as it says. Returns the ids' type."""
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index, data):
-        if not path.is_file():
-            raise UserError(
-                f"dataset {prefix}: {path} does not exist. Give the prefix of a .bin and .idx pair "
-                "(megatron-dyt prepare-data writes one); for a directory that it wrote, give what "
-                "megatron-dyt prepare-data --print-blend DIR prints"
-            )
-    tokens, dtype = _read_index(index)
-    expected = tokens * dtype.itemsize
-    present = data.stat().st_size
-    if present != expected:
-        raise UserError(
-            f"dataset {prefix}: {data} has {present} bytes, but {index} describes {expected}. "
-            "One of them is truncated or belongs to another dataset: prepare the data again"
-        )
-    return dtype
-
-
-# By the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
-_DTYPES = {
-    **{1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64},
-    **{6: np.float64, 7: np.float32, 8: np.uint16},
-}
-# Magic, version, dtype code, number of sequences, number of document boundaries.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-
-
-def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
-    """(tokens that the .bin of this index must have, their type); `UserError` when it is damaged."""
-    with index.open("rb") as file:
-        header = file.read(_INDEX_HEADER.size)
-        if len(header) < _INDEX_HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
-            raise UserError(f"{index} is not the index of a Megatron dataset: prepare it again")
-        _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
-        # Lengths (int32) and offsets (int64) of the sequences, then the document boundaries (int64).
-        needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
-        if code not in _DTYPES or index.stat().st_size < needed:
-            raise UserError(
-                f"{index} is damaged or truncated ({index.stat().st_size} of {needed} bytes): "
-                "prepare the data again"
-            )
-    if sequences == 0:
-        raise UserError(f"{index} describes a dataset without documents: prepare it again")
-    lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
-    return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
+    indexed_data.check_ids(dtypes, args)
 
 
 def check_evaluation(args: Namespace) -> None:
@@ -187,17 +132,15 @@ def check_load(args: Namespace) -> None:
         directory = getattr(args, flag, None)
         if directory is None or "://" in directory:
             continue
-        iteration = iterations.last_iteration(directory)
-        if flag == "load" and args.ckpt_step:
-            iteration = str(args.ckpt_step)
+        step = args.ckpt_step if flag == "load" else None
+        iteration = iterations.iteration_to_load(directory, step)
         if iteration is not None:
             if flag != "load" or not getattr(args, "dyt_load_fallback", False):
                 iterations.check_readable(directory, iteration)
         elif args.exit_on_missing_checkpoint or not _is_fresh_start(args, flag):
             raise UserError(
-                f"--{flag.replace('_', '-')} {directory}: there is no checkpoint "
-                "(no latest_checkpointed_iteration.txt). Give the --save directory of an earlier "
-                "run; to start from scratch leave the flag out, or give the same --save"
+                f"--{flag.replace('_', '-')} {directory}: {iterations.missing_tracker(directory)}; to start "
+                "from scratch leave the flag out, or give the same --save"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_dyt.checkpoints import crc
-from megatron_dyt.checkpoints.crc import Item, find_damage, stored_items
+from megatron_dyt.checkpoints.crc import Item, find_damage, stored_items, weights_hash
 
 
 @pytest.fixture
@@ -125,3 +126,23 @@ def test_truncated_and_foreign_data_are_damage(saved: Path) -> None:
     assert "not as torch.save writes" in str(find_damage(saved, everything))
     data.unlink()
     assert "FileNotFoundError" in str(find_damage(saved, everything))
+
+
+def test_the_hash_of_the_weights_is_theirs_wherever_they_are(saved: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved, tmp_path / "elsewhere")
+    assert weights_hash(copy) == weights_hash(saved)
+    other = {"weight": torch.ones(200), "bias": torch.ones(30)}
+    dcp.save(other, checkpoint_id=tmp_path / "other", no_dist=True)
+    torch.save({"args": 1}, tmp_path / "other" / "common.pt")
+    assert weights_hash(tmp_path / "other") != weights_hash(saved)
+    item_of(copy, "weight").file.write_bytes(b"")
+    assert weights_hash(copy) != weights_hash(saved)
+
+
+def test_the_hash_of_the_weights_leaves_the_optimizer_out(tmp_path: Path) -> None:
+    hashes = set()
+    for name, step in (("one", 1.0), ("two", 2.0)):
+        state = {"weight": torch.ones(9), "optimizer.state": torch.full((9,), step)}
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+        hashes.add(weights_hash(tmp_path / name))
+    assert len(hashes) == 1

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_dyt.checkpoints import crc, damage
-from megatron_dyt.checkpoints.iterations import DamagedCheckpoint
+from megatron_dyt.checkpoints.iterations import TRACKER, DamagedCheckpoint
 
 Run = Callable[[list[str]], SimpleNamespace]
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @pytest.fixture(scope="module")

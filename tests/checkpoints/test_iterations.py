@@ -9,9 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_dyt.checkpoints import iterations
+from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.errors import UserError
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def complete(root: Path, iteration: int) -> Path:
@@ -82,6 +81,19 @@ def test_names(tmp_path: Path) -> None:
     assert iterations.last_iteration(tmp_path) is None
     assert iterations.iteration_directory(tmp_path, "30").name == "iter_0000030"
     assert iterations.iteration_directory(tmp_path, "release").name == "release"
+
+
+@pytest.mark.parametrize(
+    ("tracker", "step", "loaded"),
+    [("4", None, "4"), ("4", 2, "2"), (None, 2, "2"), (None, None, None), ("release", 2, "release")],
+)
+def test_what_megatron_loads(
+    tmp_path: Path, tracker: str | None, step: int | None, loaded: str | None
+) -> None:
+    """A step comes before the tracker's, but not before a release."""
+    if tracker is not None:
+        (tmp_path / TRACKER).write_text(tracker)
+    assert iterations.iteration_to_load(tmp_path, step) == loaded
 
 
 def test_a_whole_checkpoint_is_readable(tmp_path: Path) -> None:

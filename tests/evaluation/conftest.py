@@ -99,3 +99,17 @@ def restart() -> None:
     """Megatron as in a new process, once more."""
     forget_megatron()
     cpu.enable()
+
+
+def without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexing lm-eval's own tasks takes seconds."""
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_path=None, include_defaults=True: manager(
+            include_path=include_path, include_defaults=False
+        ),
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dyt.checkpoints.saved_args import TRACKER, find_checkpoint
+from megatron_dyt.checkpoints.iterations import TRACKER
+from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.data import train_tokenizer
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import checkpoint_model
-from megatron_dyt.evaluation.checkpoint_model import load_model
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
 
 from .conftest import SEQUENCE, TEXT, VOCABULARY, Trained
+from .toy import ToyTokenizer
 
 Train = Callable[[str], Trained]
 
@@ -65,32 +67,6 @@ def test_earlier_iteration(trained: Train, fresh_megatron: None) -> None:
     weights = dict(loaded.model.named_parameters())
     last = dict(saved.model.named_parameters())
     assert any(not torch.equal(weights[name], last[name]) for name in last)
-
-
-def test_find_checkpoint(trained: Train, tmp_path: Path) -> None:
-    directory = trained("RMSNorm").directory
-    assert find_checkpoint(str(directory)).directory == directory / "iter_0000004"
-    wrong = {
-        "no such directory": (directory / "nowhere", None),
-        "missing. Give the directory": (tmp_path, None),
-        f"Give --load {directory} --ckpt-step 2": (directory / "iter_0000002", None),
-        "found: 2, 4": (directory, 3),
-    }
-    for message, (load, step) in wrong.items():
-        with pytest.raises(UserError, match=re.escape(message)):
-            find_checkpoint(str(load), step)
-
-
-def test_find_checkpoint_with_a_bad_tracker(tmp_path: Path) -> None:
-    (tmp_path / "iter_0000007").mkdir()
-    with pytest.raises(UserError, match="with --ckpt-step: 7"):
-        find_checkpoint(str(tmp_path))
-    (tmp_path / TRACKER).write_text("half")
-    with pytest.raises(UserError, match=r"'half'.*found: 7"):
-        find_checkpoint(str(tmp_path))
-    (tmp_path / TRACKER).write_text("8")
-    with pytest.raises(UserError, match="iteration 8 is not there; found: 7"):
-        find_checkpoint(str(tmp_path))
 
 
 @pytest.fixture
@@ -200,3 +176,50 @@ def test_hybrid_model(trained: Train, fresh_megatron: None, monkeypatch: pytest.
     monkeypatch.setattr(loaded.args, "hybrid_layer_pattern", "M*")
     with pytest.raises(UserError, match="hybrid"):
         checkpoint_model.build(loaded.args)
+
+
+def test_a_release_is_not_taken_for_an_iteration(copy: Path, fresh_megatron: None) -> None:
+    """Megatron would load it whatever --ckpt-step says."""
+    (copy.parent / TRACKER).write_text("release")
+    with pytest.raises(UserError, match=r"names a release.*--ckpt-step.*Write 4 into it"):
+        load_model(str(copy.parent), ckpt_step=4)
+
+
+def test_a_damaged_tracker_is_an_error_with_a_step_too(copy: Path, fresh_megatron: None) -> None:
+    """Megatron would exit with code 0."""
+    (copy.parent / TRACKER).write_text("")
+    with pytest.raises(UserError, match=r"holds ''; it must hold the number.*there: 2, 4"):
+        load_model(str(copy.parent), ckpt_step=4)
+
+
+# --- what results on disk are known by ------------------------------------------------------------
+
+
+def identity(directory: Path, path: str | None, tokenizer: ToyTokenizer, **args: object) -> dict[str, object]:
+    checkpoint = Checkpoint(directory.parent, 4, directory)
+    saved = Namespace(tokenizer_model=path, **args)
+    return LoadedModel(torch.nn.Identity(), tokenizer, saved, checkpoint, 1).identity()
+
+
+def test_identity_is_of_weights_tokenizer_and_precision(trained: Train, tmp_path: Path) -> None:
+    directory = trained("DyT").directory / "iter_0000004"
+    one, same, other = (str(tmp_path / name) for name in ("one", "same", "other"))
+    for path, content in ((one, b"1"), (same, b"1"), (other, b"2")):
+        Path(path).write_bytes(content)
+    kind = {"tokenizer_type": "SentencePieceTokenizer"}
+    first = identity(directory, one, ToyTokenizer(), bf16=False, **kind)
+    assert first == identity(directory, same, ToyTokenizer(), bf16=False, **kind)
+    assert first != identity(directory, other, ToyTokenizer(), bf16=False, **kind)
+    assert first != identity(directory, one, ToyTokenizer(), bf16=True, **kind)
+    assert first != identity(directory.with_name("iter_0000002"), one, ToyTokenizer(), bf16=False, **kind)
+    assert identity(directory, None, ToyTokenizer(), **kind)["tokenizer"] is None
+
+
+def test_identity_is_of_what_the_tokenizer_s_file_does_not_say(trained: Train) -> None:
+    """Where an answer ends and how large the vocabulary is, which may be in other files or have no hash."""
+    directory, tokenizer = trained("DyT").directory / "iter_0000004", ToyTokenizer()
+    first = identity(directory, "name", tokenizer, tokenizer_type="TikTokenizer")
+    tokenizer.eod = 5
+    second = identity(directory, "name", tokenizer, tokenizer_type="TikTokenizer")
+    tokenizer.vocab_size += 1
+    assert first != second != identity(directory, "name", tokenizer, tokenizer_type="TikTokenizer")

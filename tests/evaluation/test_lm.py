@@ -17,11 +17,10 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import checkpoint_model
 from megatron_dyt.evaluation import lm as lm_module
 from megatron_dyt.evaluation.cache import ResultCache
-from megatron_dyt.evaluation.checkpoint_model import load_model
+from megatron_dyt.evaluation.checkpoint_model import load_model, prefix_token
 from megatron_dyt.evaluation.forward import Forward
 from megatron_dyt.evaluation.lm import MegatronDyTLM
 from megatron_dyt.evaluation.scoring import Scorer
-from megatron_dyt.evaluation.tokenizer import prefix_token
 
 from .conftest import Trained, restart
 from .toy import BOS, EOD, VOCABULARY, ToyModel, ToyTokenizer, naive_score
@@ -270,4 +269,4 @@ def test_generated_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_longer_requests_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     texts = ["the quick brown fox jumps", "abc", "the quick br"]
     toy_lm().loglikelihood([request("loglikelihood", text, " def") for text in texts])
-    assert "1 of 3 requests are longer than 16 tokens" in capsys.readouterr().err
+    assert "1 of 3 requests are longer than 16 tokens" in capsys.readouterr().out

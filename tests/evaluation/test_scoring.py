@@ -164,7 +164,7 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch, share: int | None
 def test_progress_is_shown_by_the_first_rank_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megatron_dyt.data.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_dyt.evaluation.ranks.LOG_SECONDS", 0.0)
     shown = []
     for ranks in ranks_one_after_the_other(monkeypatch, sum=lambda part: part):
         toy_scorer(60, ranks=ranks).score(random_items(TOY_VOCABULARY), "my task")
@@ -225,11 +225,11 @@ def test_known_results_are_not_computed_again(tmp_path: Path, capsys: pytest.Cap
     model = ToyModel()
     first = toy_scorer(model=model, cache=ResultCache(tmp_path, "model"))
     assert first.score(items[:9]) == expected[:9]
-    assert "in the cache" not in capsys.readouterr().err
+    assert "in the cache" not in capsys.readouterr().out
     model.shapes.clear()
     again = toy_scorer(model=model, cache=ResultCache(tmp_path, "model"), share=8)
     same(again.score(items), expected)
-    assert f"9 of {len(items)} results are in the cache" in capsys.readouterr().err
+    assert f"9 of {len(items)} results are in the cache" in capsys.readouterr().out
     model.shapes.clear()
     assert again.score(items) == again.score(items)
     assert model.shapes == []

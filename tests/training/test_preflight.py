@@ -8,7 +8,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_dyt.errors import UserError
@@ -36,19 +35,6 @@ def arguments(**given: Any) -> Namespace:
             **given,
         }
     )
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> str:
-    """An indexed dataset of two documents, written by Megatron itself."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix = str(tmp_path / "corpus")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in ([1, 2, 3], [4, 5]):
-        builder.add_document(np.array(document, np.uint16), [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 @pytest.fixture
@@ -86,30 +72,6 @@ def test_missing_halves_of_a_dataset(dataset: str) -> None:
         preflight.check_data(arguments(data_path=["1", dataset]))
     with pytest.raises(UserError, match=r"nowhere\.idx does not exist"):
         preflight.check_data(arguments(data_path=["nowhere"]))
-
-
-@pytest.mark.parametrize("change", [-2, 2])
-def test_data_of_another_length_than_the_index_says(dataset: str, change: int) -> None:
-    os.truncate(f"{dataset}.bin", 10 + change)
-    with pytest.raises(UserError, match=rf"has {10 + change} bytes, but .* describes 10"):
-        preflight.check_indexed_dataset(dataset)
-
-
-def test_damaged_indexes(dataset: str) -> None:
-    index = Path(f"{dataset}.idx")
-    whole = index.read_bytes()
-    index.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=rf"truncated \({len(whole) - 1} of {len(whole)} bytes"):
-        preflight.check_indexed_dataset(dataset)
-    index.write_bytes(whole[:9] + bytes(8) + b"\xff" + whole[18:])
-    with pytest.raises(UserError, match="damaged or truncated"):
-        preflight.check_indexed_dataset(dataset)
-    index.write_bytes(b"something else entirely, but long enough")
-    with pytest.raises(UserError, match="not the index of a Megatron dataset"):
-        preflight.check_indexed_dataset(dataset)
-    index.write_bytes(whole[:18] + bytes(16))
-    with pytest.raises(UserError, match="without documents"):
-        preflight.check_indexed_dataset(dataset)
 
 
 def test_ids_beyond_the_vocabulary(dataset: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dyt.training import save_worker
+from megatron_dyt.training import signals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import multiprocessing, signal, sys, time
 from pathlib import Path
-from megatron_dyt.training.save_worker import deaf_to_sigterm
-from tests.training.test_save_worker import write
+from megatron_dyt.training.signals import ignoring_sigterm
+from tests.training.test_signals import write
 
 def start():
     context = multiprocessing.get_context("forkserver")
@@ -29,7 +29,7 @@ def start():
     return jobs, results
 
 told = []
-jobs, results = (deaf_to_sigterm(start) if sys.argv[1] == "deaf" else start)()
+jobs, results = (ignoring_sigterm(start) if sys.argv[1] == "ignoring" else start)()
 jobs.put("up")
 print(results.get(), flush=True)
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
@@ -48,7 +48,7 @@ def write(jobs, results):  # type: ignore[no-untyped-def]
         results.put(jobs.get())
 
 
-@pytest.mark.parametrize(("how", "saves"), [("deaf", True), ("plain", False)])
+@pytest.mark.parametrize(("how", "saves"), [("ignoring", True), ("plain", False)])
 def test_the_group_gets_sigterm(how: str, saves: bool) -> None:
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, how],
@@ -67,11 +67,11 @@ def test_the_group_gets_sigterm(how: str, saves: bool) -> None:
 
 SIGNALLED = """
 import os, signal
-from megatron_dyt.training import save_worker
+from megatron_dyt.training import signals
 
 seen = []
 signal.signal(signal.SIGTERM, lambda *_: seen.append("SIGTERM"))
-during = save_worker.deaf_to_sigterm(lambda: (os.kill(os.getpid(), signal.SIGTERM), list(seen))[1])()
+during = signals.ignoring_sigterm(lambda: (os.kill(os.getpid(), signal.SIGTERM), list(seen))[1])()
 print(len(os.listdir("/proc/self/task")), during, seen)
 """
 
@@ -88,6 +88,6 @@ def test_training_starts_megatrons_writer_so() -> None:
     from megatron.training import initialize
 
     original = initialize.init_persistent_async_worker
-    with save_worker.protected():
+    with signals.writer_ignores_sigterm():
         assert initialize.init_persistent_async_worker.__wrapped__ is original
     assert initialize.init_persistent_async_worker is original

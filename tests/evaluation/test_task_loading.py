@@ -1,4 +1,4 @@
-"""Task data in local files: read as written, and a clear error that names what is wrong with which file."""
+"""Tasks by name, and their documents from local files: as written, or an error that names what is wrong."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from megatron_dyt import cli
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation import export_data, local_data
 from megatron_dyt.evaluation.paper import TASKS
-from megatron_dyt.evaluation.task_loading import load_tasks
+from megatron_dyt.evaluation.task_loading import load_tasks, read_documents
 
+from .conftest import without_own_tasks
 from .task_data import FILES, write_all
 
 
@@ -26,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 def test_fixtures_have_the_documented_columns(data: Path) -> None:
     assert {f"{name}.{task.split}" for name, task in TASKS.items()} == set(FILES)
     for name, task in TASKS.items():
-        local_data.read_documents(data / f"{name}.{task.split}.jsonl", task.columns)
+        read_documents(data / f"{name}.{task.split}.jsonl", task.columns)
 
 
 def test_all_tasks_from_files(data: Path) -> None:
@@ -97,6 +98,10 @@ def test_lm_eval_downloads_again_afterwards(data: Path, monkeypatch: pytest.Monk
         load_tasks(["rte"])
 
 
+def megatron_dyt_eval_data(argv: list[str]) -> None:
+    cli.main.main(["eval-data", *argv], standalone_mode=False)
+
+
 def test_export(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on the Hub, as files that give the same documents."""
     import datasets
@@ -104,12 +109,12 @@ def test_export(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def hub(path: str, name: str | None = None, **_: Any) -> dict[str, Dataset]:
         assert (path, name) in (("aps/super_glue", "wic"), ("allenai/ai2_arc", "ARC-Easy"))
         file = data / ("wic.validation.jsonl" if name == "wic" else "arc_easy.test.jsonl")
-        rows = local_data.read_documents(file)
+        rows = read_documents(file)
         return dict.fromkeys(("train", "validation", "test"), rows)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     output = tmp_path / "exported"
-    export_data.main(["--output", str(output), "--tasks", "wic,arc_easy"])
+    megatron_dyt_eval_data(["--output", str(output), "--tasks", "wic,arc_easy"])
     assert sorted(path.name for path in output.iterdir()) == ["arc_easy.test.jsonl", "wic.validation.jsonl"]
     for path in output.iterdir():
         assert list(map(json.loads, path.read_text().splitlines())) == list(
@@ -120,6 +125,19 @@ def test_export(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_export_to_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; give a directory"):
-        export_data.main(["--output", str(tmp_path / "file")])
+        megatron_dyt_eval_data(["--output", str(tmp_path / "file")])
     with pytest.raises(UserError, match="names no task"):
-        export_data.main(["--output", str(tmp_path), "--tasks", ","])
+        megatron_dyt_eval_data(["--output", str(tmp_path), "--tasks", ","])
+
+
+def test_task_that_is_named_twice(data: Path) -> None:
+    """By itself and in a group: lm-eval says so as a fault of its own."""
+    assert list(load_tasks(["arc_easy", "arc_easy"], data=data)["tasks"]) == ["arc_easy"]
+    with pytest.raises(UserError, match=r"--tasks arc_easy,dyt_paper has a task more than once .*'arc_easy'"):
+        load_tasks(["arc_easy", "dyt_paper"], data=data)
+
+
+def test_unknown_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_own_tasks(monkeypatch)
+    with pytest.raises(UserError, match=r"unknown a, b;.*dyt_paper, record"):
+        load_tasks(["a", "b"])

@@ -1,4 +1,4 @@
-"""`python -m megatron_dyt.evaluation`: from a checkpoint to a file of results."""
+"""`megatron-dyt eval`: from a checkpoint to a file of results."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
-from megatron_dyt import cpu
+from megatron_dyt import cli, cpu
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation import __main__ as entry
-from megatron_dyt.evaluation import task_loading
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.paper import TASKS
 
-from .conftest import SEQUENCE, TEXT, Trained, forget_megatron, restart
+from .conftest import SEQUENCE, TEXT, Trained, forget_megatron, restart, without_own_tasks
 from .task_data import write_all
 
 Train = Callable[[str], Trained]
@@ -91,6 +91,13 @@ def own_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(home / "cache"))
 
 
+def run_eval(argv: list[str]) -> None:
+    """`megatron-dyt eval ARGV` in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["megatron-dyt", "eval", *argv])
+        cli.main.main(standalone_mode=False)
+
+
 def arguments(trained: Trained, tasks: Path, output: Path, *more: str) -> list[str]:
     given = {"--load": trained.directory, "--include-path": tasks, "--output": output}
     return [str(word) for pair in given.items() for word in pair] + list(more)
@@ -108,7 +115,7 @@ def test_evaluates_a_checkpoint(
     output = tmp_path / "new" / "results.json"
     argv = arguments(trained(norm), tasks, output, "--tasks", "dyt_choice,dyt_bits,dyt_answer")
     capsys.readouterr()
-    entry.main(argv)
+    run_eval(argv)
     report = json.loads(output.read_text())
     assert list(output.parent.iterdir()) == [output]
     assert report["prefix_token"] == 1
@@ -116,7 +123,7 @@ def test_evaluates_a_checkpoint(
     assert report["checkpoint"]["normalization"] == norm
     assert set(report["versions"]) == {"lm_eval", "torch", "megatron_core", "megatron_dyt"}
     assert re.fullmatch(r"\d+\.\d+\.\d+\w*", report["versions"]["megatron_core"])
-    assert report["command"].startswith("python -m megatron_dyt.evaluation --load ")
+    assert report["command"] == shlex.join(["megatron-dyt", "eval", *argv])
     assert report["task_versions"]["dyt_bits"] == 1.5
     assert set(report["n-shot"].values()) == {0}  # Whatever the task's file says.
     assert report["n-samples"]["dyt_choice"] == {"original": 12, "effective": 12}
@@ -137,7 +144,7 @@ def test_figures_are_those_of_the_model(
     """bits per byte and accuracy from Megatron's own logits, one sequence at a time."""
     output = tmp_path / "results.json"
     tasks_flag = ("--tasks", "dyt_choice,dyt_bits", "--limit", "3")
-    entry.main(arguments(trained("DyT"), tasks, output, *tasks_flag))
+    run_eval(arguments(trained("DyT"), tasks, output, *tasks_flag))
     report = json.loads(output.read_text())["results"]
 
     forget_megatron()
@@ -189,7 +196,7 @@ def test_groups_are_shown(
     without_own_tasks(monkeypatch)
     output = tmp_path / "results.json"
     more = ("--tasks", "dyt_all", "--limit", "2", "--batch-tokens", "64", "--ckpt-step", "2")
-    entry.main(arguments(trained("RMSNorm"), tasks, output, *more))
+    run_eval(arguments(trained("RMSNorm"), tasks, output, *more))
     report = json.loads(output.read_text())
     assert report["groups"]["dyt_all"]["acc,none"] == report["results"]["dyt_choice"]["acc,none"]
     assert report["checkpoint"]["iteration"] == 2
@@ -206,7 +213,7 @@ def paper_run(trained: Trained, task_data: Path, output: Path, *more: str) -> di
     """The paper's tasks in this process, from local files."""
     given = {"--load": trained.directory, "--task-data": task_data, "--output": output}
     flags = [str(word) for pair in given.items() for word in pair]
-    entry.main([*flags, "--tasks", "dyt_paper", "--batch-tokens", "600", *more])
+    run_eval([*flags, "--tasks", "dyt_paper", "--batch-tokens", "600", *more])
     report: dict[str, Any] = json.loads(output.read_text())
     return report
 
@@ -229,12 +236,12 @@ def test_the_paper_s_tasks_from_local_files(
     assert re.search(r"\| 7b +\| 0.513 +\| 0.513 +\| +\|", shown.out)
     assert re.search(rf"\| of another size .* {shared['dyt_paper']['mean']:.3f} / ", shown.out)
     assert f"lm-eval {shared['versions']['lm_eval']}" in shown.out
-    assert re.search(rf"requests are longer than {SEQUENCE} tokens", shown.err)
+    assert re.search(rf"requests are longer than {SEQUENCE} tokens", shown.out)
 
     restart()
     again = paper_run(trained("DyT"), task_data, tmp_path / "again.json", "--cache", str(tmp_path / "kept"))
     assert again["results"] == shared["results"]
-    assert re.search(r"(\d+) of \1 results are in the cache", capsys.readouterr().err)
+    assert re.search(r"(\d+) of \1 results are in the cache", capsys.readouterr().out)
 
     restart()
     flat = paper_run(trained("DyT"), task_data, tmp_path / "flat.json", "--mode", "flat")
@@ -260,14 +267,14 @@ def test_processes_give_the_same_results(
     alone, together, kept = tmp_path / "one.json", tmp_path / "more.json", tmp_path / "kept"
     names = ("--tasks", "dyt_choice,dyt_bits,dyt_answer", "--batch-tokens", "200")
     cache = ("--cache", str(kept))
-    entry.main(arguments(trained("DyT"), tasks, tmp_path / "part.json", "--tasks", "dyt_choice", *cache))
+    run_eval(arguments(trained("DyT"), tasks, tmp_path / "part.json", "--tasks", "dyt_choice", *cache))
     restart()
-    entry.main(arguments(trained("DyT"), tasks, alone, *names))
+    run_eval(arguments(trained("DyT"), tasks, alone, *names))
     torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
     layout = ("--tensor-model-parallel-size", str(tp))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", *torchrun, "megatron_dyt.evaluation"),
+            *(sys.executable, "-m", *torchrun, "megatron_dyt", "eval"),
             *arguments(trained("DyT"), tasks, together, *names, *layout, *cache),
         ],
         check=True,
@@ -280,12 +287,12 @@ def test_processes_give_the_same_results(
     assert (more["processes"], more["tensor_model_parallel_size"]) == (processes, tp)
     assert more["results"] == approximately(one["results"])
     assert done.stdout.count("| dyt_choice ") == 1  # One process reports.
-    assert done.stderr.count("24 of 24 results are in the cache") == 1
+    assert done.stdout.count("24 of 24 results are in the cache") == 1
 
     # What the processes added is there for the next.
     restart()
     (file,) = kept.iterdir()
-    entry.main(arguments(trained("DyT"), tasks, tmp_path / "last.json", *names, *cache))
+    run_eval(arguments(trained("DyT"), tasks, tmp_path / "last.json", *names, *cache))
     assert json.loads((tmp_path / "last.json").read_text())["results"] == more["results"]
     assert list(kept.iterdir()) == [file]
 
@@ -306,7 +313,10 @@ def test_processes_give_the_same_results(
         (["--tasks", "dyt_bits", "--ckpt-step", "9"], r"iteration 9 is not there"),
         (["--tasks", "dyt_bits", "--device", "tpu"], r"'tpu'.*auto, cpu, cuda"),
         (["--tasks", ","], r"--tasks"),
-        (["--tasks", "dyt_bits", "--output", f"{__file__}/o"], r"--output .*test_main.py is not a directory"),
+        (
+            ["--tasks", "dyt_bits", "--output", f"{__file__}/o"],
+            r"--output .*is not a directory",
+        ),
     ],
 )
 def test_bad_input(
@@ -321,7 +331,7 @@ def test_bad_input(
     without_own_tasks(monkeypatch)
     output = tmp_path / "results.json"
     with pytest.raises(UserError, match=message):
-        entry.main(arguments(trained("DyT"), tasks, output, *more))
+        run_eval(arguments(trained("DyT"), tasks, output, *more))
     assert not output.exists()
 
 
@@ -330,44 +340,16 @@ def test_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     argv = ["--load", str(tmp_path / "nowhere"), "--tasks", "t", "--output", str(tmp_path / "new" / "o")]
     with pytest.raises(UserError, match=rf"--output .*o: nothing can be written in {tmp_path}"):
-        entry.main(argv)
+        run_eval(argv)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match=r"nowhere: no such directory"):
-        entry.main(argv)
-
-
-def without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexing lm-eval's own tasks takes seconds."""
-    import lm_eval.tasks
-
-    manager = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(
-        lm_eval.tasks,
-        "TaskManager",
-        lambda include_path=None, include_defaults=True: manager(
-            include_path=include_path, include_defaults=False
-        ),
-    )
-
-
-def test_task_that_is_named_twice(task_data: Path) -> None:
-    """By itself and in a group: lm-eval says so as a fault of its own."""
-    assert list(task_loading.load_tasks(["arc_easy", "arc_easy"], data=task_data)["tasks"]) == ["arc_easy"]
-    with pytest.raises(UserError, match=r"--tasks arc_easy,dyt_paper has a task more than once .*'arc_easy'"):
-        task_loading.load_tasks(["arc_easy", "dyt_paper"], data=task_data)
-
-
-def test_unknown_task_without_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_own_tasks(monkeypatch)
-    with pytest.raises(UserError, match=r"unknown a, b;.*dyt_paper, record"):
-        task_loading.load_tasks(["a", "b"])
+        run_eval(argv)
 
 
 @pytest.mark.parametrize("flag", [["--limit", "0"], ["--batch-tokens", "-1"], ["--ckpt-step", "x"]])
-def test_numbers_that_are_none(flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        entry.main(["--load", "d", "--tasks", "t", "--output", str(tmp_path / "o"), *flag])
-    assert f"argument {flag[0]}" in capsys.readouterr().err
+def test_numbers_that_are_none(flag: list[str], tmp_path: Path) -> None:
+    with pytest.raises(click.BadParameter, match=flag[1]):
+        run_eval(["--load", "d", "--tasks", "t", "--output", str(tmp_path / "o"), *flag])
 
 
 def test_without_lm_eval(
@@ -379,4 +361,4 @@ def test_without_lm_eval(
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name)
     )
     with pytest.raises(UserError, match=re.escape("pip install 'megatron-dyt[eval]'")):
-        entry.main(["--load", load, "--tasks", "t", "--output", str(tmp_path / "o")])
+        run_eval(["--load", load, "--tasks", "t", "--output", str(tmp_path / "o")])

@@ -1,0 +1,209 @@
+"""One evaluation: from a checkpoint to a file of results and tables for people."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import megatron_dyt
+from megatron_dyt.atomic import write_atomically
+from megatron_dyt.checkpoints.saved_args import find_checkpoint
+from megatron_dyt.compat import megatron_version
+from megatron_dyt.cpu import device as devices
+from megatron_dyt.errors import UserError
+from megatron_dyt.evaluation import paper
+from megatron_dyt.evaluation.batches import DEFAULT_BATCH_TOKENS
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
+from megatron_dyt.evaluation.task_loading import SEED, load_tasks
+
+_log = logging.getLogger(__name__)
+
+# What is kept of lm-eval's results.
+_KEPT = ("results", "groups", "group_subtasks", "n-shot", "n-samples", "higher_is_better")
+
+
+def evaluate(
+    load: str,
+    tasks: list[str],
+    output: Path,
+    *,
+    command: str,
+    ckpt_step: int | None = None,
+    tokenizer_model: str | None = None,
+    bos: bool | None = None,
+    include_path: str | None = None,
+    task_data: Path | None = None,
+    limit: int | None = None,
+    tensor_parallel: int | None = None,
+    pipeline_parallel: int = 1,
+    mode: str = "auto",
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    max_length: int | None = None,
+    cache: Path | None = None,
+    device: str | None = None,
+) -> str | None:
+    """Evaluate a checkpoint on lm-eval's `tasks`, zero-shot, and write the results to `output` as JSON.
+
+    Runs alone or under torchrun. Returns the tables of the results on the process that reports, None on
+    the others.
+
+    Args:
+        command: what was typed, for the results.
+        load, ckpt_step, tokenizer_model, bos, tensor_parallel, pipeline_parallel: see `load_model`.
+        include_path, task_data: directories of tasks and of their documents; see `load_tasks`.
+        limit: take the first documents of each task alone.
+        mode, batch_tokens, max_length, cache: see `MegatronDyTLM.of`.
+        device: "auto", "cpu" or "cuda"; None is as `cpu.device.activate` has it.
+
+    Raises:
+        UserError: for what cannot work, as far as possible before anything slow.
+    """
+    start = time.time()
+    _check(output, {"--include-path": include_path, "--task-data": task_data})
+    find_checkpoint(load, ckpt_step)
+    _need_lm_eval()
+    devices.activate(["--device", device] if device else [])
+
+    # Only now: it imports lm-eval, and Megatron, which the CPU runtime has to precede.
+    from megatron_dyt.evaluation.lm import MegatronDyTLM
+
+    loaded_tasks = load_tasks(tasks, include_path, task_data)
+    loaded = load_model(
+        load,
+        ckpt_step=ckpt_step,
+        tokenizer_model=tokenizer_model,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        bos=bos,
+    )
+    lm = MegatronDyTLM.of(loaded, mode=mode, batch_tokens=batch_tokens, cache=cache, max_length=max_length)
+    _log.info(f"evaluating {loaded}")
+    reports = lm.scorer.ranks.reports
+    results = _run_lm_eval(lm, loaded_tasks, limit, reports)
+    tables = None
+    if reports:
+        collected = collect(results, loaded, command, limit, time.time() - start)
+        _write(output, collected)
+        tables = show(collected)
+    torch.distributed.destroy_process_group()
+    return tables
+
+
+def _check(output: Path, directories: dict[str, str | Path | None]) -> None:
+    """What would fail late, or with the results in hand on the process that writes them."""
+    for flag, directory in directories.items():
+        if directory and not Path(directory).is_dir():
+            raise UserError(f"{flag} {directory}: no such directory")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory; give a file name in it")
+    if os.environ.get("RANK", "0") != "0":
+        return
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"--output {output}: {above} is not a directory; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: nothing can be written in {above}; choose another place")
+
+
+def _need_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "evaluation needs lm-eval, which is not installed. "
+            "Install it with: pip install 'megatron-dyt[eval]'"
+        )
+
+
+def _run_lm_eval(lm: Any, tasks: dict[str, Any], limit: int | None, reports: bool) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    # Tasks may shuffle (choices, documents): every rank must build the same requests.
+    random.seed(SEED)
+    np.random.seed(SEED)
+    results: dict[str, Any] = evaluate(
+        lm,
+        tasks,
+        limit=limit,
+        log_samples=False,
+        # Standard errors by bootstrap are slow, and only the reporting rank shows them.
+        bootstrap_iters=100_000 if reports else 0,
+    )
+    return results
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def collect(
+    results: dict[str, Any], loaded: LoadedModel, command: str, limit: int | None, seconds: float
+) -> dict[str, Any]:
+    """All of a run's results, with the checkpoint, the versions and the command."""
+    import lm_eval
+
+    summary = paper.summary(results["results"], loaded.args)
+    return {
+        **{name: results[name] for name in _KEPT if name in results},
+        **({paper.GROUP: summary} if summary else {}),
+        "task_versions": results["versions"],
+        "limit": limit,
+        "checkpoint": {
+            "path": str(loaded.checkpoint.root),
+            "iteration": loaded.checkpoint.iteration,
+            "normalization": loaded.args.normalization,
+            "tokenizer_model": loaded.args.tokenizer_model,
+            "seq_length": loaded.args.seq_length,
+        },
+        "prefix_token": loaded.prefix_token,
+        "versions": {
+            "lm_eval": lm_eval.__version__,
+            "torch": torch.__version__,
+            "megatron_core": megatron_version(),
+            "megatron_dyt": megatron_dyt.__version__,
+        },
+        "command": command,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "tensor_model_parallel_size": loaded.args.tensor_model_parallel_size,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """As JSON; the file is whole or absent."""
+    from lm_eval.utils import handle_non_serializable
+
+    text = json.dumps(results, indent=2, default=handle_non_serializable) + "\n"
+    write_atomically(path, text.encode())
+    _log.info(f"results written to {path}")
+
+
+def show(results: dict[str, Any]) -> str:
+    """`collect`'s results as tables: the paper's tasks beside Table 4 where all were evaluated, and all."""
+    parts = [format_table(results)]
+    if paper.GROUP in results:
+        norm, harness = results["checkpoint"]["normalization"], results["versions"]["lm_eval"]
+        parts.append(paper.format_summary(results[paper.GROUP], norm, harness, results["limit"]))
+    return "\n\n".join(parts)
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """lm-eval's results as a Markdown table: a row for each metric of each task and group."""
+    rows = [["task", "n-shot", "metric", "value", "stderr"], ["---"] * 5]
+    for task, metrics in {**results["results"], **results.get("groups", {})}.items():
+        for name, value in sorted(metrics.items()):
+            metric, _, filtered = name.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            shots = str(results.get("n-shot", {}).get(task, ""))
+            shown_error = f"{error:.4f}" if isinstance(error, float) else ""
+            shown_metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
+            rows.append([task, shots, shown_metric, f"{value:.4f}", shown_error])
+    return paper.markdown(rows)
