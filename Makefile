@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # Passed through to pytest: make test PYTEST_ARGS="tests/ops -x --no-cov"
 PYTEST_ARGS ?=
 
-# pytest processes: the tests that launch processes run in one, the others in the second (tests/workers.py).
+# pytest processes; tests/workers.py says how they share the tests.
 WORKERS ?= 2
 
 # Releases for test-versions; empty means all that are supported.

@@ -18,6 +18,7 @@ from megatron_dyt import log
 from tests import results
 from tests.ranks import Parent
 from tests.sources import remember_sources
+from tests.workers import ByFolder, longest_first
 
 # A LLaMA small enough to train for some steps in a second; tests append what they vary.
 TINY_LLAMA = """
@@ -50,9 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from tests.workers import TwoGroups
+    return ByFolder(config, log)
 
-    return TwoGroups(config, log)
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
