@@ -43,7 +43,7 @@ def run(*command: str, **settings: str) -> str:
 
 
 def megatron_dyt(command: str, *arguments: str, **settings: str) -> str:
-    return run(sys.executable, "-m", "megatron_dyt.cli", command, *arguments, **settings)
+    return run(sys.executable, "-m", "megatron_dyt", command, *arguments, **settings)
 
 
 @pytest.mark.slow
