@@ -6,9 +6,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +19,7 @@ from megatron_dyt import errors, pretrain
 from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches, Replacement
+from tests.ranks import Parent, Rank
 
 pytestmark = pytest.mark.needs("training_loop")
 
@@ -285,29 +283,40 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_good(
     assert (tmp_path / TRACKER).read_text() == "4"
 
 
+# Training that gets a signal (named second) so many seconds after its first checkpoint is complete.
+SIGNALLED = """
+import os, signal, sys, threading, time
+from megatron_dyt import errors, pretrain
+
+tracker, name, seconds, *argv = sys.argv[1:]
+
+def send():
+    while not os.path.exists(tracker):
+        time.sleep(0.01)
+    time.sleep(float(seconds))
+    os.kill(os.getpid(), signal.Signals[name])
+
+threading.Thread(target=send, daemon=True).start()
+errors.run_main(lambda: pretrain.main(argv))
+"""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGKILL", -signal.SIGKILL)])
 def test_killed_at_any_moment(
-    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, number: signal.Signals
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, ranks: Parent, name: str, code: int
 ) -> None:
     """A process that saves after every step is stopped; the run goes on from what it left."""
     saving = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "1"]
     saving += ["--override-opt_param-scheduler"]
-    argv = [*tiny_llama, *saving, "--train-iters", "5000"]
-    command = [sys.executable, "-m", "megatron_dyt.pretrain", "--device", "cpu", *argv]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(tmp_path / TRACKER, process)
-        time.sleep(np.random.default_rng().uniform(0, 0.5))
-        process.send_signal(number)
-        _, error = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    if number == signal.SIGTERM:
-        assert process.returncode == 143
-        assert error.splitlines()[-1].endswith("the last complete checkpoint is intact")
-    else:
-        assert process.returncode == -signal.SIGKILL
+    script, out, err = tmp_path / "signalled.py", tmp_path / "out", tmp_path / "err"
+    script.write_text(SIGNALLED)
+    seconds = np.random.default_rng().uniform(0, 0.5)
+    when = [str(tmp_path / TRACKER), name, str(seconds)]
+    argv = ["--device", "cpu", *tiny_llama, *saving, "--train-iters", "5000"]
+    assert ranks.run([Rank([str(script), *when, *argv], str(out), str(err))], watched=True) == [code]
+    if name == "SIGTERM":
+        assert err.read_text().splitlines()[-1].endswith("the last complete checkpoint is intact")
     done = int((tmp_path / TRACKER).read_text() or max_iteration(tmp_path))
     resumed = megatron_run([*tiny_llama, *saving, "--train-iters", str(done + 1)])
     assert len(resumed.losses) == 1
@@ -317,35 +326,21 @@ def max_iteration(save: Path) -> int:
     return max(int(path.parent.name[5:]) for path in save.glob("iter_*/metadata.json"))
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.distributed
 def test_two_processes_compute_what_one_computes(
-    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, ranks: Parent
 ) -> None:
     """Tensor and sequence parallel over two processes; their checkpoint goes on in one."""
     argv = [*tiny_llama, "--make-vocab-size-divisible-by", "16"]
     saving = ["--save", str(tmp_path), "--save-interval", "2"]
     split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "megatron_dyt.pretrain", "--device", "cpu"]
-    two = subprocess.run(
-        [*command, *argv, *split, *saving],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
-    assert two.stdout.count("CPU runtime (1 threads") == 1
-    logged = [float(loss) for loss in re.findall(r"lm loss: (\S+)", two.stdout)]
+    command = ["-m", "megatron_dyt.pretrain", "--device", "cpu"]
+    logs = [Rank([*command, *argv, *split, *saving], str(tmp_path / f"log{rank}")) for rank in range(2)]
+    codes = ranks.run(logs, watched=True)
+    printed = "".join(Path(rank.out).read_text() for rank in logs)
+    assert codes == [0, 0], printed[-3000:]
+    assert printed.count("CPU runtime (1 threads") == 1
+    logged = [float(loss) for loss in re.findall(r"lm loss: (\S+)", printed)]
     one = megatron_run(argv)
     # The second line that Megatron logs is the mean of the first two steps.
     expected = [one.losses[0], sum(one.losses[:2]) / 2, *one.losses[2:]]

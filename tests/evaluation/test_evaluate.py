@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_dyt import cli, cpu
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.paper import TASKS
+from tests.ranks import Parent, Rank
 
 from .conftest import SEQUENCE, TEXT, Trained, forget_megatron, restart, without_own_tasks
 from .task_data import write_all
@@ -261,7 +261,13 @@ def approximately(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
 @pytest.mark.distributed
 @pytest.mark.parametrize(("processes", "tp"), [(2, 1), (4, 2)])
 def test_processes_give_the_same_results(
-    trained: Train, tasks: Path, tmp_path: Path, fresh_megatron: None, processes: int, tp: int
+    trained: Train,
+    tasks: Path,
+    tmp_path: Path,
+    fresh_megatron: None,
+    ranks: Parent,
+    processes: int,
+    tp: int,
 ) -> None:
     """Tensor by data parallel 1 x 2 and 2 x 2, with the results of one task in the cache already."""
     alone, together, kept = tmp_path / "one.json", tmp_path / "more.json", tmp_path / "kept"
@@ -270,24 +276,17 @@ def test_processes_give_the_same_results(
     run_eval(arguments(trained("DyT"), tasks, tmp_path / "part.json", "--tasks", "dyt_choice", *cache))
     restart()
     run_eval(arguments(trained("DyT"), tasks, alone, *names))
-    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
-    layout = ("--tensor-model-parallel-size", str(tp))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", *torchrun, "megatron_dyt", "eval"),
-            *arguments(trained("DyT"), tasks, together, *names, *layout, *cache),
-        ],
-        check=True,
-        timeout=900,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    flags = [*names, "--tensor-model-parallel-size", str(tp), *cache]
+    command = ["-m", "megatron_dyt", "eval", *arguments(trained("DyT"), tasks, together, *flags)]
+    logs = [Rank(command, str(tmp_path / f"log{rank}")) for rank in range(processes)]
+    codes = ranks.run(logs, watched=True)
+    printed = [Path(rank.out).read_text() for rank in logs]
+    assert codes == [0] * processes, printed
     one, more = json.loads(alone.read_text()), json.loads(together.read_text())
     assert (more["processes"], more["tensor_model_parallel_size"]) == (processes, tp)
     assert more["results"] == approximately(one["results"])
-    assert done.stdout.count("| dyt_choice ") == 1  # One process reports.
-    assert done.stdout.count("24 of 24 results are in the cache") == 1
+    for line in ("| dyt_choice ", "24 of 24 results are in the cache"):
+        assert [text.count(line) for text in printed] == [1] + [0] * (processes - 1)  # One process reports.
 
     # What the processes added is there for the next.
     restart()
