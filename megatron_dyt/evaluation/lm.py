@@ -142,7 +142,8 @@ class MegatronDyTLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, greedy) of each request's continuation after its context."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self._is_silent)
+        silent = disable_tqdm or not self.scorer.ranks.reports
+        return super().loglikelihood(requests, disable_tqdm=silent)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of `max_length` that do not overlap."""
@@ -220,7 +221,7 @@ class MegatronDyTLM(TemplateLM):
         temperature = settings.get("temperature", 0.0)
         # What is sampled depends on more than the prompt: it is not kept.
         keys = [key_of("generate", prompt, max_new, stops, self.max_length) for prompt in prompts]
-        known = {} if temperature else self._known(keys)
+        known = {} if temperature else self.scorer.recall(keys)
         todo = [i for i, key in enumerate(keys) if key not in known]
         generated = self.generator.generate(
             [prompts[i] for i in todo],
@@ -230,20 +231,11 @@ class MegatronDyTLM(TemplateLM):
             temperature=temperature,
             what="generate_until",
         )
-        new = {keys[i]: tokens for i, tokens in zip(todo, generated, strict=True)}
-        if self.scorer.cache and not temperature and not self._is_silent:
-            self.scorer.cache.put(new)
         if temperature:  # Equal prompts have samples of their own.
             return [self._answer(tokens, stops) for tokens in generated]
+        new = {keys[i]: tokens for i, tokens in zip(todo, generated, strict=True)}
+        self.scorer.keep(new)
         return [self._answer((known | new)[key], stops) for key in keys]
-
-    def _known(self, keys: list[str]) -> dict[str, list[int]]:
-        """Generated tokens in the cache, the same on every process."""
-        cache = self.scorer.cache
-        if not cache:
-            return {}
-        found: dict[str, list[int]] = self.scorer.ranks.from_first({} if self._is_silent else cache.get(keys))
-        return found
 
     def _answer(self, new: list[int], stops: list[str]) -> str:
         return postprocess_generated_text(self._text(new), stops, None)
@@ -259,10 +251,6 @@ class MegatronDyTLM(TemplateLM):
 
     def _text(self, new: list[int]) -> str:
         return self.tokenizer.detokenize([t for t in new if t != self.eot_token_id])
-
-    @property
-    def _is_silent(self) -> bool:
-        return not self.scorer.ranks.reports
 
 
 def _checked_length(wanted: int | None, loaded: LoadedModel) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,26 +62,30 @@ class Scorer:
         # fp64 [N, 2]: the log-probability, and 1 when every target is the likeliest token.
         table_N2 = torch.zeros(len(items), 2, dtype=torch.float64)
         keys = [key_of("score", *item) for item in items] if self.cache else []
-        known = self._known(keys)
-        for index, values in known.items():
-            table_N2[index] = torch.tensor(values, dtype=torch.float64)
+        found = self.recall(keys)
+        known = {index: found[key] for index, key in enumerate(keys) if key in found}
+        if known:
+            _log.info(f"{len(known)} of {len(keys)} results are in the cache")
+            table_N2[list(known)] = torch.tensor(list(known.values()), dtype=torch.float64)
         todo = [index for index in range(len(items)) if index not in known]
         for done, values_M2 in self._rounds([items[i] for i in todo], what):
             indices = [todo[i] for i in done]
             table_N2[indices] = values_M2
-            if self.cache and self.ranks.reports:
-                self.cache.put({keys[i]: table_N2[i].tolist() for i in indices})
+            if self.cache:
+                self.keep({keys[i]: table_N2[i].tolist() for i in indices})
         return [Score(logprob, greedy == 1.0) for logprob, greedy in table_N2.tolist()]
 
-    def _known(self, keys: list[str]) -> dict[int, list[float]]:
-        """Results in the cache by index in `keys`, the same on every process."""
+    def recall(self, keys: list[str]) -> dict[str, Any]:
+        """The results of `keys` that are in the cache, the same on every process."""
         if not self.cache:
             return {}
-        found = self.ranks.from_first(self.cache.get(keys) if self.ranks.reports else {})
-        known = {index: found[key] for index, key in enumerate(keys) if key in found}
-        if known:
-            _log.info(f"{len(known)} of {len(keys)} results are in the cache")
-        return known
+        found: dict[str, Any] = self.ranks.from_first(self.cache.get(keys) if self.ranks.reports else {})
+        return found
+
+    def keep(self, results: dict[str, Any]) -> None:
+        """Put results, which every process has, into the cache by their keys."""
+        if self.cache and self.ranks.reports:
+            self.cache.put(results)
 
     def _rounds(self, items: Sequence[Item], what: str) -> Iterator[tuple[list[int], Tensor]]:
         """Score `items` on all ranks; after each round, the indices that are done and their fp64 [M, 2]."""
