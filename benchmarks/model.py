@@ -127,7 +127,7 @@ def build(shape: Shape, variant: Variant, device: str, dtype: torch.dtype) -> An
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_dyt.mcore.norm import dyt_sites
+    from megatron_dyt.mcore.norm_sites import dyt_sites
 
     # The same weights for every variant.
     torch.manual_seed(1)

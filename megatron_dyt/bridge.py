@@ -21,9 +21,8 @@ import torch
 
 import megatron_dyt
 from megatron_dyt import recipes
+from megatron_dyt.config import NORMALIZATION, DyTFields
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore.args import NORMALIZATION
-from megatron_dyt.mcore.fields import DyTFields
 
 try:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -31,7 +30,7 @@ except ImportError as error:
     raise UserError(
         f"megatron_dyt.bridge needs Megatron Bridge, which is not installed or does not import ({error}). "
         "Install it with: pip install 'megatron-bridge[te]' (Transformer Engine needs a GPU's toolkit). "
-        "Without Bridge use python -m megatron_dyt.pretrain, or megatron_dyt.mcore.fields.DyTFields with "
+        "Without Bridge use python -m megatron_dyt.pretrain, or megatron_dyt.config.DyTFields with "
         "megatron.core's TransformerConfig."
     ) from error
 

@@ -8,15 +8,23 @@ that scale:
 - `unit`: unit variance everywhere, at any width: embedding scale 1/std of the embedding, linear layers
   of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere, and the weight (gamma) with
   which DyT hands a unit-variance input on at unit variance.
+
+`SETTINGS` is the one table of what a user can set. Megatron's flags, the names in its args and checkpoints,
+and the fields of configs made in code (`DyTFields`) are all made from it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import UnionType
 from typing import Any, Literal, Self, get_args
 
 from megatron_dyt.errors import UserError
+
+# Value of `--normalization` and of `TransformerConfig.normalization`.
+NORMALIZATION = "DyT"
 
 # The closed sets of names that flags, configs and modules share.
 # Role: where a norm stands: in front of attention, in front of the MLP or MoE, after the last layer,
@@ -63,45 +71,166 @@ def paper_alpha(hidden_size: int) -> tuple[float, float]:
     return attn, other
 
 
-@dataclass(frozen=True)
-class DyTConfig:
-    """A model's DyT settings. Build one with `paper`, `unit` or `preset`, and override by keyword.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How one setting is given: a flag of Megatron's command line, and a name in its args and in configs.
 
     Attributes:
-        alpha_attn, alpha_ffn, alpha_final, alpha_qk: initial alpha by the norm's role, > 0.
-        bias: whether DyT has a bias (beta). RMSNorm has none, and neither has the paper's LLaMA code.
-        embedding_scale: "sqrt" (sqrt(hidden), the paper's), "unit" (1 / the embedding's initial std),
-            "none", or a positive number: initial value of the learnable scalar on the embedding.
-        weight_init: "one" (the paper's), or "unit": the weight with which DyT hands on a unit-variance
-            input at unit variance, as RMSNorm does (`unit_response`).
-        function: what bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938).
-        backend: "auto", "triton" or "torch".
-        fuse_residual: DyT and the residual stream in one kernel, forward and backward, where the model
-            allows it.
-        name: the preset these values come from, for reports.
+        arg: name in Megatron's args, which every checkpoint holds, and in `DyTFields`; with dashes the flag.
+        help: of the flag.
+        kind: type of a value; a union is given as text and parsed later.
+        choices: the allowed values of a closed set.
+        metavar: stands for the value in --help.
+        default: of the flag; None, for "not given", where a preset or `DyTConfig` has the default.
+        of_model: the model's parameters depend on it: --use-checkpoint-args restores it.
+        needs_dyt: it is refused with another --normalization.
+        field: the field of `DyTConfig` that it sets; "" for what concerns the training loop alone.
+    """
+
+    arg: str
+    help: str
+    kind: type | UnionType = str
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    default: bool | int | None = None
+    of_model: bool = False
+    needs_dyt: bool = True
+    field: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The flag, as "--dyt-bias"."""
+        return "--" + self.arg.replace("_", "-")
+
+
+def _given_as(arg: str, help: str, *also: Setting, of_model: bool = True, **options: Any) -> dict[str, Any]:
+    """Metadata of a field of DyTConfig: its `Setting`, and others that set the same field."""
+    return {"settings": (Setting(arg=arg, help=help, of_model=of_model, **options), *also)}
+
+
+def _alpha(role: Role, where: str) -> dict[str, Any]:
+    return _given_as(f"dyt_alpha_init_{role}", f"Initial alpha of {where}. Default: preset.", kind=float)
+
+
+_SCALE: Mapping[str, Any] = {"kind": str | float, "metavar": "{sqrt,unit,none,FLOAT}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyTConfig:
+    """A model's DyT settings. Build one with `paper`, `unit` or `preset`, and override by keyword:
+
+        DyTConfig.paper(4096)
+        DyTConfig.unit(512, alpha_ffn=0.3, bias=True)
 
     Raises:
         UserError: a value outside what is allowed.
     """
 
-    alpha_attn: float
-    alpha_ffn: float
-    alpha_final: float
-    alpha_qk: float = QK_ALPHA
-    bias: bool = False
-    embedding_scale: str | float = "sqrt"
-    function: Function = "tanh"
-    weight_init: WeightInit = "one"
-    backend: Backend = "auto"
-    fuse_residual: bool = True
-    name: Preset = "paper"
+    name: Preset = field(
+        default="paper",
+        metadata=_given_as(
+            "dyt_preset",
+            "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
+            "'unit' for unit variance at any width (also sets --init-method-std to "
+            "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
+            choices=get_args(Preset),
+        ),
+    )
+    """The preset that the other values come from; "unit" also wants linear layers of `linear_init_std`."""
+
+    alpha_attn: float = field(metadata=_alpha("attn", "DyT in front of attention"))
+    """Initial alpha in front of attention: finite, > 0, per unit of x. 0.2 to 1.0 in the paper (Table 10)."""
+
+    alpha_ffn: float = field(metadata=_alpha("ffn", "DyT in front of the MLP or MoE"))
+    """Initial alpha in front of the MLP or MoE: finite, > 0. 0.05 to 1.0 in the paper ("other", Table 10)."""
+
+    alpha_final: float = field(metadata=_alpha("final", "the final DyT"))
+    """Initial alpha after the last layer: finite, > 0. In the paper that of `alpha_ffn` (Table 10)."""
+
+    alpha_qk: float = field(
+        default=QK_ALPHA, metadata=_alpha("qk", "DyT on queries and keys (--qk-layernorm)")
+    )
+    """Initial alpha on queries and keys: finite, > 0. The paper has no DyT there (`QK_ALPHA`)."""
+
+    bias: bool = field(
+        default=False,
+        metadata=_given_as(
+            "dyt_bias",
+            "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
+            kind=bool,
+        ),
+    )
+    """Whether DyT has a bias (beta). RMSNorm has none, and neither has the paper's LLaMA code."""
+
+    embedding_scale: str | float = field(
+        default="sqrt",
+        metadata=_given_as(
+            "dyt_embedding_scale",
+            "Initial value of the learnable scalar on the embedding: sqrt(hidden), 1/std of the "
+            "embedding, no scalar, or a number. Default: preset.",
+            Setting(
+                arg="embedding_scale",
+                help="The same scalar for a LayerNorm or RMSNorm model: a baseline with the same start as "
+                "DyT.",
+                of_model=True,
+                needs_dyt=False,
+                **_SCALE,
+            ),
+            **_SCALE,
+        ),
+    )
+    """Initial value of the learnable scalar on the embedding: "sqrt" (sqrt(hidden), the paper's, section 6),
+    "unit" (1 / the embedding's initial std), "none", or a finite number > 0."""
+
+    function: Function = field(
+        default="tanh",
+        metadata=_given_as(
+            "dyt_function",
+            "What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
+            choices=get_args(Function),
+        ),
+    )
+    """What bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938) and has a learnable shift."""
+
+    weight_init: WeightInit = field(
+        default="one",
+        metadata=_given_as(
+            "dyt_weight_init",
+            "Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
+            choices=get_args(WeightInit),
+        ),
+    )
+    """Initial weight (gamma): "one" (the paper's), or "unit": the weight with which DyT hands on a
+    unit-variance input at unit variance, as RMSNorm does (`unit_response`)."""
+
+    backend: Backend = field(
+        default="auto",
+        metadata=_given_as(
+            "dyt_backend", "Kernel to use. Default: auto.", choices=get_args(Backend), of_model=False
+        ),
+    )
+    """Which kernels compute DyT; "auto" is Triton on GPUs and C on CPUs (docs/kernels.md)."""
+
+    fuse_residual: bool = field(
+        default=True,
+        metadata=_given_as(
+            "dyt_fuse_residual",
+            "DyT, the residual add in front of it and the sum of their gradients in one kernel each, where "
+            "the model allows it (it says so where not). Default: yes.",
+            kind=bool,
+            of_model=False,
+        ),
+    )
+    """DyT and the residual stream in one kernel, forward and backward, where the model allows it."""
 
     def __post_init__(self) -> None:
-        for role in get_args(Role):
-            check_alpha(f"--dyt-alpha-init-{role}", self.alpha(role))
-        check_choice("--dyt-function", self.function, get_args(Function))
-        check_choice("--dyt-weight-init", self.weight_init, get_args(WeightInit))
-        check_choice("--dyt-backend", self.backend, get_args(Backend))
+        for setting in SETTINGS:
+            if setting.field and setting.needs_dyt:
+                value = getattr(self, setting.field)
+                if setting.choices:
+                    check_choice(setting.flag, value, setting.choices)
+                elif setting.kind is float:
+                    check_alpha(setting.flag, value)
         parse_embedding_scale(self.embedding_scale)
 
     @classmethod
@@ -127,8 +256,39 @@ class DyTConfig:
         return cls.unit(hidden_size, **overrides) if name == "unit" else cls.paper(hidden_size, **overrides)
 
     @classmethod
+    def from_args(cls, args: object, *, of_model: bool = False) -> Self:
+        """The settings in Megatron's args, or in a config with the same names; the preset's where None.
+
+        Args:
+            args: has `hidden_size`, and settings under the names of `SETTINGS`; a name that is absent was
+                not given.
+            of_model: take only what the model's parameters depend on, for the args of a checkpoint: how
+                its run computed may be unknown to this version.
+
+        Raises:
+            UserError: no width, or a value outside what is allowed.
+        """
+        hidden_size = getattr(args, "hidden_size", None)
+        if hidden_size is None:
+            raise UserError(
+                f"--hidden-size is missing: alpha0 of --normalization {NORMALIZATION} depends on it."
+            )
+        given: dict[str, Any] = {}
+        for setting in SETTINGS:
+            value = getattr(args, setting.arg, None)
+            if setting.field and value is not None and (setting.of_model or not of_model):
+                given.setdefault(setting.field, value)
+        return cls.preset(given.pop("name", "paper"), hidden_size, **given)
+
+    def to_args(self) -> dict[str, Any]:
+        """All settings by their names in Megatron's args."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["embedding_scale"] = parse_embedding_scale(self.embedding_scale)
+        return {setting.arg: values[setting.field] for setting in SETTINGS if setting.field}
+
+    @classmethod
     def _build(cls, name: Preset, attn: float, other: float, settings: dict[str, Any]) -> Self:
-        unknown = set(settings) - {field.name for field in fields(cls)}
+        unknown = set(settings) - {each.name for each in fields(cls)}
         if unknown:
             raise UserError(
                 f"DyTConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}."
@@ -148,6 +308,80 @@ class DyTConfig:
     def linear_init_std(self, hidden_size: int) -> float | None:
         """Std that the preset wants for linear layers, or None where Megatron's own is right."""
         return hidden_size**-0.5 if self.name == "unit" else None
+
+
+# The table of settings, in the order of --help: those of a model, then those of the training loop, which a
+# model made in code does not have.
+SETTINGS = (
+    *(
+        replace(setting, field=each.name)
+        for each in fields(DyTConfig)
+        for setting in each.metadata["settings"]
+    ),
+    Setting(
+        arg="dyt_on_bad_alpha",
+        help="When an update makes an alpha <= 0: stop (default), or report it and go on. One that is not "
+        "finite always stops.",
+        choices=get_args(OnBadAlpha),
+    ),
+    Setting(
+        arg="dyt_stats_interval",
+        help="Every N steps append alpha, std of the input and saturation of each DyT to "
+        "dyt_stats.jsonl in the --save directory. Default: 0, off.",
+        kind=int,
+        default=0,
+        metavar="N",
+    ),
+    Setting(
+        arg="dyt_verify_load",
+        help="Before a checkpoint is loaded, compare what is read with the checksums in it; each rank reads "
+        "a part. Default: yes, for every norm.",
+        kind=bool,
+        default=True,
+        needs_dyt=False,
+    ),
+    Setting(
+        arg="dyt_load_fallback",
+        help="If the checkpoint to load is damaged, say so and load the complete one before it; in the "
+        "--save directory the damaged one is renamed. --save-retain-interval then keeps the last two. "
+        "Default: stop. For every norm.",
+        kind=bool,
+        default=False,
+        needs_dyt=False,
+    ),
+)
+
+# What a checkpoint's args bring along with --use-checkpoint-args.
+MODEL_ARGS = tuple(setting.arg for setting in SETTINGS if setting.of_model)
+
+
+def _settings_as_fields[T](cls: type[T]) -> type[T]:
+    """Make `cls` a dataclass with a field per setting of a model, None by default."""
+    for setting in SETTINGS:
+        if setting.field:
+            cls.__annotations__[setting.arg] = setting.kind | None
+            setattr(cls, setting.arg, None)
+    return dataclass(cls)
+
+
+@_settings_as_fields
+class DyTFields:
+    """Mix-in for a dataclass derived from Megatron's `TransformerConfig`; list it first among the bases.
+
+        @dataclass
+        class DyTTransformerConfig(DyTFields, TransformerConfig): ...
+
+    For configs that are written in Python and not parsed: one that is copied by `dataclasses.replace`, or
+    saved as YAML (Megatron Bridge), keeps fields alone.
+
+    Its fields are the model's settings (`SETTINGS`), as their flags, with the same names: None takes the
+    preset's value, which is looked up again whenever `__post_init__` runs, so that a changed `hidden_size`
+    changes alpha. With another `normalization` only `embedding_scale` may be set. What cannot work raises
+    UserError in `__post_init__`.
+
+    The preset `unit` also sets `init_method_std` (and `embedding_init_method_std`, unless given), if it is
+    still Megatron's default.
+    """
 
 
 def unit_response(function: str, alpha: float) -> float:
@@ -222,3 +456,8 @@ def check_choice(flag: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises UserError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise UserError(f"{flag} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+def is_dyt(config: object) -> bool:
+    """Whether Megatron's args or a TransformerConfig ask for DyT."""
+    return getattr(config, "normalization", None) == NORMALIZATION

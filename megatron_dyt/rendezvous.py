@@ -1,4 +1,4 @@
-"""What ranks tell each other before they have a process group, through the key-value store of PyTorch.
+"""Texts that ranks exchange before they have a process group, through the key-value store of PyTorch.
 
 A collective hangs when a rank does not take part. A store answers: who has not written its key within the
 time-out is known by number. The store is the one that `init_process_group` will use (torchrun's, or rank
@@ -12,7 +12,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -20,17 +19,17 @@ from megatron_dyt.errors import UserError
 
 # Seconds; instead of --distributed-timeout-minutes.
 VARIABLE = "MEGATRON_DYT_RANK_TIMEOUT"
-# How long a rank that has failed stays for the others to hear of it.
+# Seconds that a rank which has failed stays for the others to receive its reason.
 _GRACE = 30.0
-# How much longer than rank 0 the others wait, which hear from it who is missing.
+# Seconds that the others wait longer than rank 0, from which they receive who is missing.
 _MARGIN = 30.0
 
 # Kept until the process ends: with it rank 0's server would go, which init_process_group takes over.
-_store: Any = None
-_held: dict[str, int] = {}
+_store: dist.Store | None = None
+_exchanges: dict[str, int] = {}
 
 
-class Meeting:
+class Exchange:
     """One exchange of texts between all ranks, about one topic.
 
     Attributes:
@@ -45,15 +44,15 @@ class Meeting:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
         else:
             self.rank, self.world = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
-        # The same on all ranks, which hold the same meetings in the same order.
-        _held[topic] = _held.get(topic, 0) + 1
-        self._prefix = f"megatron_dyt/{topic}/{_held[topic]}"
-        self._said = [f"{self._prefix}/verdict", f"{self._prefix}/heard"]
+        # The same on all ranks, which make the same exchanges in the same order.
+        _exchanges[topic] = _exchanges.get(topic, 0) + 1
+        self._prefix = f"megatron_dyt/{topic}/{_exchanges[topic]}"
+        self._verdict_keys = [f"{self._prefix}/verdict", f"{self._prefix}/received"]
         if self.world > 1:
             self._store = _connect(self.rank, seconds)
 
-    def write(self, text: str) -> None:
-        """Leave this rank's text."""
+    def send(self, text: str) -> None:
+        """Put this rank's text into the store."""
         self._store.set(f"{self._prefix}/{self.rank}", text)
 
     def collect(self) -> dict[int, str]:
@@ -63,7 +62,7 @@ class Meeting:
             self._store.wait(keys, timedelta(seconds=self.seconds))
         except RuntimeError as error:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            self._forget(keys)
+            self._delete(keys)
             if not missing:
                 raise
             raise UserError(
@@ -72,25 +71,25 @@ class Meeting:
                 "the end of its log."
             ) from error
         texts = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
-        self._forget(keys)
+        self._delete(keys)
         return texts
 
-    def announce(self, verdict: str) -> None:
-        """On rank 0: give the verdict; if it is not empty, stay until the others have heard it."""
+    def send_verdict(self, verdict: str) -> None:
+        """On rank 0: give the verdict; if it is not empty, stay until the others have received it."""
         self._store.set(f"{self._prefix}/verdict", verdict)
         deadline = time.monotonic() + min(_GRACE, self.seconds)
-        while verdict and self._heard(0) < self.world - 1 and time.monotonic() < deadline:
+        while verdict and self._received(0) < self.world - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
-        if verdict and self._heard(0) >= self.world - 1:
-            self._forget(self._said)  # Who is late may still hear it otherwise.
+        if verdict and self._received(0) >= self.world - 1:
+            self._delete(self._verdict_keys)  # Otherwise who is late still needs it.
 
-    def hear(self) -> str:
+    def receive_verdict(self) -> str:
         """On the other ranks: rank 0's verdict. Raises UserError when there is none in time."""
         try:
             self._store.wait([f"{self._prefix}/verdict"], timedelta(seconds=self.seconds + _MARGIN))
-            verdict: str = self._store.get(f"{self._prefix}/verdict").decode()
-            if self._heard(1) == self.world - 1 and not verdict:
-                self._forget(self._said)
+            verdict = self._store.get(f"{self._prefix}/verdict").decode()
+            if self._received(1) == self.world - 1 and not verdict:
+                self._delete(self._verdict_keys)
         except RuntimeError as error:
             raise UserError(
                 f"rank 0 did not answer within {self.seconds + _MARGIN:g} s, or has ended. It may run "
@@ -99,38 +98,38 @@ class Meeting:
         return verdict
 
     def leave(self, reason: str) -> None:
-        """On any rank: stop taking part, for a reason that the others shall hear."""
+        """On any rank: stop taking part, for a reason that the others receive."""
         if self.rank == 0:
-            self.announce(f"rank 0: {reason}")
+            self.send_verdict(f"rank 0: {reason}")
         else:
-            self.write(reason)
-            self._heard(1)
+            self.send(reason)
+            self._received(1)
 
-    def _forget(self, keys: list[str]) -> None:
-        """Take back what was said, once it was heard: after a restart of the ranks torchrun gives them the
+    def _delete(self, keys: list[str]) -> None:
+        """Delete what was sent, once it was received: after a restart of the ranks torchrun gives them the
         same store, and its count of restarts is not the same on all nodes, so cannot tell old from new."""
         for key in keys:
             self._store.delete_key(key)
 
-    def _heard(self, count: int) -> int:
-        return int(self._store.add(f"{self._prefix}/heard", count))
+    def _received(self, count: int) -> int:
+        return int(self._store.add(f"{self._prefix}/received", count))
 
 
 def on_rank_0(topic: str, check: Callable[[], None], seconds: float) -> None:
     """Run `check` on rank 0 alone; what it raises there is a `UserError` on every other rank."""
-    meeting = Meeting(topic, seconds)
-    if meeting.world == 1:
+    exchange = Exchange(topic, seconds)
+    if exchange.world == 1:
         check()
-    elif meeting.rank > 0:
-        if verdict := meeting.hear():
+    elif exchange.rank > 0:
+        if verdict := exchange.receive_verdict():
             raise UserError(verdict)
     else:
         try:
             check()
         except Exception as error:
-            meeting.announce(str(error))
+            exchange.send_verdict(str(error))
             raise
-        meeting.announce("")
+        exchange.send_verdict("")
 
 
 def time_out(args: Namespace) -> float:
@@ -154,7 +153,7 @@ def ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
-def _connect(rank: int, seconds: float) -> Any:
+def _connect(rank: int, seconds: float) -> dist.Store:
     global _store
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()

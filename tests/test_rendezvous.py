@@ -13,29 +13,29 @@ import torch.distributed as dist
 
 from megatron_dyt import rendezvous
 from megatron_dyt.errors import UserError
-from megatron_dyt.rendezvous import Meeting
+from megatron_dyt.rendezvous import Exchange
 
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """`together(seconds, *parts)`: a part gets its rank's Meeting; what it returns or raises comes back."""
+    """`together(seconds, *parts)`: a part gets its rank's Exchange; what it returns or raises comes back."""
 
-    def run(seconds: float, *parts: Callable[[Meeting], Any], world: int | None = None) -> list[Any]:
+    def run(seconds: float, *parts: Callable[[Exchange], Any], world: int | None = None) -> list[Any]:
         store = dist.HashStore()
         monkeypatch.setattr(rendezvous, "_connect", lambda *_: store)
         monkeypatch.setattr(rendezvous, "_MARGIN", 0.2)
-        monkeypatch.setattr(rendezvous, "_held", {})
+        monkeypatch.setattr(rendezvous, "_exchanges", {})
         monkeypatch.setenv("WORLD_SIZE", str(world or len(parts)))
-        meetings = []
+        exchanges = []
         for rank in range(len(parts)):
             monkeypatch.setenv("RANK", str(rank))
-            rendezvous._held.clear()  # Each rank's own count.
-            meetings.append(Meeting("topic", seconds))
+            rendezvous._exchanges.clear()  # Each rank's own count.
+            exchanges.append(Exchange("topic", seconds))
         results: list[Any] = [None] * len(parts)
 
         def play(rank: int) -> None:
             try:
-                results[rank] = parts[rank](meetings[rank])
+                results[rank] = parts[rank](exchanges[rank])
             except Exception as error:
                 results[rank] = error
 
@@ -50,61 +50,61 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return run
 
 
-def say(text: str) -> Callable[[Meeting], None]:
-    return lambda each: each.write(text)
+def sends(text: str) -> Callable[[Exchange], None]:
+    return lambda each: each.send(text)
 
 
 def test_rank_0_has_all_texts_and_the_others_its_verdict(together: Callable[..., list[Any]]) -> None:
-    def first(each: Meeting) -> dict[int, str]:
-        each.write("a")
+    def first(each: Exchange) -> dict[int, str]:
+        each.send("a")
         texts = each.collect()
-        each.announce("done")
+        each.send_verdict("done")
         return texts
 
-    def other(each: Meeting) -> str:
-        each.write("b")
-        return each.hear()
+    def other(each: Exchange) -> str:
+        each.send("b")
+        return each.receive_verdict()
 
     assert together(10, first, other, other) == [{0: "a", 1: "b", 2: "b"}, "done", "done"]
 
 
 def test_who_does_not_answer_is_named(together: Callable[..., list[Any]]) -> None:
-    def first(each: Meeting) -> Any:
-        each.write("a")
+    def first(each: Exchange) -> Any:
+        each.send("a")
         return each.collect()
 
-    error, _ = together(0.3, first, say("b"), world=4)
+    error, _ = together(0.3, first, sends("b"), world=4)
     assert isinstance(error, UserError)
     assert str(error).startswith("ranks 2, 3 of 4 did not answer within 0.3 s. ")
 
 
-def test_a_rank_0_that_says_nothing_is_not_waited_for_forever(together: Callable[..., list[Any]]) -> None:
+def test_a_rank_0_that_sends_nothing_is_not_waited_for_forever(together: Callable[..., list[Any]]) -> None:
     start = time.monotonic()
-    _, error = together(0.3, lambda _: None, lambda each: each.hear())
+    _, error = together(0.3, lambda _: None, lambda each: each.receive_verdict())
     assert isinstance(error, UserError)
     assert str(error).startswith("rank 0 did not answer within 0.5 s")
     assert time.monotonic() - start < 20  # Not for the 30 s of grace.
 
 
-def test_rank_0_stays_until_a_bad_verdict_was_heard(together: Callable[..., list[Any]]) -> None:
+def test_rank_0_stays_until_a_bad_verdict_was_received(together: Callable[..., list[Any]]) -> None:
     left: list[float] = []
 
-    def first(each: Meeting) -> None:
-        each.announce("bad")
+    def first(each: Exchange) -> None:
+        each.send_verdict("bad")
         left.append(time.monotonic())
 
-    def late(each: Meeting) -> tuple[str, float]:
+    def late(each: Exchange) -> tuple[str, float]:
         time.sleep(0.5)
-        return each.hear(), time.monotonic()
+        return each.receive_verdict(), time.monotonic()
 
-    _, (verdict, heard) = together(10, first, late)
+    _, (verdict, received) = together(10, first, late)
     assert verdict == "bad"
-    assert left[0] >= heard - 0.05
+    assert left[0] >= received - 0.05
 
 
 def test_but_not_longer_than_the_time_out(together: Callable[..., list[Any]]) -> None:
     start = time.monotonic()
-    together(0.3, lambda each: each.announce("bad"), lambda _: None)
+    together(0.3, lambda each: each.send_verdict("bad"), lambda _: None)
     assert 0.3 <= time.monotonic() - start < 20
 
 
@@ -119,25 +119,25 @@ def test_a_check_of_rank_0_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> No
 
     for rank, run in (("0", check), ("1", lambda: pytest.fail("rank 1 must not check"))):
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(rendezvous, "_held", {})
+        monkeypatch.setattr(rendezvous, "_exchanges", {})
         with pytest.raises(UserError, match="no such file"):
             rendezvous.on_rank_0("files", run, 0.1)
 
 
 @pytest.mark.parametrize("verdict", ["", "bad"])
-def test_after_a_meeting_the_store_is_empty(together: Callable[..., list[Any]], verdict: str) -> None:
-    """torchrun --max-restarts starts new processes on the same store: they must hear nothing old."""
+def test_after_an_exchange_the_store_is_empty(together: Callable[..., list[Any]], verdict: str) -> None:
+    """torchrun --max-restarts starts new processes on the same store: they must receive nothing old."""
     stores: list[Any] = []
 
-    def first(each: Meeting) -> None:
-        each.write("a")
+    def first(each: Exchange) -> None:
+        each.send("a")
         each.collect()
-        each.announce(verdict)
+        each.send_verdict(verdict)
         stores.append(each._store)
 
-    def other(each: Meeting) -> str:
-        each.write("b")
-        return each.hear()
+    def other(each: Exchange) -> str:
+        each.send("b")
+        return each.receive_verdict()
 
     assert together(10, first, other, other) == [None, verdict, verdict]
     assert stores[0].num_keys() == 0
@@ -146,12 +146,12 @@ def test_after_a_meeting_the_store_is_empty(together: Callable[..., list[Any]], 
 def test_who_answered_in_vain_leaves_nothing_either(together: Callable[..., list[Any]]) -> None:
     stores: list[Any] = []
 
-    def first(each: Meeting) -> Any:
+    def first(each: Exchange) -> Any:
         stores.append(each._store)
-        each.write("a")
+        each.send("a")
         return each.collect()
 
-    error, _ = together(0.3, first, say("b"), world=3)
+    error, _ = together(0.3, first, sends("b"), world=3)
     assert isinstance(error, UserError)
     assert stores[0].num_keys() == 0
 
@@ -180,7 +180,7 @@ def test_an_address_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="MASTER_ADDR or MASTER_PORT is not set"):
-        Meeting("topic", 1)
+        Exchange("topic", 1)
 
 
 def test_ranks_are_listed_up_to_a_length() -> None:

@@ -188,7 +188,7 @@ def model_flags(saved: Namespace) -> dict[str, Any]:
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from megatron_dyt.mcore.args import MODEL_ARGS
+    from megatron_dyt.config import MODEL_ARGS
 
     shape = _field_names(MLATransformerConfig) - _field_names(ModelParallelConfig)
     names = {name for name in shape if not _RUN_FLAGS.search(name)}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.checkpoints.torch_dist import LazyTensor, write_torch_dist
-from megatron_dyt.config import DyTConfig, Role
+from megatron_dyt.config import NORMALIZATION, DyTConfig, Role
 from megatron_dyt.errors import UserError, run_main
 from megatron_dyt.hf.mapping import (
     EMBEDDING,
@@ -42,7 +42,6 @@ from megatron_dyt.hf.mapping import (
 from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
 from megatron_dyt.hf.safetensors_io import SafetensorsReader, tensor_bytes
 from megatron_dyt.hf.shape import LlamaShape
-from megatron_dyt.mcore.args import NORMALIZATION
 
 _log = logging.getLogger(__name__)
 
@@ -311,11 +310,7 @@ def _arguments(shape: LlamaShape, vocabulary: int, load: Path, dtype: torch.dtyp
         **_tokenizer_arguments(load),
     }
     if shape.dyt is not None:
-        dyt = shape.dyt
-        args |= {f"dyt_alpha_init_{role}": dyt.alpha(role) for role in get_args(Role)}
-        args |= {f"dyt_{name}": getattr(dyt, name) for name in ("bias", "function", "weight_init", "backend")}
-        args |= {"dyt_preset": dyt.name, "dyt_embedding_scale": dyt.embedding_scale}
-        args["embedding_scale"] = dyt.embedding_scale
+        args |= shape.dyt.to_args()
     return Namespace(**args)
 
 

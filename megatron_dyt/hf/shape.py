@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from megatron_dyt.config import DyTConfig, resolve_embedding_scale
+from megatron_dyt.config import NORMALIZATION, DyTConfig, resolve_embedding_scale
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore.args import DYT_ARGS, MODEL_ARGS, NORMALIZATION, config_from_args
 
 
 @dataclass(frozen=True)
@@ -147,16 +146,9 @@ def llama_shape(args: Namespace) -> LlamaShape:
         norm_eps=_norm_epsilon(args),
         rope_parameters=_rope_parameters(args),
         init_std=args.init_method_std,
-        dyt=_dyt_config(args) if is_dyt else None,
+        dyt=DyTConfig.from_args(args, of_model=True) if is_dyt else None,
         embedding_scale=_embedding_scale(args),
     )
-
-
-def _dyt_config(args: Namespace) -> DyTConfig:
-    """From what the model depends on alone: how a run computed it may be unknown to this version."""
-    stored = {name: getattr(args, name, None) for name in MODEL_ARGS}
-    flags = dict.fromkeys(DYT_ARGS) | stored | {"hidden_size": args.hidden_size}
-    return config_from_args(Namespace(**flags))
 
 
 def _norm_epsilon(args: Namespace) -> float:

@@ -1,4 +1,4 @@
-"""A checkpoint and the model must have the same parameters, in both directions.
+"""Checkpoints: those that hold another model are refused, and the optimizer's state is saved in its place.
 
 Megatron's loader ignores checkpoint entries that the model lacks, so a DyT checkpoint would load into
 an RMSNorm model with its alphas dropped, silently. Here the keys are compared first, on all ranks, with
@@ -7,19 +7,33 @@ one verdict.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.checkpoints import damage
 from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import ranks
 from megatron_dyt.parsed_args import parsed_args
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from torch.distributed import ProcessGroup
+
+type Directory = str | os.PathLike[str]
+
+# Megatron's `StrictHandling` when --dist-ckpt-strictness is not given.
 DEFAULT_STRICTNESS = "assume_ok_unexpected"
+# Keys named in a message: a model that does not fit has hundreds.
 SHOWN = 4
 
 
@@ -27,11 +41,11 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     """`dist_checkpointing.load` that first compares the model's keys with the checkpoint's."""
 
     @functools.wraps(original)
-    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(sharded_state_dict: dict[str, Any], checkpoint_dir: Directory, *args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("process_group")
-        model_keys = gather(set(model_tensor_keys(sharded_state_dict)), group)
+        model_keys = gather(model_tensor_keys(sharded_state_dict), group)
         if model_keys:
-            wanted = gather(set(_stored_keys(sharded_state_dict)), group)
+            wanted = gather(_stored_keys(sharded_state_dict), group)
             damage.verify(checkpoint_dir, wanted, damage.checks_data(parsed_args()), group)
             strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
             default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
@@ -47,7 +61,7 @@ def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def compare_function(given: Any, saved: Any, checkpoint_dir: Any) -> None:
+def compare_function(given: Namespace | None, saved: Namespace | None, checkpoint_dir: Directory) -> None:
     """Raise UserError when DyT's function changed: it is the one setting that leaves no key behind.
 
     Args:
@@ -62,7 +76,7 @@ def compare_function(given: Any, saved: Any, checkpoint_dir: Any) -> None:
         )
 
 
-def model_tensor_keys(sharded_state_dict: Any) -> Iterator[str]:
+def model_tensor_keys(sharded_state_dict: object) -> Iterator[str]:
     """Checkpoint keys of this rank's model parameters (not of optimizer, RNG or extra state)."""
     if not isinstance(sharded_state_dict, dict):
         return
@@ -72,18 +86,18 @@ def model_tensor_keys(sharded_state_dict: Any) -> Iterator[str]:
             yield from _tensor_keys(part)
 
 
-def _tensor_keys(node: Any) -> Iterator[str]:
+def _tensor_keys(node: object) -> Iterator[str]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     return (item.key for item in _sharded(node) if isinstance(item, ShardedTensor))
 
 
-def _stored_keys(node: Any) -> Iterator[str]:
+def _stored_keys(node: object) -> Iterator[str]:
     """The keys under which a checkpoint stores all that `node` asks for, objects too."""
     return (getattr(item, "unique_key", item.key) for item in _sharded(node))
 
 
-def _sharded(node: Any) -> Iterator[Any]:
+def _sharded(node: object) -> Iterator[ShardedBase]:
     """All sharded tensors and objects of a state dict."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
@@ -98,7 +112,7 @@ def _sharded(node: Any) -> Iterator[Any]:
         yield node
 
 
-def checkpoint_tensor_keys(checkpoint_dir: Any) -> set[str]:
+def checkpoint_tensor_keys(checkpoint_dir: Directory) -> set[str]:
     """Keys of the model tensors in a checkpoint directory.
 
     Raises:
@@ -113,9 +127,9 @@ def checkpoint_tensor_keys(checkpoint_dir: Any) -> set[str]:
     return {key for key in keys if not _is_optimizer(key)}
 
 
-def _unreadable(checkpoint_dir: Any, error: BaseException) -> UserError:
+def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:
     """An error of one rank, so no `DamagedCheckpoint`, on which all ranks agree."""
-    # CheckpointException holds one failure for each rank that had one.
+    # CheckpointException holds one failure per rank that had one.
     failures: dict[int, Any] = getattr(error, "failures", {})
     cause = next((failure[0] for failure in failures.values()), error)
     text = " ".join(str(cause).split()) or "no message"
@@ -133,16 +147,14 @@ def _is_optimizer(key: str) -> bool:
     return key.startswith("optimizer.") or ".optimizer." in key
 
 
-def gather(keys: set[str], group: Any = None) -> set[str]:
+def gather(keys: Iterable[str], group: ProcessGroup | None = None) -> set[str]:
     """Union over all ranks of `group` (None: all): a pipeline stage has only its own layers."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return keys
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, keys, group=group)
-    return set().union(*parts)
+    return set().union(*ranks.gather(set(keys), group))
 
 
-def compare(model: set[str], checkpoint: set[str], checkpoint_dir: Any, norms_only: bool = False) -> None:
+def compare(
+    model: set[str], checkpoint: set[str], checkpoint_dir: Directory, norms_only: bool = False
+) -> None:
     """Raise UserError unless the model and the checkpoint have the same parameters.
 
     Args:
@@ -194,3 +206,49 @@ def _some(keys: set[str]) -> str:
         return "nothing"
     shown = ", ".join(sorted(keys, key=lambda key: (not _is_dyt(key), key))[:SHOWN])
     return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+
+# --- the distributed optimizer's state ------------------------------------------------------------------
+
+
+def wrap_sharded_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`DistributedOptimizer.sharded_param_state_fully_reshardable` with places that leave padding out.
+
+    For `--dist-ckpt-optim-fully-reshardable` Megatron joins the buckets of its gradient buffer without the
+    padding at their ends, and then cuts the parameters out at their places in the buffer with the padding
+    (`get_parameter_state_dp_zero`, `sharded_param_state_fully_reshardable`; a note there says that something
+    is wrong). After the first padded bucket every parameter gets its neighbour's values. Hidden sizes are
+    mostly multiples of the padding, so that RMSNorm models have none; an alpha of one element makes it the
+    rule.
+    """
+
+    @functools.wraps(original)
+    def sharded_state(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        with _places_without_padding(self.buffers):
+            return original(self, *args, **kwargs)
+
+    return sharded_state
+
+
+@contextlib.contextmanager
+def _places_without_padding(buffers: list[_ParamAndGradBuffer]) -> Iterator[None]:
+    maps = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            buffer.param_index_map = unpadded_places(buffer)
+        yield
+    finally:
+        for buffer, places in zip(buffers, maps, strict=True):
+            buffer.param_index_map = places
+
+
+def unpadded_places(buffer: _ParamAndGradBuffer) -> dict[nn.Parameter, tuple[int, int, int]]:
+    """`buffer.param_index_map`, parameter -> (start, end, bucket), as if no bucket were padded at its end."""
+    shifts, unpadded = [], 0
+    for bucket in buffer.buckets:
+        shifts.append(bucket.offset - unpadded)
+        unpadded += bucket.numel_unpadded
+    return {
+        parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }

@@ -14,13 +14,20 @@ import functools
 from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from megatron_dyt.mcore.args import initial_embedding_scale
+from megatron_dyt.mcore.model_config import initial_embedding_scale
 from megatron_dyt.mcore.norm import mark_sequence_parallel
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.distributed import ProcessGroup
 
 
 class EmbeddingScale(nn.Module):
@@ -35,7 +42,7 @@ class EmbeddingScale(nn.Module):
         super().__init__()
         self.initial = initial
         self.is_copy = False
-        self.tp_group: Any = None
+        self.tp_group: ProcessGroup | None = None
         self.scale = nn.Parameter(torch.empty(1, dtype=dtype))
         self.reset_parameters()
 
@@ -48,8 +55,11 @@ class EmbeddingScale(nn.Module):
         return (x * self.scale.float()).to(x.dtype)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
         """What Megatron saves: the parameter, whole on every rank; a copy says that it is one."""
         from megatron.core.transformer.utils import (
             ensure_metadata_has_dp_cp_group,
@@ -77,7 +87,7 @@ class EmbeddingScale(nn.Module):
 def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     """`LanguageModelEmbedding.__init__` that adds the scale when the config asks for one."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: LanguageModelEmbedding, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         original(self, config, *args, **kwargs)
         initial = initial_embedding_scale(config)
         if initial is None:
@@ -94,7 +104,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 def wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`LanguageModelEmbedding.forward` whose output is scaled when there is a scale."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: LanguageModelEmbedding, *args: Any, **kwargs: Any) -> torch.Tensor:
         output = original(self, *args, **kwargs)
         scale = getattr(self, "embedding_scale", None)
         return output if scale is None else scale(output)
@@ -102,11 +112,11 @@ def wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return forward
 
 
-def wrap_setup(original: Callable[..., None]) -> Callable[..., None]:
+def wrap_setup(original: Callable[[LanguageModule], None]) -> Callable[[LanguageModule], None]:
     """`LanguageModule.setup_embeddings_and_output_layer` that marks the copies of the scale."""
 
     @functools.wraps(original)
-    def setup_embeddings_and_output_layer(self: Any) -> None:
+    def setup_embeddings_and_output_layer(self: LanguageModule) -> None:
         original(self)
         scale = _scale_of(self)
         if scale is not None and _has_copies(self.config):
@@ -131,7 +141,10 @@ def wrap_allreduce(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def allreduce_word_embedding_grads(
-        model: list[Any], config: Any, embd_group: Any = None, pp_group: Any = None
+        model: list[nn.Module],
+        config: TransformerConfig,
+        embd_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
     ) -> None:
         original(model, config, embd_group, pp_group)
         if _has_copies(config) and initial_embedding_scale(config) is not None:
@@ -140,13 +153,18 @@ def wrap_allreduce(original: Callable[..., None]) -> Callable[..., None]:
     return allreduce_word_embedding_grads
 
 
-def sum_copies(model: list[Any], config: Any, embd_group: Any, pp_group: Any) -> None:
+def sum_copies(
+    model: list[nn.Module],
+    config: TransformerConfig,
+    embd_group: ProcessGroup | None,
+    pp_group: ProcessGroup | None,
+) -> None:
     """Sum the gradients of the embedding scale over the stages that have an embedding."""
     module: Any = import_module("megatron.core.distributed.finalize_model_grads")
     module._allreduce_embedding_grad(model, embd_group, pp_group, _scale_or_zero, config=config)
 
 
-def _scale_or_zero(model: Any) -> Any:
+def _scale_or_zero(model: LanguageModule) -> nn.Parameter | SimpleNamespace:
     """The scale's parameter; on a stage with a tied output layer and no embedding a gradient of zero.
 
     That stage is in the group, for the word embedding, so it must take part.
@@ -157,9 +175,9 @@ def _scale_or_zero(model: Any) -> Any:
     return SimpleNamespace(main_grad=model.shared_embedding_or_output_weight().main_grad.new_zeros(1))
 
 
-def _scale_of(model: Any) -> EmbeddingScale | None:
+def _scale_of(model: LanguageModule) -> EmbeddingScale | None:
     return getattr(getattr(model, "embedding", None), "embedding_scale", None)
 
 
-def _has_copies(config: Any) -> bool:
+def _has_copies(config: TransformerConfig) -> bool:
     return bool(config.mtp_num_layers) and config.pipeline_model_parallel_size > 1

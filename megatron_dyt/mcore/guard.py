@@ -7,7 +7,7 @@ message names layer, role and parameter.
 
 The guard costs no extra synchronization of the device: the gradient's norm is the one that Megatron
 computes for clipping, and alpha is read where Megatron waits for the optimizer's step anyway (its
-`update_successful` is reduced and read there). It adds one all-reduce of two integers a step, so that
+`update_successful` is reduced and read there). It adds one all-reduce of two integers per step, so that
 all ranks come to one verdict and none is left waiting for one that stopped.
 """
 
@@ -18,22 +18,39 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_dyt.config import is_dyt
 from megatron_dyt.errors import TrainingFault
-from megatron_dyt.mcore.monitor import Site, find_sites, global_name, unwrap
+from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import Site, find_sites, global_name, unwrap
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+    from megatron.core.rerun_state_machine import RerunStateMachine
 
 _log = logging.getLogger(__name__)
 
-# Findings named in a message.
+# Findings, and ranks of each, that a message names: a NaN spreads to hundreds of parameters on all ranks.
 SHOWN = 6
-# Behind the last layer: final norm and output layer.
+# Depth of what is behind the last layer (final norm, output layer): larger than any layer's number.
 _END = 1 << 30
+
+
+class Optimizer(Protocol):
+    """What the guard uses of `MegatronOptimizer`."""
+
+    config: OptimizerConfig
+
+    def get_grad_norm(self) -> float: ...
+    def clip_grad_norm(self, clip_grad: float) -> float: ...
+    def step_with_ready_grads(self) -> bool: ...
+    def step(self) -> tuple[bool, float | None, int | None]: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Guard:
     def __init__(
         self,
         chunks: list[nn.Module],
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         strict: bool = True,
         on_bad_alpha: str = "stop",
@@ -79,15 +96,15 @@ class Guard:
 
     def install(self) -> None:
         """Put the guard around this optimizer's step, its norm and its update."""
-        optimizer = self.optimizer
+        optimizer: Any = self.optimizer
         for name in ("get_grad_norm", "clip_grad_norm"):
             setattr(optimizer, name, self._keep_norm(getattr(optimizer, name)))
         optimizer.step_with_ready_grads = self._guard_update(optimizer.step_with_ready_grads)
         optimizer.step = self._guard_step(optimizer.step)
 
-    def _keep_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _keep_norm(self, original: Callable[..., float]) -> Callable[..., float]:
         @functools.wraps(original)
-        def norm(*args: Any, **kwargs: Any) -> Any:
+        def norm(*args: float, **kwargs: float) -> float:
             self.norm = original(*args, **kwargs)
             return self.norm
 
@@ -116,9 +133,9 @@ class Guard:
         others = getattr(self.optimizer, "grad_norms_by_group", {}).values()
         return [float(norm) for norm in (self.norm, *others) if norm is not None]
 
-    def _guard_step(self, original: Callable[[], Any]) -> Callable[[], Any]:
+    def _guard_step[T](self, original: Callable[[], T]) -> Callable[[], T]:
         @functools.wraps(original)
-        def step() -> Any:
+        def step() -> T:
             self.norm, self.refused = None, False
             # Megatron-FSDP gives the module other parameters during the step; those of before are updated.
             alphas = [site.module.alpha for site in self.sites]
@@ -129,23 +146,23 @@ class Guard:
 
         return step
 
-    def _values(self, alphas: list[nn.Parameter]) -> torch.Tensor:
+    def _values(self, alphas: list[nn.Parameter]) -> Tensor:
         """Copies of these alphas in fp32; nan where another rank has it (FSDP)."""
         if not alphas:
             return torch.zeros(0, device=self._device())
         return torch.cat([_value(alpha) for alpha in alphas])
 
-    def _device(self) -> Any:
+    def _device(self) -> torch.device | int:
         parameter = next((p for chunk in self.chunks for p in chunk.parameters()), None)
         return torch.cuda.current_device() if parameter is None else parameter.device
 
     @torch.no_grad()
-    def _judge(self, before: torch.Tensor, after: torch.Tensor) -> None:
+    def _judge(self, before: Tensor, after: Tensor) -> None:
         """Agree with all ranks on whether something is bad, and act on it."""
         bad = _turned_bad(before, after).any()
         refused = torch.full_like(bad, self.refused)
         flags = torch.stack([refused, bad]).int()
-        if _world() > 1:
+        if ranks.world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         any_refused, any_bad = flags.tolist()
         if any_refused:
@@ -164,7 +181,7 @@ class Guard:
             )
         _log.warning(f"{what} The step is skipped.")
 
-    def _on_alpha(self, before: torch.Tensor, after: torch.Tensor) -> None:
+    def _on_alpha(self, before: Tensor, after: Tensor) -> None:
         changes = zip(self.sites, before.tolist(), after.tolist(), _turned_bad(before, after), strict=True)
         bad = [(site, was, now) for site, was, now, turned in changes if turned]
         found = gather(
@@ -208,7 +225,7 @@ class Guard:
         for site in self.sites:
             site.module.probe = functools.partial(self._check_input, site) if on else None
 
-    def _check_input(self, site: Site, _module: DyTNorm, x: torch.Tensor) -> None:
+    def _check_input(self, site: Site, _module: DyTNorm, x: Tensor) -> None:
         if not _finite(x):
             text = f"{_where(site.layer, site.module.role)}{site.name}"
             self.bad_inputs.append(Finding(_depth(site.name, site.layer), text))
@@ -229,28 +246,28 @@ class Guard:
                 yield name, layer, owner.role if isinstance(owner, DyTNorm) else _part(local), parameter
 
 
-def _turned_bad(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def _turned_bad(before: Tensor, after: Tensor) -> Tensor:
     """Which alphas an update made <= 0 or not finite (nan on both sides: another rank has it)."""
     sign = (before > 0) & ~(after > 0)
     return sign | (before.isfinite() & ~after.isfinite())
 
 
-def _value(parameter: nn.Parameter) -> torch.Tensor:
+def _value(parameter: nn.Parameter) -> Tensor:
     alpha = _local(parameter.detach())
     return alpha.float() if alpha.numel() else alpha.new_full((1,), math.nan, dtype=torch.float32)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor (Megatron-FSDP), any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
     gradient = getattr(parameter, "main_grad", None)
     return parameter.grad if gradient is None else gradient
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def _finite(tensor: Tensor) -> bool:
     return bool(_local(tensor).isfinite().all())
 
 
@@ -268,18 +285,10 @@ def _depth(name: str, layer: int | None) -> int:
     return layer if layer is not None else 0 if name.startswith("embedding") else _END
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def gather(items: list[Any]) -> dict[Any, list[int]]:
+def gather[T](items: list[T]) -> dict[T, list[int]]:
     """What any rank has, each with the ranks that have it."""
-    parts: list[Any] = [items]
-    if _world() > 1:
-        parts = [None] * _world()
-        dist.all_gather_object(parts, items)
-    found: dict[Any, list[int]] = {}
-    for rank, part in enumerate(parts):
+    found: dict[T, list[int]] = {}
+    for rank, part in enumerate(ranks.gather(items)):
         for item in part:
             found.setdefault(item, []).append(rank)
     return found
@@ -291,13 +300,13 @@ def merge(found: dict[Finding, list[int]]) -> str:
     if not found:
         return "Every single gradient is finite: their norm overflows."
     ordered = sorted(found, key=lambda finding: (not finding.cause, -finding.depth))
-    shown = "; ".join(f"{each.text} on rank {_ranks(found[each])}" for each in ordered[:SHOWN])
+    shown = "; ".join(f"{each.text} on rank {_some(found[each])}" for each in ordered[:SHOWN])
     more = f"; and {len(found) - SHOWN} more, in shallower layers" if len(found) > SHOWN else ""
     return f"{shown}{more}."
 
 
-def _ranks(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:SHOWN])) + (" …" if len(ranks) > SHOWN else "")
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:SHOWN])) + (" …" if len(numbers) > SHOWN else "")
 
 
 # --- in Megatron's training loop ---------------------------------------------------------------------
@@ -305,11 +314,15 @@ def _ranks(ranks: list[int]) -> str:
 _active: Guard | None = None
 
 
-def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_setup[**P](
+    original: Callable[P, tuple[list[nn.Module], Optimizer | None, object]],
+) -> Callable[P, tuple[list[nn.Module], Optimizer | None, object]]:
     """`training.setup_model_and_optimizer` that guards the optimizer of a DyT model."""
 
     @functools.wraps(original)
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+    def setup_model_and_optimizer(
+        *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[list[nn.Module], Optimizer | None, object]:
         global _active
         result = original(*args, **kwargs)
         _active = _guard_of(*result[:2])
@@ -320,12 +333,12 @@ def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
     return setup_model_and_optimizer
 
 
-def _guard_of(chunks: list[nn.Module], optimizer: Any) -> Guard | None:
+def _guard_of(chunks: list[nn.Module], optimizer: Optimizer | None) -> Guard | None:
     from megatron.training import get_args
 
     args = get_args()
     config: Any = unwrap(chunks[0]).config
-    if config.normalization != "DyT" or optimizer is None:
+    if not is_dyt(config) or optimizer is None:
         return None
     if getattr(args, "optimizer_cuda_graph", False):
         _log.warning("--optimizer-cuda-graph: alpha and gradients are not checked in a captured step.")
@@ -353,7 +366,7 @@ def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
         except RuntimeError as error:
             if not isinstance(error, TrainingFault) and (found := _active.bad_gradients()):
-                error.add_note(f"megatron_dyt: not finite: {merge({each: [_rank()] for each in found})}")
+                error.add_note(f"megatron_dyt: not finite: {merge({each: [ranks.rank()] for each in found})}")
             raise
         should_exit = result[3]
         if should_exit:
@@ -367,7 +380,7 @@ def wrap_rerun(original: Callable[..., bool]) -> Callable[..., bool]:
     """`RerunStateMachine.should_run_forward_backward` that has inputs watched in a rerun."""
 
     @functools.wraps(original)
-    def should_run_forward_backward(self: Any, *args: Any, **kwargs: Any) -> bool:
+    def should_run_forward_backward(self: RerunStateMachine, *args: Any, **kwargs: Any) -> bool:
         run = original(self, *args, **kwargs)
         if _active is not None and _active.rerunning != (again := run and _is_second_run(self)):
             _active.watch_inputs(again)
@@ -376,10 +389,6 @@ def wrap_rerun(original: Callable[..., bool]) -> Callable[..., bool]:
     return should_run_forward_backward
 
 
-def _is_second_run(machine: Any) -> bool:
+def _is_second_run(machine: RerunStateMachine) -> bool:
     # Not where every step is run twice, for --rerun-mode report_stats.
     return machine.mode.name == "VALIDATE_RESULTS" and machine.state.name == "RERUNNING_IN_PLACE"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -12,15 +12,16 @@ import functools
 import hashlib
 import json
 import socket
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_dyt import compat
+from megatron_dyt.config import is_dyt
 from megatron_dyt.errors import UserError
-from megatron_dyt.rendezvous import Meeting, ranks, time_out
+from megatron_dyt.rendezvous import Exchange, ranks, time_out
 from megatron_dyt.version import __version__
 
 TOPIC = "handshake"
@@ -40,49 +41,50 @@ def suspended() -> Iterator[None]:
         _suspended = before
 
 
-def compare_ranks(args: Any) -> None:
+def compare_ranks(args: Namespace) -> None:
     """Raise UserError on every rank unless all of them run the same.
 
     Args:
         args: Megatron's args, validated.
     """
-    meeting = _meeting(args)
-    if meeting is None:
+    exchange = _exchange(args)
+    if exchange is None:
         return
-    meeting.write(json.dumps(identity(args)))
-    if meeting.rank > 0:
-        verdict = meeting.hear()
+    exchange.send(json.dumps(identity(args)))
+    if exchange.rank > 0:
+        verdict = exchange.receive_verdict()
     else:
         try:
-            verdict = differences(meeting.collect())
+            verdict = differences(exchange.collect())
         except UserError as error:
             verdict = str(error)
-        meeting.announce(verdict)
+        exchange.send_verdict(verdict)
     if verdict:
         raise UserError(verdict)
 
 
-def leave(args: Any, reason: BaseException) -> None:
+def leave(args: Namespace, reason: BaseException) -> None:
     """Tell the other ranks that this one stops before it could compare."""
-    meeting = _meeting(args)
-    if meeting is not None:
-        meeting.seconds = min(meeting.seconds, 30.0)
+    exchange = _exchange(args)
+    if exchange is not None:
+        # It fails anyway: no reason to wait for the others as long as for a start.
+        exchange.seconds = min(exchange.seconds, 30.0)
         text = " ".join(str(reason).split()) or type(reason).__name__
-        meeting.leave(json.dumps({_ERROR: text}) if meeting.rank > 0 else text)
+        exchange.leave(json.dumps({_ERROR: text}) if exchange.rank > 0 else text)
 
 
-def _meeting(args: Any) -> Meeting | None:
-    if args.normalization != "DyT" or _suspended or getattr(args, "fake_process_group", False):
+def _exchange(args: Namespace) -> Exchange | None:
+    if not is_dyt(args) or _suspended or getattr(args, "fake_process_group", False):
         return None
     if getattr(args, "inprocess_restart", False):
-        # Ranks in reserve do not come here, and after a restart each rank has another number of meetings
-        # behind it.
+        # Ranks in reserve do not come here, and after a restart each rank has another number of
+        # exchanges behind it.
         return None
-    meeting = Meeting(TOPIC, time_out(args))
-    return meeting if meeting.world > 1 else None
+    exchange = Exchange(TOPIC, time_out(args))
+    return exchange if exchange.world > 1 else None
 
 
-def identity(args: Any) -> dict[str, str]:
+def identity(args: Namespace) -> dict[str, str]:
     """What must be the same on all ranks, by the name that the message uses."""
     settings = {
         f"--{name.replace('_', '-')}": str(value)

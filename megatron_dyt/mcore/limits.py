@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_dyt.errors import UserError
 
@@ -20,10 +19,10 @@ class Limit:
     what: str
     why: str
     todo: str
-    clashes: Callable[[Any], bool]
+    clashes: Callable[[object], bool]
 
 
-def _on(*names: str) -> Callable[[Any], bool]:
+def _on(*names: str) -> Callable[[object], bool]:
     """Whether any of these settings is switched on."""
     return lambda config: any(bool(getattr(config, name, None)) for name in names)
 
@@ -138,7 +137,7 @@ LIMITS = (
 )
 
 
-def refuse_unsupported(config: Any) -> None:
+def refuse_unsupported(config: object) -> None:
     """Raise UserError naming every setting of `config` that clashes with `--normalization DyT`.
 
     Args:

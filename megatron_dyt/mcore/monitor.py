@@ -1,4 +1,4 @@
-"""What each DyT sees in training: a line a role at start-up, and statistics every N steps.
+"""What each DyT sees in training: a line per role at start-up, and statistics every N steps.
 
 DyT does not rescale its input, so alpha * std(x) says whether tanh is used at all (near 0 DyT is a
 constant factor) or saturated (above about 2 its gradient dies).
@@ -9,18 +9,24 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_dyt.mcore import safety_net
+from megatron_dyt import log
+from megatron_dyt.config import is_dyt
+from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.embedding import EmbeddingScale
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
+
+_log = logging.getLogger(__name__)
 
 # alpha * std(x) at the start. The paper's models start at 0.09 (70B, FFN) to 1.02 (7B, attention);
 # from 1.5 on our small runs train worse (docs/initial-scale.md).
@@ -28,25 +34,40 @@ GOOD_RANGE = (0.05, 1.5)
 # Gain of a linear layer, std * sqrt(hidden): 0.64 to 1.8 in the paper. Far below it, activations fade
 # from layer to layer and nothing restores them.
 GOOD_GAIN = (0.4, 3.0)
+# |alpha * x| from which on tanh's slope is below 0.07: next to no gradient comes through.
 SATURATED = 2.0
 
 
 @dataclass(frozen=True)
-class Site:
-    """One DyT of the model: its full name, and its layer's number from 1 (None for the final one)."""
+class Sample:
+    """One site in one forward pass, before the update: fp32 tensors, read at the end of the step.
+
+    Attributes:
+        alpha: (1,).
+        std: of all elements of the input, a scalar.
+        saturated: part of the elements with |alpha * x| > SATURATED, a scalar from 0 to 1.
+    """
+
+    alpha: Tensor
+    std: Tensor
+    saturated: Tensor
+
+    @property
+    def drive(self) -> float:
+        """alpha * std(x)."""
+        return abs(float(self.alpha * self.std))
+
+
+class SiteRecord(TypedDict):
+    """One site in a line of the statistics file."""
 
     name: str
+    role: str
     layer: int | None
-    module: DyTNorm
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One site in one forward pass, before the update (tensors, read at the end of the step)."""
-
-    alpha: torch.Tensor
-    std: torch.Tensor
-    saturated: torch.Tensor
+    alpha: float
+    input_std: float
+    alpha_std: float
+    saturated: float
 
 
 class Monitor:
@@ -57,7 +78,7 @@ class Monitor:
         linear_gain: std * sqrt(hidden) of the linear layers, for the start-up warning.
         stats_file: JSON-lines file, or None.
         interval: steps between two lines of it.
-        speaks: whether this rank prints (one rank of each pipeline stage does).
+        reports: whether this rank logs and writes (one rank of each pipeline stage does).
     """
 
     def __init__(
@@ -67,16 +88,16 @@ class Monitor:
         linear_gain: float,
         stats_file: str | None = None,
         interval: int = 0,
-        speaks: bool = True,
+        reports: bool = True,
     ) -> None:
         self.sites = find_sites(chunks)
         self.scale = find_embedding_scale(chunks)
-        self.scale_value: torch.Tensor | None = None
+        self.scale_value: Tensor | None = None
         self._scale_hook: RemovableHandle | None = None
         self.linear_gain = linear_gain
         self.stats_file = stats_file
         self.interval = interval
-        self.speaks = speaks
+        self.reports = reports
         self.samples: dict[DyTNorm, Sample] = {}
         self.started = False
 
@@ -97,11 +118,11 @@ class Monitor:
         for site in self.sites:
             site.module.probe = None
 
-    def _record_scale(self, module: nn.Module, _inputs: Any) -> None:
+    def _record_scale(self, module: EmbeddingScale, _inputs: tuple[Tensor, ...]) -> None:
         if module.training and self.scale_value is None:
-            self.scale_value = module.scale.detach().clone()  # type: ignore[operator]
+            self.scale_value = module.scale.detach().clone()
 
-    def _record(self, module: DyTNorm, x: torch.Tensor) -> None:
+    def _record(self, module: DyTNorm, x: Tensor) -> None:
         # Not of an evaluation between two steps.
         if not module.training or module in self.samples or x.numel() == 0:
             return
@@ -118,10 +139,10 @@ class Monitor:
         looked = bool(self.samples)
         if not self.started and looked:
             self.started = True
-            if self.speaks:
-                print("\n".join(self.start_up_lines()), flush=True)
-        if looked and self._due(iteration) and self.speaks and self.stats_file:
-            self.write(iteration)
+            if self.reports:
+                self.log_start()
+        if looked and self._due(iteration) and self.reports and self.stats_file:
+            self.write(self.stats_file, iteration)
         self.stop_looking()
         self.samples = {}
         if self._due(iteration + 1):
@@ -131,105 +152,68 @@ class Monitor:
         # Step 1 as well, so that a curve starts where training did.
         return self.interval > 0 and (iteration % self.interval == 0 or iteration == 1)
 
-    def start_up_lines(self) -> list[str]:
-        """One line a role, one for the embedding scale, and warnings."""
-        lines = []
+    def log_start(self) -> None:
+        """One line per role, one for the embedding scale, and warnings."""
+        # Other stages' first ranks report too.
+        info = functools.partial(_log.info, extra=log.ALL_RANKS)
+        warning = functools.partial(_log.warning, extra=log.ALL_RANKS)
         for role in dict.fromkeys(site.module.role for site in self.sites):
-            sites = [s for s in self.sites if s.module.role == role and s.module in self.samples]
-            if not sites:
+            samples = [
+                self.samples[s.module]
+                for s in self.sites
+                if s.module.role == role and s.module in self.samples
+            ]
+            if not samples:
                 continue
-            drive = [self.drive(site) for site in sites]
-            alphas = [float(self.samples[site.module].alpha) for site in sites]
+            drives = [sample.drive for sample in samples]
+            alphas = [float(sample.alpha) for sample in samples]
             fresh = min(alphas) == max(alphas)
             what = (
                 f"alpha0 {alphas[0]:.4g}"
                 if fresh
                 else f"alpha {min(alphas):.3g} to {max(alphas):.3g} (trained)"
             )
-            lines.append(
-                f"DyT {role:<5} {len(sites):3d} sites, {what}, "
-                f"alpha*std(x) of the first batch {min(drive):.3g} to {max(drive):.3g}"
+            info(
+                f"DyT {role:<5} {len(samples):3d} sites, {what}, "
+                f"alpha*std(x) of the first batch {min(drives):.3g} to {max(drives):.3g}"
             )
-            if fresh:
-                lines += [self._warning(role, value) for value in {min(drive), max(drive)} if _off(value)]
+            for drive in {min(drives), max(drives)} if fresh else ():
+                if not GOOD_RANGE[0] <= drive <= GOOD_RANGE[1]:
+                    warning(
+                        f"DyT {role}: alpha*std(x) = {drive:.3g} is outside {GOOD_RANGE[0]} to "
+                        f"{GOOD_RANGE[1]}, where runs train. Change --dyt-alpha-init-{role} or "
+                        "--dyt-embedding-scale, or use --dyt-preset unit."
+                    )
         if self.scale_value is not None:
-            lines.append(f"DyT embedding scale {float(self.scale_value):.4g}")
+            info(f"DyT embedding scale {float(self.scale_value):.4g}")
         if not GOOD_GAIN[0] <= self.linear_gain <= GOOD_GAIN[1]:
-            lines.append(
-                f"WARNING: DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
+            warning(
+                f"DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
                 f"runs that train have {GOOD_GAIN[0]} to {GOOD_GAIN[1]}. DyT does not rescale: use "
                 "--dyt-preset unit, or --init-method-std near 1/sqrt(hidden)."
             )
-        return lines
 
-    def _warning(self, role: str, value: float) -> str:
-        low, high = GOOD_RANGE
-        return (
-            f"WARNING: DyT {role}: alpha*std(x) = {value:.3g} is outside {low} to {high}, where runs "
-            f"train. Change --dyt-alpha-init-{role} or --dyt-embedding-scale, or use --dyt-preset unit."
-        )
-
-    def drive(self, site: Site) -> float:
-        """alpha * std(x) of a site in the step that was looked at."""
-        sample = self.samples[site.module]
-        return abs(float(sample.alpha * sample.std))
-
-    def write(self, iteration: int) -> None:
+    def write(self, file: str, iteration: int) -> None:
         """Append one line to the statistics file."""
-        record: dict[str, Any] = {"iteration": iteration, "sites": []}
-        for site in self.sites:
-            if site.module not in self.samples:
-                continue
-            sample = self.samples[site.module]
-            record["sites"].append(
-                {
-                    "name": site.name,
-                    "role": site.module.role,
-                    "layer": site.layer,
-                    "alpha": float(sample.alpha),
-                    "input_std": float(sample.std),
-                    "alpha_std": self.drive(site),
-                    "saturated": float(sample.saturated),
-                }
+        sites = [
+            SiteRecord(
+                name=site.name,
+                role=site.module.role,
+                layer=site.layer,
+                alpha=float(sample.alpha),
+                input_std=float(sample.std),
+                alpha_std=sample.drive,
+                saturated=float(sample.saturated),
             )
+            for site in self.sites
+            if (sample := self.samples.get(site.module))
+        ]
+        record: dict[str, object] = {"iteration": iteration, "sites": sites}
         if self.scale_value is not None:
             record["embedding_scale"] = float(self.scale_value)
-        assert self.stats_file is not None
-        os.makedirs(os.path.dirname(self.stats_file), exist_ok=True)
-        with open(self.stats_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def _off(value: float) -> bool:
-    return not GOOD_RANGE[0] <= value <= GOOD_RANGE[1]
-
-
-def find_sites(chunks: list[nn.Module]) -> list[Site]:
-    """Every DyTNorm, named as in the whole model: layers count over pipeline stages."""
-    sites = []
-    for chunk in map(unwrap, chunks):
-        for name, module in dyt_sites(chunk):
-            layer, full = global_name(chunk, name)
-            sites.append(Site(full, layer, module))
-    return sites
-
-
-def global_name(chunk: nn.Module, name: str) -> tuple[int | None, str]:
-    """(layer number from 1, name with the global layer index) from a name in a stage's own model."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit() and parts[index - 1] == "layers":
-            layer = chunk.get_submodule(".".join(parts[: index + 1]))
-            number = int(getattr(layer, "layer_number", int(part) + 1))
-            return number, ".".join([*parts[:index], str(number - 1), *parts[index + 1 :]])
-    return None, name
-
-
-def unwrap(chunk: nn.Module) -> nn.Module:
-    """The model inside DDP and mixed precision wrappers."""
-    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
-        chunk = inner
-    return chunk
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
 
 
 def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:
@@ -241,19 +225,24 @@ def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:
 _active: Monitor | None = None
 
 
-def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_setup[**P](
+    original: Callable[P, tuple[list[nn.Module], object, object]],
+) -> Callable[P, tuple[list[nn.Module], object, object]]:
     """`training.setup_model_and_optimizer` that starts a monitor on a DyT model.
 
-    It also says which parts of a model of several keep another norm.
+    It also logs which parts of a model of several keep another norm.
     """
 
     @functools.wraps(original)
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+    def setup_model_and_optimizer(
+        *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[list[nn.Module], object, object]:
         global _active
         result = original(*args, **kwargs)
-        for chunk in result[0]:
-            safety_net.tell_other_norms(unwrap(chunk))
-        _active = _monitor_of(result[0])
+        chunks = result[0]
+        for chunk in chunks:
+            log_other_norms(unwrap(chunk))
+        _active = _monitor_of(chunks)
         if _active is not None:
             _active.look()
         return result
@@ -261,12 +250,12 @@ def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
     return setup_model_and_optimizer
 
 
-def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_training_log[**P, R](original: Callable[P, R]) -> Callable[P, R]:
     """`training.training_log`, called once a step, that lets the monitor work afterwards."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def training_log(*args: Any, **kwargs: Any) -> Any:
+    def training_log(*args: P.args, **kwargs: P.kwargs) -> R:
         result = original(*args, **kwargs)
         if _active is not None:
             _active.after_step(signature.bind(*args, **kwargs).arguments["iteration"])
@@ -282,15 +271,14 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     args = get_args()
     config: Any = unwrap(chunks[0]).config
     # In a model of several parts, such as LLaVA, one of them may be DyT.
-    if config.normalization != "DyT" and not any(find_sites([chunk]) for chunk in chunks):
+    if not is_dyt(config) and not find_sites(chunks):
         return None
     stage = mpu.get_pipeline_model_parallel_rank()
     name = "dyt_stats.jsonl" if args.pipeline_model_parallel_size == 1 else f"dyt_stats.stage{stage}.jsonl"
-    first = mpu.get_tensor_model_parallel_rank() == 0
     return Monitor(
         chunks,
         linear_gain=config.init_method_std * config.hidden_size**0.5,
         stats_file=os.path.join(args.save, name) if args.save else None,
         interval=getattr(args, "dyt_stats_interval", 0),  # Absent with --yaml-cfg.
-        speaks=first and mpu.get_data_parallel_rank(with_context_parallel=True) == 0,
+        reports=ranks.is_first_of_stage(),
     )

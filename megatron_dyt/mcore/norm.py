@@ -1,19 +1,23 @@
-"""DyTNorm: DyT with Megatron's norm-builder signature and parallelism attributes."""
+"""DyTNorm: DyT with Megatron's norm-builder signature, parallelism attributes and recomputation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, get_args
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megatron_dyt.config import Role, check_choice
+from megatron_dyt.config import DyTConfig, Role, check_choice
 from megatron_dyt.mcore.residual import DeferredSum, offloads, uses_cuda_graphs
 from megatron_dyt.nn import DynamicTanh
 
 if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+# One tensor, or (output, residual): what a norm of Megatron's layers returns.
+type NormOutput = Tensor | tuple[Tensor, Tensor]
 
 
 class DyTNorm(DynamicTanh):
@@ -33,8 +37,8 @@ class DyTNorm(DynamicTanh):
     Attributes:
         role: "attn", "ffn", "final" or "qk".
         returns_residual: whether `forward` returns (output, residual).
-        refills: whether an output that is recomputed is freed and filled by `mcore/recompute.py`, and not
-            by Megatron, which has its own ways with CUDA graphs and offloaded activations.
+        refills: whether an output that is recomputed is freed and filled by `FreedOutput`, and not by
+            Megatron, which has its own ways with CUDA graphs and offloaded activations.
         output_dtype: the parameters' with `fp32_residual_connection`, where the input is fp32 and the
             layer behind takes what Transformer Engine's norms return; else None, the input's.
         probe: called with (module, input) at each forward while a monitor is looking, else None.
@@ -59,7 +63,7 @@ class DyTNorm(DynamicTanh):
         returns_residual: return (output, residual), for layers that take both.
         """
         check_choice("role", role, get_args(Role))
-        dyt = config.dyt
+        dyt: DyTConfig = config.dyt
         super().__init__(
             hidden_size,
             alpha_init=dyt.alpha(role),
@@ -73,12 +77,12 @@ class DyTNorm(DynamicTanh):
         self.returns_residual = returns_residual
         self.refills = not (offloads(config) or uses_cuda_graphs(config))
         self.output_dtype = config.params_dtype if config.fp32_residual_connection else None
-        self.probe: Callable[[DyTNorm, torch.Tensor], None] | None = None
+        self.probe: Callable[[DyTNorm, Tensor], None] | None = None
         mark_sequence_parallel(self, config.sequence_parallel)
         if averaged:
             mark_averaged(self)
 
-    def forward(self, x: torch.Tensor | DeferredSum) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor | DeferredSum) -> NormOutput:  # type: ignore[override]
         """x: (..., hidden_size) in fp32, bf16 or fp16; returns the same shape, and x's dtype or
         `output_dtype`.
 
@@ -119,8 +123,76 @@ def mark_averaged(module: nn.Module) -> None:
         parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
 
 
-def dyt_sites(model: nn.Module) -> Iterator[tuple[str, DyTNorm]]:
-    """(name, module) of every DyTNorm in a model, in the order of the module tree."""
-    for name, module in model.named_modules():
-        if isinstance(module, DyTNorm):
-            yield name, module
+# --- --recompute-modules layernorm -------------------------------------------------------------------
+#
+# Megatron frees a norm's output once the linear layers behind it have run, and recomputes it when the
+# gradient has come back to them, by `CheckpointWithoutOutput`. For DyT that takes less than what this class
+# does: autograd has DyT's input saved in any case, so the output can be filled from it again, without a
+# second graph, random states, or Transformer Engine, which the class needs even without FP8. It also leaves
+# the second result of a norm that returns (output, sum) alone, which is the residual stream and still in use.
+
+
+class FreedOutput:
+    """The output of one DyTNorm call, to be freed and filled again.
+
+    Args:
+        norm: the module.
+        y: its output, contiguous.
+        x: the sum or input that it is the DyT of.
+    """
+
+    def __init__(self, norm: DyTNorm, y: Tensor, x: Tensor) -> None:
+        self.norm = norm
+        # Not the tensors of the graph, which would hold it.
+        self.y: Tensor | None = y.detach()
+        self.x: Tensor | None = x.detach()
+
+    def free_until_gradient_of(self, tensor: Tensor) -> None:
+        """Free the output's memory; the hook on `tensor`, a result of what used it, brings it back."""
+        assert self.y is not None
+        self.y.untyped_storage().resize_(0)
+        if tensor.requires_grad:
+            tensor.register_hook(self._fill)
+        else:
+            self._forget()
+
+    def _fill(self, _gradient: Tensor) -> None:
+        if self.y is None or self.x is None:
+            return  # filled already: another backward of the same graph (retain_graph)
+        self.norm.recompute(self.y, self.x)
+        self._forget()
+
+    def _forget(self) -> None:
+        # The layer keeps this object until its next forward.
+        self.y = self.x = None
+
+
+def wrap_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`CheckpointWithoutOutput.checkpoint`, which calls a DyTNorm as it is."""
+
+    @functools.wraps(original)
+    def checkpoint(self: CheckpointWithoutOutput, run_function: Callable[..., Any], *args: Any) -> Any:
+        if not (isinstance(run_function, DyTNorm) and run_function.refills):
+            return original(self, run_function, *args)
+        output: NormOutput = run_function(*args)
+        y, x = output if isinstance(output, tuple) else (output, args[0])
+        self.dyt_output = FreedOutput(run_function, y, x)
+        return output
+
+    return checkpoint
+
+
+def wrap_discard(
+    original: Callable[[CheckpointWithoutOutput, Tensor], None],
+) -> Callable[[CheckpointWithoutOutput, Tensor], None]:
+    """`CheckpointWithoutOutput.discard_output_and_register_recompute`, for DyT by `FreedOutput`."""
+
+    @functools.wraps(original)
+    def discard_output_and_register_recompute(self: CheckpointWithoutOutput, hook_tensor: Tensor) -> None:
+        output: FreedOutput | None = getattr(self, "dyt_output", None)
+        if output is None:
+            original(self, hook_tensor)
+        else:
+            output.free_until_gradient_of(hook_tensor)
+
+    return discard_output_and_register_recompute

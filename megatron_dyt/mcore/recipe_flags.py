@@ -14,16 +14,23 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dyt.parsed_args import parsed_args
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.optimizer_config import ParamGroupOverride, ParamKey
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 WEIGHT_DECAY_ON = ("matrices", "all")
 OUTPUT_INIT = ("depth-scaled", "plain")
 WARMUP_STYLES = ("linear", "quadratic")
 
 
-def wrap_add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_add_arguments(
+    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
     """`arguments.add_megatron_arguments` with the three flags."""
 
     @functools.wraps(original)
@@ -55,11 +62,13 @@ def wrap_add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_megatron_arguments
 
 
-def wrap_config_overrides(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_config_overrides(
+    original: Callable[..., dict[ParamKey, ParamGroupOverride]],
+) -> Callable[..., dict[ParamKey, ParamGroupOverride]]:
     """`optimizer.get_standard_config_overrides` without the groups that get no weight decay."""
 
     @functools.wraps(original)
-    def get_standard_config_overrides(*args: Any, **kwargs: Any) -> Any:
+    def get_standard_config_overrides(*args: Any, **kwargs: Any) -> dict[ParamKey, ParamGroupOverride]:
         overrides = original(*args, **kwargs)
         if getattr(parsed_args(), "weight_decay_on", None) != "all":
             return overrides
@@ -71,11 +80,11 @@ def wrap_config_overrides(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_standard_config_overrides
 
 
-def wrap_post_init(original: Callable[..., None]) -> Callable[..., None]:
+def wrap_post_init(original: Callable[[TransformerConfig], None]) -> Callable[[TransformerConfig], None]:
     """`TransformerConfig.__post_init__` that keeps the output layers' std, where that is asked for."""
 
     @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
+    def __post_init__(self: TransformerConfig) -> None:
         given = self.output_layer_init_method
         original(self)
         # One that the user's code has set stays; so does ours when Megatron calls this again.
@@ -89,7 +98,7 @@ def wrap_get_lr(original: Callable[..., float]) -> Callable[..., float]:
     """`OptimizerParamScheduler.get_lr` with the quadratic warmup."""
 
     @functools.wraps(original)
-    def get_lr(self: Any, param_group: dict[str, Any]) -> float:
+    def get_lr(self: OptimizerParamScheduler, param_group: dict[str, Any]) -> float:
         rate = original(self, param_group)
         quadratic = getattr(parsed_args(), "lr_warmup_style", None) == "quadratic"
         if not quadratic or self.num_steps >= self.lr_warmup_steps:

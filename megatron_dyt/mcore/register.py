@@ -15,15 +15,13 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import (
     args,
     checkpoint,
-    direct,
     embedding,
     guard,
-    hybrid,
+    model_config,
     monitor,
+    norm,
+    norm_sites,
     recipe_flags,
-    recompute,
-    reshardable_optimizer,
-    safety_net,
     spec,
 )
 from megatron_dyt.patching import Patches, Replacement
@@ -46,7 +44,7 @@ class Seam(NamedTuple):
 
 CORE = (
     Seam(_BLOCK, "_get_block_submodules", spec.wrap_block_submodules),
-    Seam(_BLOCK, "TransformerBlock.__init__", safety_net.wrap_block_init),
+    Seam(_BLOCK, "TransformerBlock.__init__", norm_sites.wrap_block_init),
     Seam(
         "megatron.core.transformer.multi_token_prediction",
         "_get_mtp_block_submodules",
@@ -55,7 +53,7 @@ CORE = (
     Seam(
         "megatron.core.transformer.transformer_config",
         "TransformerConfig.__post_init__",
-        args.wrap_post_init,
+        model_config.wrap_post_init,
     ),
     Seam(
         "megatron.core.transformer.transformer_config",
@@ -75,23 +73,23 @@ CORE = (
         "_allreduce_word_embedding_grads",
         embedding.wrap_allreduce,
     ),
-    Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", safety_net.wrap_new),
+    Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm_sites.wrap_norm_new),
     Seam(
         "megatron.core.fusions.fused_layer_norm",
         "FusedLayerNorm.__init__",
-        safety_net.wrap_fused_init,
+        norm_sites.wrap_norm_init,
     ),
-    Seam(_RANDOM, "CheckpointWithoutOutput.checkpoint", recompute.wrap_checkpoint),
+    Seam(_RANDOM, "CheckpointWithoutOutput.checkpoint", norm.wrap_checkpoint),
     Seam(
         _RANDOM,
         "CheckpointWithoutOutput.discard_output_and_register_recompute",
-        recompute.wrap_discard,
+        norm.wrap_discard,
     ),
     Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
     Seam(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
-        reshardable_optimizer.wrap_sharded_state,
+        checkpoint.wrap_sharded_state,
     ),
     Seam(
         "megatron.core.rerun_state_machine",
@@ -102,17 +100,17 @@ CORE = (
 
 # Norms that model classes build themselves.
 FAMILIES = (
-    Seam(f"{_MODELS}.bert.bert_lm_head", "LNImpl", direct.wrap_norm_class),
-    Seam(f"{_MODELS}.T5.t5_model", "T5Model.__init__", direct.wrap_t5_init),
-    Seam(f"{_MODELS}.vision.clip_vit_model", "CLIPViTModel.__init__", direct.wrap_vision_init),
-    Seam(f"{_MODELS}.vision.radio", "RADIOViTModel.__init__", direct.wrap_vision_init),
-    Seam(f"{_MODELS}.multimodal.llava_model", "LLaVAModel.__init__", safety_net.wrap_multimodal_init),
+    Seam(f"{_MODELS}.bert.bert_lm_head", "LNImpl", norm_sites.wrap_norm_class),
+    Seam(f"{_MODELS}.T5.t5_model", "T5Model.__init__", norm_sites.wrap_t5_init),
+    Seam(f"{_MODELS}.vision.clip_vit_model", "CLIPViTModel.__init__", norm_sites.wrap_vision_init),
+    Seam(f"{_MODELS}.vision.radio", "RADIOViTModel.__init__", norm_sites.wrap_vision_init),
+    Seam(f"{_MODELS}.multimodal.llava_model", "LLaVAModel.__init__", norm_sites.wrap_multimodal_init),
 )
 
 # Without Transformer Engine these names are mocks.
 TRANSFORMER_ENGINE = (
-    Seam(_TE, "TENorm.__new__", safety_net.wrap_new),
-    Seam(_TE, "TELayerNormColumnParallelLinear.__init__", safety_net.wrap_fused_init),
+    Seam(_TE, "TENorm.__new__", norm_sites.wrap_norm_new),
+    Seam(_TE, "TELayerNormColumnParallelLinear.__init__", norm_sites.wrap_norm_init),
 )
 
 TRAINING = (
@@ -155,8 +153,8 @@ def seams() -> tuple[Seam, ...]:
         training = TRAINING if compat.has("config_container") else INITIALIZE_0_17 + TRAINING
     module, stack = compat.hybrid_stack()
     hybrids = (
-        Seam(module, f"{stack}.__init__", hybrid.wrap_stack_init),
-        Seam(module, "TENorm", direct.wrap_norm_class),
+        Seam(module, f"{stack}.__init__", spec.wrap_stack_init),
+        Seam(module, "TENorm", norm_sites.wrap_norm_class),
     )
     te = TRANSFORMER_ENGINE if compat.has_transformer_engine() else ()
     return CORE + hybrids + FAMILIES + training + te

@@ -15,13 +15,21 @@ The add behind the MLP is not deferred to the next layer's input norm: see docs/
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
 from megatron_dyt import compat
-from megatron_dyt.mcore import kept
+from megatron_dyt.mcore.ranks import log_once
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+_log = logging.getLogger(__name__)
 
 # A layer's norms, each in front of a branch whose result is added to what the norm returns beside it.
 SITES = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
@@ -53,7 +61,7 @@ class DeferredSum:
         terms, self._terms = self._terms, None
         return terms
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"{name!r} is asked of a residual sum that is still to be made by the DyTNorm behind it. {_HELP}"
         )
@@ -80,7 +88,12 @@ def deferred_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tens
     return add
 
 
-def spec_changes(config: Any, layer: Any, parts: Any, name_of: Callable[[Any], str]) -> dict[str, Any]:
+def spec_changes(
+    config: TransformerConfig,
+    layer: ModuleSpec,
+    parts: TransformerLayerSubmodules,
+    name_of: Callable[[object], str],
+) -> dict[str, Any]:
     """What to change in a layer's submodules so that DyT and the residual stream are fused.
 
     Args:
@@ -95,23 +108,25 @@ def spec_changes(config: Any, layer: Any, parts: Any, name_of: Callable[[Any], s
         return {}
     reasons = obstacles(config, layer)
     if reasons:
-        kept.say_once(
+        log_once(
+            _log,
             "DyT: its kernels do without the residual stream (--dyt-fuse-residual), because of "
-            f"{', '.join(reasons)}. The results are the same."
+            f"{', '.join(reasons)}. The results are the same.",
         )
         return {}
     changes = {site: _returning_residual(getattr(parts, site)) for site in norms}
     adds = _adds_in_front_of_norms(names)
     more = _more_than_add(config)
     if adds and more:
-        kept.say_once(
+        log_once(
+            _log,
             "DyT: the residual add in front of it stays Megatron's kernel (--dyt-fuse-residual), because of "
-            f"{', '.join(more)}. The results are the same."
+            f"{', '.join(more)}. The results are the same.",
         )
     return changes if more else changes | dict.fromkeys(adds, deferred_bias_dropout_add)
 
 
-def _returning_residual(norm: Any) -> Any:
+def _returning_residual(norm: ModuleSpec) -> ModuleSpec:
     """A copy of a DyTNorm's ModuleSpec that makes it return (output, residual)."""
     return dataclasses.replace(norm, params={**norm.params, "returns_residual": True})
 
@@ -128,7 +143,7 @@ def _adds_in_front_of_norms(names: dict[str, str]) -> list[str]:
     return [add for add in adds if names[add] == "get_bias_dropout_add"]
 
 
-def obstacles(config: Any, layer: Any) -> list[str]:
+def obstacles(config: TransformerConfig, layer: ModuleSpec) -> list[str]:
     """Why the norms of a layer cannot return a residual; empty when they can."""
     found = {
         "megatron-core before 0.17": not compat.has("sum_from_norm"),
@@ -143,7 +158,7 @@ def obstacles(config: Any, layer: Any) -> list[str]:
     return [reason for reason, applies in found.items() if applies]
 
 
-def _more_than_add(config: Any) -> list[str]:
+def _more_than_add(config: TransformerConfig) -> list[str]:
     """Why there is more to do behind attention than to add two tensors."""
     found = {
         "--hidden-dropout": config.hidden_dropout > 0,
@@ -153,17 +168,17 @@ def _more_than_add(config: Any) -> list[str]:
     return [reason for reason, applies in found.items() if applies]
 
 
-def offloads(config: Any) -> bool:
+def offloads(config: TransformerConfig) -> bool:
     """Whether activations are moved to the host, and the residual stream's memory with them."""
     return _has(config, "fine_grained_activation_offloading") or _has(config, "cpu_offloading")
 
 
-def uses_cuda_graphs(config: Any) -> bool:
+def uses_cuda_graphs(config: TransformerConfig) -> bool:
     """Whether Megatron captures layers or the iteration."""
     return getattr(config, "cuda_graph_impl", None) not in (None, "none")
 
 
-def _splits_layers(config: Any) -> bool:
+def _splits_layers(config: TransformerConfig) -> bool:
     """Whether graphs end inside a layer, where only tensors can be handed on.
 
     No scope is the whole layer, but not for experts with Megatron's own graphs: a layer of these can be
@@ -176,7 +191,7 @@ def _splits_layers(config: Any) -> bool:
     return any(getattr(scope, "name", scope) not in ("full", "full_iteration") for scope in scopes)
 
 
-def _is_megatrons(layer: Any) -> bool:
+def _is_megatrons(layer: object) -> bool:
     """Whether a layer class has Megatron's own code around its norms, which takes what they return."""
     for each in getattr(layer, "__mro__", ()):
         if each.__module__ == _LAYER_MODULE:
@@ -186,5 +201,5 @@ def _is_megatrons(layer: Any) -> bool:
     return False
 
 
-def _has(config: Any, name: str) -> bool:
+def _has(config: object, name: str) -> bool:
     return bool(getattr(config, name, False))

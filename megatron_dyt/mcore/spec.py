@@ -10,32 +10,46 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_dyt.config import Role, is_dyt
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import kept, residual
+from megatron_dyt.mcore import residual
 from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import (
+    KeptRMSNorm,
+    check_built,
+    class_name,
+    dyt_spec,
+    is_norm,
+    kept_in_slot,
+)
 
-LAYER_ROLES = {"input_layernorm": "attn", "pre_cross_attn_layernorm": "attn", "pre_mlp_layernorm": "ffn"}
+if TYPE_CHECKING:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+# What a slot holds: a ModuleSpec, or a partial of the class (the MLP from 0.18 on, MoE).
+type Spec = ModuleSpec | functools.partial[Any]
+
+LAYER_ROLES: dict[str, Role] = {
+    "input_layernorm": "attn",
+    "pre_cross_attn_layernorm": "attn",
+    "pre_mlp_layernorm": "ffn",
+}
 QK_NORMS = ("q_layernorm", "k_layernorm")
 # Multi-latent attention has its norms on the latents, in front of the up-projections: TE fuses the two.
 LATENT_NORMS = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
 # enorm and hnorm feed a linear layer, not attention: the paper's "elsewhere", as in front of the MLP.
-MTP_ROLES = {"enorm": "ffn", "hnorm": "ffn", "layer_norm": "final"}
+MTP_ROLES: dict[str, Role] = {"enorm": "ffn", "hnorm": "ffn", "layer_norm": "final"}
 # Up to 0.16 the first name, from 0.17 the second.
 MTP_LAYERS = ("transformer_layer", "mtp_model_layer")
 
-# Classes are matched by name: Transformer Engine and apex may not be installed.
-NORM_CLASSES = {
-    "WrappedTorchNorm",  # local spec
-    "FusedLayerNorm",  # local spec with apex
-    "TENorm",
-    "_TENormWithResidual",  # TENorm that may be fused with the residual add, when asked to
-    "LayerNorm",
-    "RMSNorm",
-    "TELayerNorm",
-    "TERMSNorm",
-}
+# Transformer Engine's norm and linear layer in one, matched by name: TE may not be installed.
 FUSED_LINEAR = "TELayerNormColumnParallelLinear"
 
 # Same checkpoint keys as the local and the TE spec have for their norms, so that a checkpoint moves
@@ -45,31 +59,55 @@ KEYS_MAP = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 DELTA_NET_KEYS_MAP = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+MAMBA_KEYS_MAP = {"norm.": "mixer.in_proj.layer_norm_"}
+# Of a hybrid stack; built from its own seam (`wrap_mtp_block_submodules`), not by the stack.
+BUILT_ELSEWHERE = ("mtp_block_spec",)
 
 
-def wrap_block_submodules(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_block_submodules[Parts](original: Callable[..., Parts]) -> Callable[..., Parts]:
     """`transformer_block._get_block_submodules`, rewritten when the config's norm is DyT."""
-
-    @functools.wraps(original)
-    def get_block_submodules(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
-        block = original(config, spec, *args, **kwargs)
-        return rewrite_block(config, block) if config.normalization == "DyT" else block
-
-    return get_block_submodules
+    return _rewritten(original, rewrite_block)
 
 
-def wrap_mtp_block_submodules(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_mtp_block_submodules[Parts](original: Callable[..., Parts]) -> Callable[..., Parts]:
     """`multi_token_prediction._get_mtp_block_submodules`, rewritten when the config's norm is DyT."""
+    return _rewritten(original, rewrite_mtp_block)
+
+
+def _rewritten[Parts](
+    original: Callable[..., Parts], rewrite: Callable[[TransformerConfig, Parts], Parts]
+) -> Callable[..., Parts]:
+    @functools.wraps(original)
+    def get_submodules(config: TransformerConfig, spec: Spec, *args: Any, **kwargs: Any) -> Parts:
+        block = original(config, spec, *args, **kwargs)
+        return rewrite(config, block) if is_dyt(config) else block
+
+    return get_submodules
+
+
+def wrap_stack_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`HybridStack.__init__` that builds from a rewritten spec when the config's norm is DyT."""
 
     @functools.wraps(original)
-    def get_mtp_block_submodules(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
-        block = original(config, spec, *args, **kwargs)
-        return rewrite_mtp_block(config, block) if config.normalization == "DyT" else block
+    def __init__(
+        self: HybridStack,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if not is_dyt(config):
+            original(self, config, submodules, *args, **kwargs)
+            return
+        original(self, config, rewrite_stack(config, submodules), *args, **kwargs)
+        check_built(self, "decoder")
 
-    return get_mtp_block_submodules
+    return __init__
 
 
-def rewrite_mtp_block(config: Any, block: Any) -> Any:
+def rewrite_mtp_block(
+    config: TransformerConfig, block: MultiTokenPredictionBlockSubmodules
+) -> MultiTokenPredictionBlockSubmodules:
     """A copy of a `MultiTokenPredictionBlockSubmodules` in which every norm is DyT.
 
     Raises:
@@ -81,10 +119,10 @@ def rewrite_mtp_block(config: Any, block: Any) -> Any:
     return rewritten
 
 
-def rewrite_mtp_layer(config: Any, layer: Any) -> Any:
+def rewrite_mtp_layer(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     """A copy of one multi-token prediction layer's ModuleSpec in which every norm is DyT."""
     parts = layer.submodules
-    changes: dict[str, Any] = {
+    changes: dict[str, object] = {
         field: dyt_spec(role) for field, role in MTP_ROLES.items() if is_norm(getattr(parts, field))
     }
     for field in MTP_LAYERS:
@@ -93,7 +131,7 @@ def rewrite_mtp_layer(config: Any, layer: Any) -> Any:
     return with_submodules(layer, dataclasses.replace(parts, **changes))
 
 
-def rewrite_block(config: Any, block: Any) -> Any:
+def rewrite_block(config: TransformerConfig, block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """A copy of a `TransformerBlockSubmodules` in which every norm is DyT.
 
     Raises:
@@ -114,15 +152,15 @@ def rewrite_block(config: Any, block: Any) -> Any:
     return rewritten
 
 
-def rewrite_layer(config: Any, layer: Any) -> Any:
+def rewrite_layer(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     """A copy of one transformer layer's ModuleSpec in which every norm is DyT."""
-    parts: Any = getattr(layer, "submodules", None)
+    parts: TransformerLayerSubmodules = getattr(layer, "submodules", None)
     if not hasattr(parts, "pre_mlp_layernorm"):
         raise UserError(
-            f"--normalization DyT does not support layers of type {_name(layer)}; it supports Megatron's "
-            "transformer and Mamba layers. Use another --normalization for this model."
+            f"--normalization DyT does not support layers of type {class_name(layer)}; it supports "
+            "Megatron's transformer and Mamba layers. Use another --normalization for this model."
         )
-    changes: dict[str, Any] = {
+    changes: dict[str, object] = {
         field: dyt_spec(role) for field, role in LAYER_ROLES.items() if is_norm(getattr(parts, field))
     }
     attention, fused = rewrite_attention(config, parts.self_attention)
@@ -140,11 +178,48 @@ def rewrite_layer(config: Any, layer: Any) -> Any:
         keys.pop("input_layernorm.", None)
     changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **keys}
     parts = dataclasses.replace(parts, **changes)
-    parts = dataclasses.replace(parts, **residual.spec_changes(config, layer, parts, _name))
+    parts = dataclasses.replace(parts, **residual.spec_changes(config, layer, parts, class_name))
     return dataclasses.replace(layer, submodules=parts)
 
 
-def rewrite_attention(config: Any, attention: Any) -> tuple[Any, bool]:
+def rewrite_stack(config: TransformerConfig, submodules: HybridStackSubmodules) -> HybridStackSubmodules:
+    """A copy of a `HybridStackSubmodules` (`MambaStackSubmodules`) in which every norm is DyT.
+
+    Raises:
+        UserError: a layer or a norm that this version cannot turn into DyT.
+    """
+    changes = {
+        field.name: rewrite_stack_layer(config, getattr(submodules, field.name))
+        for field in dataclasses.fields(submodules)
+        if field.name not in BUILT_ELSEWHERE
+    }
+    rewritten = dataclasses.replace(submodules, **changes)
+    for name, layer in changes.items():
+        refuse_leftovers(layer, f"decoder.{name}")
+    return rewritten
+
+
+def rewrite_stack_layer(config: TransformerConfig, layer: ModuleSpec | type) -> ModuleSpec | type:
+    """A copy of the spec of one kind of layer; a kind that the stack lacks is a bare class and stays."""
+    if isinstance(layer, type):
+        return layer
+    if hasattr(layer.submodules, "mixer"):
+        return rewrite_mamba_layer(layer)
+    return rewrite_layer(config, layer)
+
+
+def rewrite_mamba_layer(layer: ModuleSpec) -> ModuleSpec:
+    """A copy of a Mamba layer's ModuleSpec with DyT in front of the mixer, in the role of attention's."""
+    parts = layer.submodules
+    mixer, fused = unfuse(parts.mixer, "in_proj")
+    changes: dict[str, object] = {"mixer": mixer}
+    if fused or is_norm(parts.norm):
+        changes["norm"] = dyt_spec("attn")
+        changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **MAMBA_KEYS_MAP}
+    return dataclasses.replace(layer, submodules=dataclasses.replace(parts, **changes))
+
+
+def rewrite_attention(config: TransformerConfig, attention: Spec) -> tuple[Spec, bool]:
     """(copy of an attention spec with DyT on q and k where asked, whether qkv had a fused norm)."""
     if is_latent(submodules_of(attention)):
         return rewrite_latent_attention(config, attention), False
@@ -163,7 +238,7 @@ def rewrite_attention(config: Any, attention: Any) -> tuple[Any, bool]:
     return attention, fused
 
 
-def rewrite_latent_attention(config: Any, attention: Any) -> Any:
+def rewrite_latent_attention(config: TransformerConfig, attention: Spec) -> Spec:
     """A copy of a multi-latent attention spec with DyT on the latents that have a norm.
 
     All tensor parallel ranks have whole latents. Without sequence parallelism so is the gradient of a
@@ -180,37 +255,37 @@ def rewrite_latent_attention(config: Any, attention: Any) -> Any:
     return attention
 
 
-def is_latent(attention_parts: Any) -> bool:
+def is_latent(attention_parts: object) -> bool:
     """Whether these are the submodules of multi-latent attention."""
     return hasattr(attention_parts, "linear_kv_up_proj")
 
 
-def rewrite_delta_net(attention: Any) -> tuple[Any, bool]:
+def rewrite_delta_net(attention: Spec) -> tuple[Spec, bool]:
     """(copy of a Gated DeltaNet spec, whether its first linear had a fused norm); its output norm stays."""
     attention, fused = unfuse(attention, "in_proj")
     parts = submodules_of(attention)
     if is_norm(parts.out_norm):
         from megatron.core.transformer.spec_utils import ModuleSpec
 
-        stays = ModuleSpec(module=kept.KeptRMSNorm, params={"norm": parts.out_norm})
+        stays = ModuleSpec(module=KeptRMSNorm, params={"norm": parts.out_norm})
         attention = with_submodules(attention, dataclasses.replace(parts, out_norm=stays))
     return attention, fused
 
 
-def is_delta_net(attention_parts: Any) -> bool:
+def is_delta_net(attention_parts: object) -> bool:
     """Whether these are the submodules of Gated DeltaNet."""
     return hasattr(attention_parts, "out_norm")
 
 
-def _unfilled_qk(config: Any, value: Any) -> bool:
+def _unfilled_qk(config: TransformerConfig, value: object) -> bool:
     # Since 0.18 an empty slot with --qk-layernorm falls back to TENorm inside SelfAttention.
     return value is None and config.qk_layernorm
 
 
-def unfuse(spec: Any, field: str) -> tuple[Any, bool]:
+def unfuse(spec: Spec, field: str) -> tuple[Spec, bool]:
     """(copy of `spec` whose fused norm-linear in `field` is a plain linear, whether there was one)."""
     parts = submodules_of(spec)
-    if _name(getattr(parts, field, None)) != FUSED_LINEAR:
+    if class_name(getattr(parts, field, None)) != FUSED_LINEAR:
         return spec, False
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
@@ -218,51 +293,40 @@ def unfuse(spec: Any, field: str) -> tuple[Any, bool]:
     return with_submodules(spec, parts), True
 
 
-def submodules_of(spec: Any) -> Any:
+def submodules_of(spec: object) -> Any:
     """What a ModuleSpec or a `functools.partial` (MLP from 0.18, MoE) is built from, or None."""
     if isinstance(spec, functools.partial):
         return spec.keywords.get("submodules")
     return getattr(spec, "submodules", None)
 
 
-def with_submodules(spec: Any, parts: Any) -> Any:
+def with_submodules(spec: Spec, parts: object) -> Spec:
     """A copy of a ModuleSpec or partial with other submodules."""
     if isinstance(spec, functools.partial):
         return functools.partial(spec.func, *spec.args, **{**spec.keywords, "submodules": parts})
     return dataclasses.replace(spec, submodules=parts)
 
 
-def dyt_spec(role: str, **options: Any) -> Any:
-    """The spec of a DyTNorm. A ModuleSpec: 0.16 builds neither partials nor lambdas."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    return ModuleSpec(module=DyTNorm, params={"role": role, **options})
-
-
-def is_norm(value: Any) -> bool:
-    """Whether a slot holds a LayerNorm/RMSNorm builder of Megatron, TE, apex or torch."""
-    return _name(value) in NORM_CLASSES
-
-
-def refuse_leftovers(spec: Any, name: str) -> None:
+def refuse_leftovers(spec: object, part: str) -> None:
     """Raises UserError when a norm or fused norm-linear is left in a slot that we do not know.
 
     Args:
         spec: submodules of a block or stack, rewritten.
-        name: what the model calls it, for the message.
+        part: what the model calls it, for the message.
     """
-    for path, slot, value in _walk(spec, name):
-        stock = "norm" in _name(value).lower() and _name(value) != DyTNorm.__name__
-        if stock and kept.in_slot(*slot) is None:
+    for path, slot, value in _walk(spec, part):
+        name = class_name(value)
+        stock = "norm" in name.lower() and name != DyTNorm.__name__
+        if stock and kept_in_slot(*slot) is None:
             raise UserError(
-                f"--normalization DyT cannot replace {_name(value)} at {path}: this place of a norm is not "
+                f"--normalization DyT cannot replace {name} at {path}: this place of a norm is not "
                 "known (docs/families.md lists those that are). Use another --normalization for this model."
             )
 
 
 def _walk(
-    node: Any, path: str, slot: tuple[str, str] = ("", "")
-) -> Iterator[tuple[str, tuple[str, str], Any]]:
+    node: object, path: str, slot: tuple[str, str] = ("", "")
+) -> Iterator[tuple[str, tuple[str, str], object]]:
     """(path, (dataclass, field) that holds it, value) of everything in a spec."""
     if isinstance(node, list):
         for index, item in enumerate(node):
@@ -276,12 +340,3 @@ def _walk(
         for field in dataclasses.fields(parts):
             holder = type(parts).__name__, field.name
             yield from _walk(getattr(parts, field.name), f"{path}.{field.name}", holder)
-
-
-def _name(value: Any) -> str:
-    """Name of the class that a slot builds."""
-    if isinstance(value, functools.partial):
-        value = value.func
-    if hasattr(value, "module") and not isinstance(value, type):
-        value = value.module
-    return getattr(value, "__name__", type(value).__name__)

@@ -23,8 +23,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 EXPERTS = {"num_moe_experts": 2, "moe_router_load_balancing_type": "none", "moe_ffn_hidden_size": 64}
 # Family, fields of its config, layouts. T5 has no pipeline stages: Megatron's parallel state has none for an
-# encoder. Megatron's vision transformer knows no sequence parallelism (`direct.wrap_vision_init`); MoE under
-# tensor parallelism wants it.
+# encoder. Megatron's vision transformer knows no sequence parallelism (`norm_sites.wrap_vision_init`); MoE
+# under tensor parallelism wants it.
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gpt": ("gpt", {"qk_layernorm": True}, ("pp2", "tp2", "tp2_sp")),
     "t5": ("t5", {}, ("tp2", "tp2_sp")),

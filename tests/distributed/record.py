@@ -135,7 +135,7 @@ def _parameters(model: list[Any]) -> Iterator[Shard]:
     """This rank's parameters, as views: writing to a shard's data writes to the parameter."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_dyt.mcore.monitor import unwrap
+    from megatron_dyt.mcore.norm_sites import unwrap
 
     for chunk in map(unwrap, model):
         state = chunk.sharded_state_dict()

@@ -75,7 +75,7 @@ def test_every_recipe(example: ModuleType, size: str, norm: str, tmp_path: Path)
 
 
 def test_the_rmsnorm_twin_starts_at_the_scale_of_the_preset(example: ModuleType, tmp_path: Path) -> None:
-    from megatron_dyt.mcore.args import initial_embedding_scale
+    from megatron_dyt.mcore.model_config import initial_embedding_scale
 
     scales = {}
     for size in ("350m", "7b"):

@@ -155,6 +155,26 @@ def save_model() -> Callable[[Any, Path], None]:
 
 
 @pytest.fixture
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged once per process was not yet."""
+    from megatron_dyt.mcore import ranks
+
+    monkeypatch.setattr(ranks, "_logged", set())
+
+
+@pytest.fixture
+def start_lines(capsys: pytest.CaptureFixture[str]) -> Callable[[Any], list[str]]:
+    """What a Monitor logs at the start of a run."""
+
+    def read(monitor: Any) -> list[str]:
+        capsys.readouterr()
+        monitor.log_start()
+        return [line.removeprefix("megatron_dyt: ") for line in capsys.readouterr().out.splitlines()]
+
+    return read
+
+
+@pytest.fixture
 def te_stubs(world: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Transformer Engine's classes played by the local ones (the module `te_stubs`)."""
     # Not at the top: it imports Megatron, which the CPU runtime wants to do first.

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.config import DyTConfig
+from megatron_dyt.config import MODEL_ARGS, DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import args as args_module
+from megatron_dyt.mcore.model_config import initial_embedding_scale
 
 REQUIRED = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 32"
 
@@ -74,7 +75,7 @@ def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
         "--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.7 --dyt-alpha-init-qk 2 "
         "--qk-layernorm --dyt-bias --dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch"
     )
-    config = args_module.config_from_args(args)
+    config = DyTConfig.from_args(args)
     assert config == DyTConfig.unit(
         64, alpha_attn=0.7, alpha_qk=2.0, bias=True, embedding_scale=3.0, function="erf", backend="torch"
     )
@@ -145,7 +146,7 @@ def test_a_checkpoint_restores_every_model_setting(parse: Callable[..., Any]) ->
     args = parse("--normalization DyT --dyt-backend torch", validate=False)
     args_module.restore(args, saved)
     args_module.validate(args)
-    for name in args_module.MODEL_ARGS:
+    for name in MODEL_ARGS:
         assert getattr(args, name) == getattr(saved, name), name
     assert args.dyt_backend == "torch"
 
@@ -177,11 +178,11 @@ def test_a_parser_without_the_norm_flag_is_refused() -> None:
 def test_core_users_get_the_papers_settings_or_their_own(make_config: Callable[..., Any]) -> None:
     config = make_config(hidden_size=4096, num_attention_heads=32)
     assert config.dyt == DyTConfig.paper(4096)
-    assert args_module.initial_embedding_scale(config) == 64.0
+    assert initial_embedding_scale(config) == 64.0
     config.dyt = DyTConfig.unit(4096)
     config.__post_init__()
     assert config.dyt == DyTConfig.unit(4096)
-    assert args_module.initial_embedding_scale(config) == pytest.approx(50.0)
+    assert initial_embedding_scale(config) == pytest.approx(50.0)
 
 
 def test_flags_reach_the_model_config(
@@ -197,7 +198,7 @@ def test_flags_reach_the_model_config(
 def test_stock_norms_get_nothing(make_config: Callable[..., Any]) -> None:
     config = make_config("RMSNorm")
     assert not hasattr(config, "dyt")
-    assert args_module.initial_embedding_scale(config) is None
+    assert initial_embedding_scale(config) is None
 
 
 def test_alpha_of_queries_and_keys_needs_a_norm_there(parse: Callable[..., Any]) -> None:
@@ -216,7 +217,7 @@ def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any
 def test_residual_fusion_is_a_setting_of_the_model(parse: Callable[..., Any], flag: str, fused: bool) -> None:
     args = parse(f"--normalization DyT {flag}")
     assert args.dyt_fuse_residual is fused
-    assert args_module.config_from_args(args).fuse_residual is fused
+    assert DyTConfig.from_args(args).fuse_residual is fused
 
 
 def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Callable[..., Any]) -> None:

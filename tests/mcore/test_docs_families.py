@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.mcore.kept import KEPT
-from megatron_dyt.mcore.norm import dyt_sites
+from megatron_dyt.mcore.norm_sites import KEPT, dyt_sites
 from tests import families
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
@@ -50,7 +49,7 @@ def test_vision_subtypes_have_the_sites_of_the_table_between_them() -> None:
 @pytest.mark.usefixtures("world")
 def test_a_hybrid_of_local_layers_has_the_sites_of_the_table() -> None:
     expected = table()["hybrid"]
-    # Their layers need CUDA packages: test_hybrid.py has the spec.
+    # Their layers need CUDA packages: test_spec_hybrid.py has the spec.
     for elsewhere in ("norm", "mixer.norm", "self_attention.out_norm"):
         del expected[f"decoder.layers.N.{elsewhere}"]
     assert sites(families.build("hybrid", families.config_for("hybrid"))) == expected

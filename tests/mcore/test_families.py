@@ -13,25 +13,21 @@ from torch import nn
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import direct, kept, safety_net
+from megatron_dyt.mcore import norm_sites
 from megatron_dyt.mcore.monitor import Monitor
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import dyt_sites
 from tests import families
 
-pytestmark = pytest.mark.usefixtures("world")
+pytestmark = pytest.mark.usefixtures("world", "nothing_logged")
 
 RUNNABLE = ("t5", "bert", "vit", "hybrid")
-
-
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_said", set())
 
 
 @pytest.mark.parametrize("family", RUNNABLE)
 def test_every_parameter_of_a_dyt_family_learns(family: str) -> None:
     model = families.build(family, families.config_for(family))
-    assert not list(safety_net.other_norms(model))
+    assert not list(norm_sites.other_norms(model))
     families.loss_of(family, model).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -43,7 +39,7 @@ def test_every_parameter_of_a_dyt_family_learns(family: str) -> None:
 def test_other_norms_stay_what_they_were(family: str) -> None:
     model = families.build(family, families.config_for(family, "LayerNorm"))
     assert not list(dyt_sites(model))
-    assert {type(norm) for _, norm, _ in safety_net.other_norms(model)} == {nn.LayerNorm}
+    assert {type(norm) for _, norm, _ in norm_sites.other_norms(model)} == {nn.LayerNorm}
     assert "embedding_scale" not in dict(model.named_modules())
 
 
@@ -100,20 +96,20 @@ def test_a_vision_model_with_sequence_parallelism_is_refused(family: str) -> Non
 
 
 @pytest.mark.parametrize("family", RUNNABLE)
-def test_start_up_lines_of_a_family(family: str) -> None:
+def test_start_up_lines_of_a_family(family: str, start_lines: Callable[[Monitor], list[str]]) -> None:
     model = families.build(family, families.config_for(family))
     watch = Monitor([model], linear_gain=1.0)
     watch.look()
     families.loss_of(family, model)
     roles = Counter(site.role for _, site in dyt_sites(model))
-    lines = [line for line in watch.start_up_lines() if line.startswith("DyT ")]
+    lines = [line for line in start_lines(watch) if line.startswith("DyT ")]
     for role, count in roles.items():
         assert any(line.startswith(f"DyT {role:<5} {count:3d} sites, alpha0") for line in lines), lines
     assert any(line.startswith("DyT embedding scale") for line in lines) is (family != "vit")
 
 
 def test_a_class_that_calls_its_norm_by_name_gets_dyt_or_what_it_had() -> None:
-    made = direct.wrap_norm_class(lambda config, hidden_size, eps: ("stock", hidden_size, eps))
+    made = norm_sites.wrap_norm_class(lambda config, hidden_size, eps: ("stock", hidden_size, eps))
     site = made(config=families.config_for("bert"), hidden_size=8, eps=1e-3)
     assert isinstance(site, DyTNorm)
     assert (site.role, site.hidden_size) == ("final", 8)
@@ -172,7 +168,7 @@ def llava_loss(model: Any) -> torch.Tensor:
 
 def test_llava_with_dyt_in_both_parts_learns(capsys: pytest.CaptureFixture[str]) -> None:
     model = llava("DyT", "DyT", DyTConfig.unit(32))
-    assert not list(safety_net.other_norms(model))
+    assert not list(norm_sites.other_norms(model))
     assert model.vision_model.ln_pre.alpha.item() == 0.25
     llava_loss(model).backward()
     for name, site in dyt_sites(model):
@@ -183,50 +179,15 @@ def test_llava_with_dyt_in_both_parts_learns(capsys: pytest.CaptureFixture[str])
 
 def test_a_vision_tower_that_keeps_its_norm_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     model = llava("DyT", "LayerNorm")
-    told = "DyT: vision_model keeps its 4 LayerNorm: its own config has another normalization.\n"
+    told = (
+        "megatron_dyt: DyT: vision_model keeps its 4 LayerNorm: its own config has another normalization.\n"
+    )
     assert told in capsys.readouterr().out
     # Once, also when the training loop looks again.
-    safety_net.tell_other_norms(model)
+    norm_sites.log_other_norms(model)
     assert capsys.readouterr().out == ""
 
 
 def test_a_llava_without_dyt_is_not_told_about(capsys: pytest.CaptureFixture[str]) -> None:
     llava("RMSNorm", "LayerNorm")
     assert "DyT" not in capsys.readouterr().out
-
-
-# --- the safety net ------------------------------------------------------------------------------
-
-
-class OwnCore(nn.Module):
-    """A core attention that builds its own norm, which no spec shows."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.hidden = nn.RMSNorm(8)
-
-
-def test_a_norm_that_no_spec_shows_is_found_in_the_built_block(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
-    config = make_config()
-    spec = make_spec(config)
-    spec.submodules.self_attention.submodules.core_attention = OwnCore
-    with pytest.raises(
-        UserError, match=r"decoder\.layers\.0\.self_attention\.core_attention\.hidden .* RMSNorm"
-    ):
-        build_gpt(config, spec=spec)
-    build_gpt(make_config("RMSNorm"), spec=spec)
-
-
-def test_a_class_with_its_own_norm_in_the_spec_is_refused(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
-    class InternViTRMSNorm(nn.Module):
-        """A norm of a user's own, with a name of its own."""
-
-    config = make_config()
-    spec = make_spec(config)
-    spec.submodules.input_layernorm = InternViTRMSNorm
-    with pytest.raises(UserError, match=r"cannot replace InternViTRMSNorm at decoder.*input_layernorm"):
-        build_gpt(config, spec=spec)

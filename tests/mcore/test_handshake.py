@@ -75,14 +75,14 @@ def test_the_digest_is_that_of_the_source(monkeypatch: pytest.MonkeyPatch, tmp_p
     ],
 )
 def test_who_need_not_compare(args: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "Meeting", lambda *_: pytest.fail("no meeting"))
+    monkeypatch.setattr(handshake, "Exchange", lambda *_: pytest.fail("no exchange"))
     handshake.compare_ranks(args)
     handshake.leave(args, ValueError("x"))
 
 
 def test_nobody_compares_in_a_world_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "Meeting", lambda *_: pytest.fail("no meeting"))
+    monkeypatch.setattr(handshake, "Exchange", lambda *_: pytest.fail("no exchange"))
     with handshake.suspended(), handshake.suspended():
         handshake.compare_ranks(Namespace(normalization="DyT"))
-    monkeypatch.setattr(handshake, "Meeting", lambda *_: Namespace(world=1))
+    monkeypatch.setattr(handshake, "Exchange", lambda *_: Namespace(world=1))
     handshake.compare_ranks(Namespace(normalization="DyT"))

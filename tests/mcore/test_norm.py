@@ -6,7 +6,8 @@ import torch
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import dyt_sites
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

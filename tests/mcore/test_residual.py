@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_dyt.config import DyTConfig
-from megatron_dyt.mcore import kept, residual
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore import ranks, residual
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import dyt_sites
 from megatron_dyt.nn import dynamic_tanh
 from tests import families
 
@@ -286,7 +287,7 @@ def test_it_says_once_why_it_is_off(
     overrides: dict[str, Any],
     line: str,
 ) -> None:
-    monkeypatch.setattr(kept, "_said", set())
+    monkeypatch.setattr(ranks, "_logged", set())
     monkeypatch.setattr(residual.compat, "has", lambda _feature: since)
     config = make_config(**overrides)
     config.dyt = DyTConfig.unit(32, fuse_residual=True)

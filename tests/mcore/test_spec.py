@@ -11,7 +11,8 @@ from torch import nn
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import spec as spec_module
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import dyt_sites
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from megatron_dyt.mcore import spec as spec_module
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import dyt_sites
 
 pytestmark = pytest.mark.needs("latent_attention_without_te")
 

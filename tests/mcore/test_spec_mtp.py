@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import spec as spec_module
-from megatron_dyt.mcore.norm import dyt_sites
+from megatron_dyt.mcore.norm_sites import dyt_sites
 
 
 @pytest.fixture

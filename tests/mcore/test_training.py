@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_dyt.config import MODEL_ARGS
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore.args import MODEL_ARGS
 from megatron_dyt.mcore.norm import DyTNorm
 
 Run = Callable[..., SimpleNamespace]

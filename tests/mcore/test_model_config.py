@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.config import DyTConfig
+from megatron_dyt.config import DyTConfig, DyTFields
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore.fields import DyTFields
+from megatron_dyt.mcore.model_config import initial_embedding_scale
 
 Make = Callable[..., Any]
 
@@ -74,8 +74,6 @@ def test_the_init_std_reaches_the_weights(make: Make) -> None:
 
 
 def test_another_norm_with_its_embedding_scale(make: Make) -> None:
-    from megatron_dyt.mcore.args import initial_embedding_scale
-
     config = make(normalization="RMSNorm", embedding_scale="sqrt")
     assert [initial_embedding_scale(each) for each in (config, *copies(config))] == [32.0] * 5
     assert initial_embedding_scale(make(normalization="RMSNorm")) is None

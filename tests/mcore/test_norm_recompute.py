@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dyt.config import DyTConfig
-from megatron_dyt.mcore import recompute
+from megatron_dyt.mcore import norm
 from megatron_dyt.mcore.norm import DyTNorm
 
 Run = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -112,15 +112,15 @@ def test_with_graphs_and_offloading_megatron_does_it(
 
 def test_other_functions_are_megatrons(make_config: Callable[..., Any]) -> None:
     calls: list[Any] = []
-    checkpoint = recompute.wrap_checkpoint(lambda *args: calls.append(args) or "result")
-    discard = recompute.wrap_discard(lambda *args: calls.append(args))
+    checkpoint = norm.wrap_checkpoint(lambda *args: calls.append(args) or "result")
+    discard = norm.wrap_discard(lambda *args: calls.append(args))
     stock = torch.nn.Linear(2, 2)
     owner = type("Owner", (), {})()
     x = torch.ones(1, 2)
     assert checkpoint(owner, stock, x) == "result"
     discard(owner, x)
     assert calls == [(owner, stock, x), (owner, x)]
-    norm = DyTNorm(make_config(), 32, role="attn")
-    norm.refills = False
-    checkpoint(owner, norm, x)
-    assert calls[-1] == (owner, norm, x)
+    site = DyTNorm(make_config(), 32, role="attn")
+    site.refills = False
+    checkpoint(owner, site, x)
+    assert calls[-1] == (owner, site, x)

@@ -14,8 +14,9 @@ from torch import nn
 
 from megatron_dyt import compat
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import hybrid, kept, safety_net
-from megatron_dyt.mcore.norm import DyTNorm, dyt_sites
+from megatron_dyt.mcore import norm_sites, ranks, spec
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.norm_sites import KeptRMSNorm, dyt_sites
 from megatron_dyt.mcore.spec import rewrite_block, submodules_of
 from tests import families
 
@@ -32,7 +33,7 @@ def stock(te_stubs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(transformer_engine, name, getattr(te_stubs, name))
     monkeypatch.setattr(transformer_engine, "TELinear", nn.Linear)
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", DotProductAttention)
-    monkeypatch.setattr(kept, "_said", set())
+    monkeypatch.setattr(ranks, "_logged", set())
     is_hybrid = compat.hybrid_stack()[1] == "HybridStack"
     name = "hybrid.hybrid_layer_specs" if is_hybrid else "mamba.mamba_layer_specs"
     # A second copy of the module, made of the stand-ins.
@@ -50,7 +51,7 @@ def config(world: None) -> Any:
 
 
 def test_every_layer_of_the_stock_stack_is_rewritten(stock: Any, config: Any, te_stubs: Any) -> None:
-    stack = hybrid.rewrite_stack(config, stock)
+    stack = spec.rewrite_stack(config, stock)
     mamba = stack.mamba_layer.submodules
     assert (mamba.norm.module, mamba.norm.params) == (DyTNorm, {"role": "attn"})
     assert mamba.mixer.submodules.in_proj is te_stubs.TEColumnParallelLinear
@@ -69,12 +70,12 @@ def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
 ) -> None:
     if not hasattr(stock, "gdn_layer"):
         pytest.skip("this Megatron has no Gated DeltaNet in its hybrid stack")
-    layer = hybrid.rewrite_stack(config, stock).gdn_layer.submodules
+    layer = spec.rewrite_stack(config, stock).gdn_layer.submodules
     parts = layer.self_attention.submodules
     assert layer.input_layernorm.params["role"] == "attn"
     assert parts.in_proj is te_stubs.TEColumnParallelLinear
     assert layer.sharded_state_dict_keys_map == {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
-    assert parts.out_norm.module is kept.KeptRMSNorm
+    assert parts.out_norm.module is KeptRMSNorm
     norm = parts.out_norm(config=config, hidden_size=8, eps=1e-3)
     assert isinstance(norm, nn.RMSNorm)
     assert (norm.normalized_shape, norm.eps) == ((8,), 1e-3)
@@ -84,7 +85,7 @@ def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
 def test_the_sparse_attention_indexer_keeps_its_layer_norm(stock: Any, config: Any) -> None:
     if not hasattr(stock, "dsa_layer"):
         pytest.skip("this Megatron has no sparse attention in its hybrid stack")
-    layer = hybrid.rewrite_stack(config, stock).dsa_layer.submodules
+    layer = spec.rewrite_stack(config, stock).dsa_layer.submodules
     indexer = layer.self_attention.submodules.core_attention.submodules.indexer
     assert layer.input_layernorm.params["role"] == "attn"
     assert indexer.submodules.k_norm.__name__ == "TENorm"
@@ -93,18 +94,18 @@ def test_the_sparse_attention_indexer_keeps_its_layer_norm(stock: Any, config: A
 def test_megatrons_spec_is_not_changed(stock: Any, config: Any) -> None:
     before = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
     norm = stock.mamba_layer.submodules.norm
-    hybrid.rewrite_stack(config, stock)
+    spec.rewrite_stack(config, stock)
     assert all(getattr(stock, name) is value for name, value in before.items())
     assert stock.mamba_layer.submodules.norm is norm
-    once = hybrid.rewrite_stack(config, stock)
-    assert hybrid.rewrite_stack(config, once) == once
+    once = spec.rewrite_stack(config, stock)
+    assert spec.rewrite_stack(config, once) == once
 
 
 def test_a_norm_in_an_unknown_slot_of_a_layer_is_refused(stock: Any, config: Any) -> None:
     mixer = dataclasses.replace(stock.mamba_layer.submodules, mamba_bda=nn.LayerNorm)
     odd = dataclasses.replace(stock, mamba_layer=dataclasses.replace(stock.mamba_layer, submodules=mixer))
     with pytest.raises(UserError, match=r"LayerNorm at decoder\.mamba_layer\.mamba_bda"):
-        hybrid.rewrite_stack(config, odd)
+        spec.rewrite_stack(config, odd)
 
 
 def stock_model(config: Any, submodules: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -190,7 +191,7 @@ def test_another_norm_leaves_the_stack_alone(
     def original(self: Any, config: Any, submodules: Any, **_: Any) -> None:
         seen.submodules = submodules
 
-    hybrid.wrap_stack_init(original)(seen, make_config("RMSNorm"), submodules=stock)
+    spec.wrap_stack_init(original)(seen, make_config("RMSNorm"), submodules=stock)
     assert seen.submodules is stock
 
 
@@ -208,7 +209,7 @@ def test_multi_token_prediction_of_a_stack_is_dyt(stock: Any, monkeypatch: pytes
         "layers.0.mtp_model_layer.layers.1.pre_mlp_layernorm": "ffn",
         "layers.0.final_layernorm": "final",
     }
-    assert not list(safety_net.other_norms(model))
+    assert not list(norm_sites.other_norms(model))
 
 
 def test_latent_attention_in_a_stack_is_dyt(stock: Any, te_stubs: Any) -> None:
@@ -226,7 +227,7 @@ def test_latent_attention_in_a_stack_is_dyt(stock: Any, te_stubs: Any) -> None:
             layer.submodules, self_attention=dataclasses.replace(attention, submodules=fused)
         ),
     )
-    rewritten = hybrid.rewrite_stack(config, dataclasses.replace(stock, mla_layer=odd)).mla_layer.submodules
+    rewritten = spec.rewrite_stack(config, dataclasses.replace(stock, mla_layer=odd)).mla_layer.submodules
     assert rewritten.input_layernorm.params["role"] == "attn"
     parts = rewritten.self_attention.submodules
     assert parts.linear_kv_up_proj is te_stubs.TEColumnParallelLinear
@@ -261,7 +262,7 @@ def test_gpt_with_gated_delta_net_is_dyt(
     )
     assert delta.input_layernorm.params["role"] == attention.input_layernorm.params["role"] == "attn"
     assert delta.self_attention.submodules.in_proj is te_stubs.TEColumnParallelLinear
-    assert delta.self_attention.submodules.out_norm.module is kept.KeptRMSNorm
+    assert delta.self_attention.submodules.out_norm.module is KeptRMSNorm
     assert delta.pre_mlp_layernorm.params["role"] == "ffn"
     keys = [layer.sharded_state_dict_keys_map["input_layernorm."] for layer in (delta, attention)]
     assert keys == ["self_attention.in_proj.layer_norm_", "self_attention.linear_qkv.layer_norm_"]

@@ -1,0 +1,55 @@
+"""What one rank says for others, and what all ranks know of each other."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megatron_dyt import log
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_logged: set[str] = set()
+
+
+def world_size(group: ProcessGroup | None = None) -> int:
+    """How many ranks `group` has (None: all); 1 without process groups."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This rank's number among all; 0 without process groups."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather[T](item: T, group: ProcessGroup | None = None) -> list[T]:
+    """What each rank of `group` (None: all) gives, in the order of the ranks. A collective."""
+    size = world_size(group)
+    if size == 1:
+        return [item]
+    items: list[T] = [item] * size
+    dist.all_gather_object(items, item, group=group)
+    return items
+
+
+def is_first_of_stage() -> bool:
+    """Whether this rank is the first of its tensor and data parallel groups: one per pipeline stage."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    from megatron.core import parallel_state as mpu
+
+    # Users of process groups of their own may not have initialized Megatron's.
+    if not mpu.model_parallel_is_initialized():
+        return dist.get_rank() == 0
+    first = mpu.get_tensor_model_parallel_rank() == 0
+    return first and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def log_once(logger: logging.Logger, line: str) -> None:
+    """Log a line once per process, on one rank of each pipeline stage."""
+    if line not in _logged and is_first_of_stage():
+        logger.info("%s", line, extra=log.ALL_RANKS)
+    _logged.add(line)
