@@ -23,4 +23,4 @@ difference = (dyt(x, alpha, weight, backend="triton").float() - dyt_forward(x, a
 print(f"DyT kernel against the reference: largest difference {difference:.2g}")
 assert difference <= 0.05, "the kernel is wrong on this machine"
 PYTHON
-python3 -m megatron_dyt.planning --model 7b --nodes 64 --dry-run
+python3 -m megatron_dyt plan --model 7b --nodes 64 --dry-run

@@ -20,7 +20,7 @@
 #   OUT                     where checkpoints and logs go           (default runs/llama-SIZE-NORM)
 #   NORM                    DyT or RMSNorm                          (default DyT)
 #   NODES, GPUS_PER_NODE    size of the cluster                     (default Slurm's; 1 and 8)
-#   GPU_MEMORY, GPU_FLOPS   GB and bf16 TFLOP/s a GPU               (default 80 and 989: H100)
+#   GPU_MEMORY, GPU_FLOPS   GB and bf16 TFLOP/s per GPU              (default 80 and 989: H100)
 #   SAVE_INTERVAL           steps between checkpoints               (default 500)
 #   PRECISION               bf16, or fp32 where there is no GPU     (default bf16)
 #   PLAN_FLAGS              sizes of your own, such as "--tp 8"     (see megatron-dyt plan --help)
@@ -76,7 +76,7 @@ check_settings() {
 blend() {
   local prefix
   if [ -d "$1" ]; then
-    alone -m megatron_dyt.data.prepare --print-blend "$1"
+    alone -m megatron_dyt prepare-data --print-blend "$1"
     return
   fi
   for prefix in $1; do
@@ -88,14 +88,14 @@ blend() {
 
 make_flags() {
   local text
-  text=$(alone -m megatron_dyt.recipes "$MODEL" --norm "$NORM" --format flags) || exit
+  text=$(alone -m megatron_dyt recipe "$MODEL" --norm "$NORM" --format flags) || exit
   read -r -a RECIPE <<<"$text"
   local cluster=(--model "$MODEL" --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE"
     --gpu-memory "${GPU_MEMORY:-80}" --gpu-flops "${GPU_FLOPS:-989}")
   # shellcheck disable=SC2206 # PLAN_FLAGS is a list of words.
   cluster+=(${PLAN_FLAGS:-})
-  PLAN=$(alone -m megatron_dyt.planning "${cluster[@]}") || exit
-  text=$(alone -m megatron_dyt.planning "${cluster[@]}" --format flags) || exit
+  PLAN=$(alone -m megatron_dyt plan "${cluster[@]}") || exit
+  text=$(alone -m megatron_dyt plan "${cluster[@]}" --format flags) || exit
   read -r -a LAYOUT <<<"$text"
 }
 
@@ -130,7 +130,7 @@ try_flags() {
   else
     what=(--vocab-size "$(alone -c 'import sys; from megatron_dyt.recipes import load; print(load(sys.argv[1]).vocab_size)' "$MODEL")")
   fi
-  alone -m megatron_dyt.recipes.dry_run --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
+  alone -m megatron_dyt dry-run --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
     "${what[@]}" -- "${TRAINING[@]}"
 }
 
@@ -175,7 +175,7 @@ launch() {
   fi
 }
 
-# One task a GPU, without torchrun: Slurm's SIGTERM reaches the training processes themselves, and their exit
+# One task per GPU, without torchrun: Slurm's SIGTERM reaches the training processes themselves, and their exit
 # code, 2 for wrong input, reaches us. When a task has ended, the others have two minutes to end as well.
 launch_with_slurm() {
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

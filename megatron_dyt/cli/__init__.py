@@ -16,12 +16,13 @@ from megatron_dyt.errors import run_main
 
 # Command -> (where it is, what it does).
 COMMANDS = {
-    "recipe": ("megatron_dyt.recipes.__main__", "a LLaMA size and how it is trained, as text or as flags"),
-    "plan": ("megatron_dyt.recipes.plan", "parallel layout, memory and days of a recipe on a cluster"),
+    "recipe": ("megatron_dyt.cli.recipes:recipe", "a LLaMA size and how it is trained, as text or as flags"),
+    "plan": ("megatron_dyt.cli.recipes:plan", "parallel layout, memory and days of a recipe on a cluster"),
     "dry-run": (
-        "megatron_dyt.recipes.dry_run",
+        "megatron_dyt.cli.recipes:dry_run",
         "try a launch's flags under a simulated world, without GPUs",
     ),
+    "scaling": ("megatron_dyt.cli.recipes:scaling", "what DyT adds to communication, up to 4,096 ranks"),
     "prepare-data": ("megatron_dyt.data.prepare", "tokenize text into Megatron's indexed data sets"),
     "train-tokenizer": ("megatron_dyt.data.train_tokenizer", "make a SentencePiece tokenizer"),
     "eval": ("megatron_dyt.cli.evaluation:evaluate", "zero-shot evaluation of a checkpoint with lm-eval"),

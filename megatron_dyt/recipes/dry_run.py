@@ -1,15 +1,13 @@
-"""A dry run: `python -m megatron_dyt.recipes.dry_run --nodes 128 --gpus-per-node 8 -- MEGATRON FLAGS`.
+"""A dry run: `megatron-dyt dry-run --nodes 128 --gpus-per-node 8 --vocab-size 32000 -- MEGATRON FLAGS`.
 
 Passes the flags of a launch through Megatron's own parser and validation under a simulated world of that
 many ranks, and builds the model of every pipeline stage on the meta device, where tensors have shapes and
-no storage. It needs neither GPUs nor the memory of the model. Reported: parameters a rank, and what those
-of all ranks add up to; with --parameters it must be that. A flag that Megatron would refuse on the cluster
-is refused here.
+no storage. It needs neither GPUs nor the memory of the model. Reported: parameters per rank, and what those
+of all ranks add up to. A flag that Megatron would refuse on the cluster is refused here.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import logging
@@ -17,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,7 @@ import torch
 
 from megatron_dyt import compat
 from megatron_dyt.cpu import device
-from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import handshake
 from megatron_dyt.parsed_args import set_parsed_args
 from megatron_dyt.training import preflight
@@ -53,58 +51,56 @@ class Stage:
         return self.split + self.replicated
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; raises UserError for what could not run on that cluster."""
-    given = sys.argv[1:] if argv is None else argv
-    split = given.index("--") if "--" in given else len(given)
-    own, flags = given[:split], given[split + 1 :]
-    parser = argparse.ArgumentParser(prog="megatron-dyt dry-run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--vocab-size", type=int, help="entries of the tokenizer")
-    size.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece file, to count them")
-    parser.add_argument(
-        "--files", action="store_true", help="check tokenizer and data files too, as training does"
-    )
-    parser.add_argument("--parameters", type=int, help="how many the whole model must have")
-    options = parser.parse_args(own)
+def run(
+    flags: Sequence[str],
+    world_size: int,
+    vocab_size: int,
+    *,
+    files: bool = False,
+    parameters: int | None = None,
+) -> list[str]:
+    """Try the flags on a world of that many ranks; returns lines for a reader.
+
+    Args:
+        vocab_size: entries of the tokenizer.
+        files: check tokenizer and data files too, as training does.
+        parameters: how many the whole model must have.
+
+    Raises:
+        UserError: what could not run on that cluster.
+    """
     if not flags:
         raise UserError(
             "no flags to try: give Megatron's flags after `--`, as the launch script prints them."
         )
     began = time.monotonic()
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    world = options.nodes * options.gpus_per_node
-    vocab_size = options.vocab_size or _entries(options.tokenizer_model)
-    args, stages = simulate(flags, world, vocab_size)
+    args, stages = simulate(flags, world_size, vocab_size)
     total = whole(args, stages)
-    if options.parameters not in (None, total):
+    if parameters not in (None, total):
         raise UserError(
-            f"the ranks' parameters add up to {total:,}, and the recipe has {options.parameters:,}: "
+            f"the ranks' parameters add up to {total:,}, and the recipe has {parameters:,}: "
             "the flags make another model"
         )
-    if options.files:
+    if files:
         preflight.check_tokenizer(args)
         preflight.check_data(args)
-    for line in report(args, stages, world):
-        print(line)
-    print(f"dry run: fine, in {time.monotonic() - began:.0f} s")
-    return 0
+    return [*report(args, stages, world_size), f"dry run: fine, in {time.monotonic() - began:.0f} s"]
 
 
-def _entries(tokenizer_model: str) -> int:
+def tokenizer_entries(model: str) -> int:
+    """Entries of a SentencePiece file."""
     import sentencepiece
 
     try:
-        return int(sentencepiece.SentencePieceProcessor(model_file=tokenizer_model).get_piece_size())
+        return int(sentencepiece.SentencePieceProcessor(model_file=model).get_piece_size())
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"--tokenizer-model {tokenizer_model} is not a readable SentencePiece model ({error})"
+            f"--tokenizer-model {model} is not a readable SentencePiece model ({error})"
         ) from error
 
 
-def simulate(flags: list[str], world_size: int, vocab_size: int) -> tuple[Any, list[Stage]]:
+def simulate(flags: Sequence[str], world_size: int, vocab_size: int) -> tuple[Any, list[Stage]]:
     """Megatron's validated arguments and every pipeline stage, in a world that is only said to exist.
 
     Raises:
@@ -134,7 +130,7 @@ def _environment(world_size: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _validated(flags: list[str], vocab_size: int) -> Any:
+def _validated(flags: Sequence[str], vocab_size: int) -> Any:
     from megatron.training import arguments
 
     errors, report = io.StringIO(), io.StringIO()
@@ -236,11 +232,7 @@ def report(args: Any, stages: list[Stage], world_size: int) -> list[str]:
         f"  one model: {total:,} parameters ({total / 1e9:.2f}B), padded vocabulary {args.padded_vocab_size}",
     ]
     return lines + [
-        f"  stage {stage.index}: {stage.parameters:,} parameters a rank ({stage.replicated:,} of them on "
+        f"  stage {stage.index}: {stage.parameters:,} parameters per rank ({stage.replicated:,} of them on "
         f"every tensor parallel rank), {stage.norms} norms"
         for stage in stages
     ]
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -9,11 +9,13 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import Recipe
 
 RECOMPUTE = ("none", "selective", "full")
+# Sequences. Larger ones are no faster, as a sequence of a recipe fills a GPU, and need more memory.
+MICRO_BATCHES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the run has: `gpus` in all, `gpus_per_node`, and each GPU's memory in bytes."""
+    """What the run has: nodes, their GPUs, and each GPU's memory in bytes."""
 
     nodes: int
     gpus_per_node: int
@@ -30,8 +32,8 @@ class Layout:
 
     Attributes:
         tp, pp, dp: tensor, pipeline and data parallel sizes; sequence parallelism is on when tp > 1.
-        vpp: model chunks a pipeline rank has; 1 without interleaving.
-        micro_batch: sequences a micro-batch.
+        vpp: model chunks per pipeline rank; 1 without interleaving.
+        micro_batch: sequences per micro-batch.
         recompute: "none", "selective" (each MLP and norm) or "full" (each layer).
     """
 
@@ -43,10 +45,10 @@ class Layout:
     recompute: str = "none"
 
     def micro_batches(self, recipe: Recipe) -> int:
-        """Micro-batches that a pipeline works through in a step."""
+        """Micro-batches per step and pipeline."""
         return recipe.global_batch_size // (self.dp * self.micro_batch)
 
-    def layers_a_chunk(self, recipe: Recipe) -> int:
+    def layers_per_chunk(self, recipe: Recipe) -> int:
         return recipe.num_layers // (self.pp * self.vpp)
 
     def bubble(self, recipe: Recipe) -> float:
@@ -126,14 +128,14 @@ def check(recipe: Recipe, cluster: Cluster, layout: Layout) -> None:
 
 
 def possible(recipe: Recipe, cluster: Cluster) -> Iterator[Layout]:
-    """Every layout that Megatron would take, with micro-batches of 1, 2, 4 and 8 sequences."""
+    """Every layout that Megatron would take, with `MICRO_BATCHES`."""
     for tp in _divisors(cluster.gpus_per_node):
         for pp in _divisors(recipe.num_layers):
             if cluster.gpus % (tp * pp):
                 continue
             dp = cluster.gpus // (tp * pp)
             for vpp in _divisors(recipe.num_layers // pp) if pp > 1 else [1]:
-                for micro_batch in (1, 2, 4, 8):
+                for micro_batch in MICRO_BATCHES:
                     for recompute in RECOMPUTE:
                         layout = Layout(tp, pp, vpp, dp, micro_batch, recompute)
                         if not faults(recipe, cluster, layout):

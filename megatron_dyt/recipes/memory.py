@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from megatron_dyt.recipes import Recipe
 from megatron_dyt.recipes.layout import Layout
 
+# Bytes per element.
 BF16, FP32 = 2, 4
-# Adam's fp32 weight, first and second moment, spread over the data parallel ranks.
+# Bytes per parameter: Adam's fp32 weight, first and second moment, spread over the data parallel ranks.
 OPTIMIZER = 3 * FP32
-# Bytes a rank that no tensor of the model explains: CUDA context, NCCL, cuBLAS workspaces.
+# Bytes per rank that no tensor of the model explains: CUDA context, NCCL's buffers, cuBLAS workspaces. A
+# round figure on the safe side, not measured here.
 RESERVE = 3 * 2**30
-# Of a GPU's memory, what the caching allocator can be expected to use without fragmenting.
+# Fraction of a GPU's memory that the caching allocator can be expected to use before it fragments. A guess.
 USABLE = 0.9
 
 
@@ -88,16 +90,16 @@ def layer_activations(recipe: Recipe, layout: Layout) -> float:
     """Bytes that a layer keeps for the backward pass of one micro-batch, on one rank.
 
     What autograd saves with Transformer Engine's attention and Megatron's SwiGLU fusion (both the defaults on
-    GPUs), no biases, no dropout; elements a token, h the hidden, k the key-value and f the FFN's width, each
-    split over the tensor parallel ranks (sequence parallel where TP does not split it):
+    GPUs), no biases, no dropout. Elements per token, where h is the hidden, k the key-value and f the FFN's
+    width, each split over the tensor parallel ranks (sequence parallel where TP does not split it):
 
     | saved by | tensor | elements |
     |---|---|---|
     | DyT before attention | the layer's input, the residual stream | h |
     | qkv linear layer | its input, DyT's output | h |
     | attention | q and k after RoPE, v, made contiguous; q, k, v before that are gone | h + 2k |
-    | attention | its output, and one fp32 a head, the softmax statistics | h |
-    | output linear layer | its input: attention's output; with flash-attn and more than one sequence a \
+    | attention | its output, and one fp32 per head, the softmax statistics | h |
+    | output linear layer | its input: attention's output; with flash-attn and more than one sequence per \
       micro-batch a copy of it, [s, b, h] of [b, s, h] (cuDNN's attention writes [s, b, h] itself) | 0 or h |
     | DyT before the MLP | the sum of residual and attention | h |
     | gate and up linear layer | its input, DyT's output | h |
@@ -134,7 +136,7 @@ def chunks_in_flight(recipe: Recipe, layout: Layout, stage: int) -> int:
 def stage_memory(recipe: Recipe, layout: Layout, stage: int) -> Memory:
     """Bytes on a rank of a pipeline stage."""
     parameters = stage_parameters(recipe, layout, stage)
-    kept = layout.layers_a_chunk(recipe) * layer_activations(recipe, layout)
+    kept = layout.layers_per_chunk(recipe) * layer_activations(recipe, layout)
     activations = kept * chunks_in_flight(recipe, layout, stage)
     if layout.recompute == "full":  # One layer is held in full while it is worked on.
         activations += layer_activations(recipe, Layout(layout.tp, 1, 1, 1, layout.micro_batch))
@@ -143,7 +145,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int) -> Memory:
         activations += BF16 * layout.micro_batch * recipe.seq_length * ffn
     logits = 0.0
     if stage == layout.pp - 1:
-        # bf16 logits, their fp32 softmax and its gradient, vocabulary split over the ranks.
+        # bf16 logits, their fp32 softmax and its gradient, the vocabulary split over the ranks.
         tokens = layout.micro_batch * recipe.seq_length
         logits = (BF16 + 2 * FP32) * tokens * recipe.padded_vocab_size(layout.tp) / layout.tp
     return Memory(

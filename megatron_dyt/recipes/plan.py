@@ -1,101 +1,185 @@
-"""Plan a run: `python -m megatron_dyt.planning --model 70b --nodes 128 --gpus-per-node 8 --gpu-memory 80`.
+"""The layout to take: of those that fit into memory, the one with the shortest estimated step.
 
-Prints the parallel layout to take and why, the memory of its fullest rank, the pipeline's bubble, tokens a
-step and days. `--format flags` prints Megatron's flags for it, which the launch scripts use. `--dry-run` then
-tries them: Megatron's own validation, and every pipeline stage's model, without a GPU.
+The estimate ranks layouts; it does not promise a speed. It counts work, idle time in the pipeline and
+communication that nothing hides, with the round figures of `Speeds`. Days of training come from the model
+FLOPs utilisation (MFU) that the user gives.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from megatron_dyt import recipes
-from megatron_dyt.errors import UserError, run_main
-from megatron_dyt.recipes import layout, memory
-from megatron_dyt.recipes.choose import Plan, Speeds, days, ranked
+from megatron_dyt.errors import UserError
+from megatron_dyt.recipes import Recipe, memory
+from megatron_dyt.recipes.layout import Cluster, Layout, check, possible
 
+# Fraction of a step. Steps that differ by less count as equal: the figures below are good to a tenth or so,
+# and most of that error is common to the layouts compared.
+UNSURE = 0.02
+
+# A layer's collectives under sequence parallelism, each an all-gather or a reduce-scatter of the hidden
+# states: 4 forward, and 6 backward, where inputs are gathered anew (arXiv 2205.05198). Recomputation repeats
+# those of the forward pass: the MLP's 2, or all 4.
+TENSOR_PARALLEL_PASSES = {"none": 10, "selective": 12, "full": 14}
+
+# A matrix product reaches half of its speed where a dimension of it is this long: 128 columns on a rank,
+# about the tile of one thread block, and 512 tokens. Guesses that keep the ranking from slicing ever thinner.
+HALF_SPEED_WIDTH, HALF_SPEED_TOKENS = 128, 512
+
+SECONDS_PER_DAY = 86400
+
+# Other layouts that a report shows.
 OTHERS_SHOWN = 4
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(prog="megatron-dyt plan", description=__doc__.splitlines()[0])
-    found.add_argument("--model", required=True, help=f"recipe: {', '.join(recipes.names())}")
-    found.add_argument("--nodes", type=_positive, default=1)
-    found.add_argument("--gpus-per-node", type=_positive, default=8)
-    found.add_argument("--gpu-memory", type=float, default=80.0, help="GB (1e9 bytes) a GPU; default 80")
-    found.add_argument(
-        "--gpu-flops", type=float, default=989.0, help="dense bf16 TFLOP/s; default 989, an H100"
+@dataclass(frozen=True)
+class Speeds:
+    """Round figures of an H100 cluster, per GPU; only `peak` is the user's to give.
+
+    Attributes:
+        peak: dense bf16 FLOP/s.
+        kernels: fraction of the peak that a layer's matrix products reach where they are large.
+        node_link, network: bytes/s in one direction within a node (NVLink) and between nodes.
+        exposed: fraction of data and pipeline parallel communication that computation does not hide.
+    """
+
+    peak: float = 989e12  # H100 SXM data sheet
+    # Large bf16 products of cuBLAS on an H100 run at 600 to 700 TFLOP/s. Not measured here.
+    kernels: float = 0.65
+    # Data sheets: 450 GB/s in one direction for NVLink 4, 50 GB/s for an adapter of 400 Gb/s per GPU. That
+    # collectives get 80 % of it is a guess.
+    node_link: float = 0.8 * 450e9
+    network: float = 0.8 * 50e9
+    # A guess: Megatron overlaps all but the first and the last bucket, and what the links are too slow for.
+    exposed: float = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with what it costs. Times in seconds per step."""
+
+    recipe: Recipe
+    cluster: Cluster
+    layout: Layout
+    memory: memory.Memory
+    compute: float
+    tensor_parallel: float
+    pipeline: float
+    data_parallel: float
+    bubble: float
+
+    @property
+    def step(self) -> float:
+        busy = self.compute + self.tensor_parallel + self.pipeline
+        return busy / (1 - self.bubble) + self.data_parallel
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= memory.USABLE * self.cluster.gpu_memory
+
+
+def flops_per_token(recipe: Recipe) -> float:
+    """Forward and backward FLOPs: 6 per parameter of a matrix product, and causal attention."""
+    matrices = recipe.parameters_without_norms
+    if not recipe.tie_embeddings:
+        matrices -= recipe.vocab_size * recipe.hidden_size  # Looking up an embedding is no product.
+    # Scores and weighted values take 12 L s h, of which the causal mask leaves half.
+    attention = 6 * recipe.num_layers * recipe.seq_length * recipe.hidden_size
+    return 6.0 * matrices + attention
+
+
+def days(recipe: Recipe, gpus: int, mfu: float, peak: float) -> float:
+    """Days for the whole run at a model FLOPs utilisation; `peak` in FLOP/s per GPU."""
+    return recipe.tokens * flops_per_token(recipe) / (gpus * peak * mfu) / SECONDS_PER_DAY
+
+
+def estimate(recipe: Recipe, cluster: Cluster, layout: Layout, speeds: Speeds) -> Plan:
+    """The plan of one layout."""
+    tokens = layout.micro_batch * recipe.seq_length
+    hidden_states = memory.BF16 * tokens * recipe.hidden_size  # bytes
+    micro_batches = layout.micro_batches(recipe)
+    # Ring collectives move all but a rank's own part.
+    moved = hidden_states * (layout.tp - 1) / layout.tp
+    passes = recipe.num_layers / layout.pp * micro_batches * TENSOR_PARALLEL_PASSES[layout.recompute]
+    # Each chunk hands activations on and takes gradients in, the hidden states split over TP.
+    crossings = 2 * layout.vpp * micro_batches if layout.pp > 1 else 0
+    sent = crossings * hidden_states / layout.tp
+    parameters = memory.stage_parameters(recipe, layout, 0)
+    # Gradients are reduced in fp32, weights gathered in bf16.
+    reduced = (memory.FP32 + memory.BF16) * parameters * (layout.dp - 1) / layout.dp
+    link = speeds.network if layout.tp * layout.dp > cluster.gpus_per_node else speeds.node_link
+    return Plan(
+        recipe=recipe,
+        cluster=cluster,
+        layout=layout,
+        memory=memory.fullest(recipe, layout),
+        compute=_compute(recipe, cluster, layout, speeds),
+        tensor_parallel=passes * moved / speeds.node_link,
+        pipeline=speeds.exposed * sent / speeds.network,
+        data_parallel=speeds.exposed * reduced / link,
+        bubble=layout.bubble(recipe),
     )
-    found.add_argument(
-        "--mfu", type=float, default=0.4, help="model FLOPs utilisation for the days; default 0.4"
-    )
-    own = found.add_argument_group("sizes of your own (others are then chosen)")
-    for name in ("tp", "pp", "vpp", "micro-batch-size"):
-        own.add_argument(f"--{name}", type=_positive)
-    own.add_argument("--recompute", choices=layout.RECOMPUTE)
-    found.add_argument("--format", choices=("text", "json", "flags"), default="text")
-    found.add_argument("--dry-run", action="store_true", help="try the plan's flags as well (with the text)")
-    found.add_argument("--norm", choices=recipes.NORMS, default=recipes.NORMS[0], help="for the dry run")
-    return found
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 1")
-    return value
+def _compute(recipe: Recipe, cluster: Cluster, layout: Layout, speeds: Speeds) -> float:
+    """Seconds per step that a rank computes."""
+    flops = flops_per_token(recipe)
+    if layout.recompute == "full":  # Forward once more, which is a third.
+        flops *= 4 / 3
+    elif layout.recompute == "selective":  # The MLP's three matrices once more.
+        flops += 2 * recipe.num_layers * 3 * recipe.hidden_size * recipe.ffn_hidden_size
+    width, tokens = recipe.hidden_size / layout.tp, layout.micro_batch * recipe.seq_length
+    efficiency = speeds.kernels * width / (width + HALF_SPEED_WIDTH) * tokens / (tokens + HALF_SPEED_TOKENS)
+    return recipe.tokens_per_step / cluster.gpus * flops / (speeds.peak * efficiency)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; raises UserError for what cannot be planned."""
-    args = parser().parse_args(argv)
-    if args.gpu_memory <= 0 or args.gpu_flops <= 0 or not 0 < args.mfu <= 1:
+def ranked(
+    recipe: Recipe, cluster: Cluster, speeds: Speeds, fixed: dict[str, int | str] | None = None
+) -> list[Plan]:
+    """Plans that fit, best first: of those with about the shortest step the one that needs least memory,
+    then the others by their step.
+
+    Args:
+        fixed: fields of `Layout` that are given, such as {"tp": 4}.
+
+    Raises:
+        UserError: no layout is possible on this cluster, or none fits into its memory.
+    """
+    wanted = fixed or {}
+    if wanted.keys() >= {"tp", "pp", "vpp", "micro_batch"}:
+        sizes: dict[str, Any] = dict(wanted)
+        check(recipe, cluster, Layout(dp=max(1, cluster.gpus // (sizes["tp"] * sizes["pp"])), **sizes))
+    plans = [
+        estimate(recipe, cluster, layout, speeds)
+        for layout in possible(recipe, cluster)
+        if all(getattr(layout, name) == value for name, value in wanted.items())
+    ]
+    if not plans:
+        given = "".join(f" and {name} {value}" for name, value in wanted.items())
         raise UserError(
-            f"--gpu-memory {args.gpu_memory:g}, --gpu-flops {args.gpu_flops:g} and --mfu {args.mfu:g} were "
-            "given; they must be positive, and the MFU at most 1."
+            f"{recipe.name} cannot be laid out on {cluster.nodes} x {cluster.gpus_per_node} GPUs{given}: "
+            f"TP x PP x DP must be {cluster.gpus}, TP divide a node's GPUs and the "
+            f"{recipe.num_attention_heads} heads, PP x VPP the {recipe.num_layers} layers, and DP x "
+            f"micro-batch the {recipe.global_batch_size} sequences of a step. Numbers of nodes that are "
+            "powers of two work best."
         )
-    recipe = recipes.load(args.model)
-    cluster = layout.Cluster(args.nodes, args.gpus_per_node, args.gpu_memory * 1e9)
-    plans = ranked(recipe, cluster, Speeds(peak=args.gpu_flops * 1e12), _fixed(args))
-    duration = days(recipe, cluster.gpus, args.mfu, args.gpu_flops * 1e12)
-    if args.format == "flags":
-        print(shlex.join(plans[0].layout.flags()))
-    elif args.format == "json":
-        print(json.dumps(as_json(plans[0], duration, args.mfu), indent=2))
-    else:
-        print("\n".join(report(plans, duration, args.mfu)))
-        if args.dry_run:
-            return _dry_run(plans[0], args.norm)
-    return 0
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        best = min(plans, key=lambda plan: plan.memory.total)
+        raise UserError(
+            f"{recipe.name} does not fit on {cluster.nodes} x {cluster.gpus_per_node} GPUs of "
+            f"{cluster.gpu_memory / 1e9:.0f} GB: the leanest layout ({best.layout.describe()}) needs "
+            f"{best.memory.total / memory.USABLE / 1e9:.0f} GB. Take more nodes or larger GPUs."
+        )
+    fitting.sort(key=lambda plan: (plan.step, plan.layout.vpp))
+    equal = [plan for plan in fitting if plan.step <= (1 + UNSURE) * fitting[0].step]
+    best = min(equal, key=lambda plan: plan.memory.total)
+    return [best, *(plan for plan in fitting if plan is not best)]
 
 
-def _dry_run(plan: Plan, norm: str) -> int:
-    """The recipe's and the layout's flags; a launch script tries those that it adds as well."""
-    from megatron_dyt.recipes import dry_run
-
-    recipe, cluster = plan.recipe, plan.cluster
-    world = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.gpus_per_node)]
-    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(recipe.vocab_size - 1)]
-    flags = [*recipe.flags(norm), *plan.layout.flags(), "--bf16", *tokenizer]
-    count = ["--parameters", str(memory.model_parameters(recipe, plan.layout, norm))]
-    return dry_run.main([*world, *count, "--vocab-size", str(recipe.vocab_size), "--", *flags])
-
-
-def _fixed(args: argparse.Namespace) -> dict[str, int | str]:
-    """The sizes that the user has given."""
-    given = {
-        "tp": args.tp,
-        "pp": args.pp,
-        "vpp": args.vpp,
-        "micro_batch": args.micro_batch_size,
-        "recompute": args.recompute,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+# --- for a program and for a reader ---------------------------------------------------------------
 
 
 def as_json(plan: Plan, duration: float, mfu: float) -> dict[str, object]:
@@ -117,8 +201,9 @@ def as_json(plan: Plan, duration: float, mfu: float) -> dict[str, object]:
 
 
 def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
-    """The plan for a reader."""
+    """Lines for a reader: the first plan, its reasons, and the next ones; `duration` in days."""
     best, recipe, cluster = plans[0], plans[0].recipe, plans[0].cluster
+    hours = 24 * duration * cluster.gpus
     lines = recipe.describe()
     lines += [
         f"cluster: {cluster.nodes} nodes x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory / 1e9:g} GB",
@@ -127,9 +212,9 @@ def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
         f"memory of the fullest rank (pipeline stage {best.memory.stage}), GB:",
         *_memory_lines(best),
         f"step: {recipe.tokens_per_step / 1e6:.2f}M tokens, {best.layout.micro_batches(recipe)} "
-        f"micro-batches a pipeline, bubble {best.bubble:.1%}",
+        f"micro-batches per pipeline, bubble {best.bubble:.1%}",
         f"run: {recipe.train_iters} steps, {recipe.tokens / 1e9:.0f}B tokens, {duration:.1f} days at "
-        f"{mfu:.0%} MFU ({_hours(24 * duration * cluster.gpus)} GPU-hours)",
+        f"{mfu:.0%} MFU ({f'{hours:,.0f}' if hours >= 100 else f'{hours:.1f}'} GPU-hours)",
         f"checkpoint: {memory.checkpoint_bytes(recipe) / 1e9:.0f} GB, weights and optimizer state",
         "others that fit (estimated step relative to this one, memory in GB):",
     ]
@@ -137,10 +222,6 @@ def report(plans: list[Plan], duration: float, mfu: float) -> list[str]:
         ratio, needed = plan.step / best.step, plan.memory.total / 1e9
         lines.append(f"  {plan.layout.describe()}: {ratio:.3f}, {needed:.0f}")
     return [*lines, "flags: " + shlex.join(best.layout.flags())]
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}"
 
 
 def reasons(plans: list[Plan]) -> list[str]:
@@ -181,7 +262,3 @@ def _memory_lines(plan: Plan) -> list[str]:
         "total": used.total,
     }
     return [f"  {name:<32}{size / 1e9:8.1f}" for name, size in parts.items()]
-
-
-if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))

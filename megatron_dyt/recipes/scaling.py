@@ -1,29 +1,25 @@
 """What DyT adds over RMSNorm to the communication of a training step, counted for layouts too large to try.
 
-    python -m megatron_dyt.recipes.scaling [--write docs/scaling.md]
-
 Nothing here depends on the sequence's length or the batch: what is added are parameters, which are reduced
-once a step, and the guard's flags. `tests/distributed/test_scaling.py` compares the count with what real
+once per step, and the guard's flags. `tests/distributed/test_scaling.py` compares the count with what real
 runs of two processes hand to their collectives. Bytes are those handed to a collective, not those on the
 wire, which depend on its algorithm.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dyt.errors import UserError, run_main
+from megatron_dyt import atomic
+from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import Recipe, load
 from megatron_dyt.recipes.layout import Layout
-from megatron_dyt.recipes.memory import stage_parameters
+from megatron_dyt.recipes.memory import BF16, FP32, stage_parameters
 
-BF16, FP32 = 2, 4
-# The distributed optimizer starts every parameter at a multiple of this many elements
+# Elements. The distributed optimizer starts every parameter at a multiple of this many elements
 # (megatron/core/optimizer/param_layout.py).
 ALIGNMENT = 64
 # mcore/guard.py: two flags of 4 bytes, reduced over all ranks.
@@ -191,13 +187,13 @@ def _extremes() -> Iterator[str]:
     calls = max(each[2] for each in found)
     yield (
         f"Over all {tried} layouts of powers of two (TP to 8, up to {MAX_RANKS:,} ranks) of these sizes, no "
-        f"rank hands more than {total:,} B a step more to its collectives ({size.upper()}, TP {tp}, PP {pp}, "
-        f"DP {dp}), no rank has more than {share:.1e} of its parameters more, and no step has more than "
-        f"{calls} collective more."
+        f"rank hands more than {total:,} B per step more to its collectives ({size.upper()}, TP {tp}, "
+        f"PP {pp}, DP {dp}), no rank has more than {share:.1e} of its parameters more, and no step has more "
+        f"than {calls} collective more."
     )
 
 
-BEGIN = "<!-- begin: python -m megatron_dyt.recipes.scaling -->"
+BEGIN = "<!-- begin: megatron-dyt scaling -->"
 END = "<!-- end -->"
 
 
@@ -207,22 +203,5 @@ def write(page: Path) -> None:
     if BEGIN not in text or END not in text:
         raise UserError(f"{page} has no lines {BEGIN!r} and {END!r} to write between")
     head, rest = text.split(BEGIN, 1)
-    temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(f"{head}{BEGIN}\n{report()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
-    temporary.replace(page)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the report, or write it into a page."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_dyt.recipes.scaling", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put it between the markers of this page")
-    given = parser.parse_args(argv)
-    if given.write is None:
-        print(report())
-    else:
-        write(given.write)
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    with atomic.whole_files([page]) as (partial,):
+        partial.write_text(f"{head}{BEGIN}\n{report()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")

@@ -44,10 +44,10 @@ exit 1
 # python: recipe and plan of ten steps; training and torchrun are what the test says in $FAKE_TRAIN.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *megatron_dyt.recipes*) echo --train-iters 10 ;;
-  *megatron_dyt.recipes.dry_run*) echo dry run ;;
-  *megatron_dyt.planning*) echo --micro-batch-size 1 ;;
-  *megatron_dyt.data.prepare*) echo "0.25 some/prefix 0.75 other/prefix" ;;
+  "-m megatron_dyt recipe "*) echo --train-iters 10 ;;
+  "-m megatron_dyt dry-run "*) echo dry run ;;
+  "-m megatron_dyt plan "*) echo --micro-batch-size 1 ;;
+  "-m megatron_dyt prepare-data "*) echo "0.25 some/prefix 0.75 other/prefix" ;;
   *)
     echo "${RANK:-}/${WORLD_SIZE:-} ${LOCAL_RANK:-} ${MASTER_ADDR:-} $*" >> "$FAKE_HOME/python"
     mkdir -p "$OUT/checkpoint"
@@ -55,6 +55,12 @@ case "$*" in
     eval "$FAKE_TRAIN"
     ;;
 esac
+"""
+
+# python: this one, but for dry runs, whose arguments go to $FAKE_HOME/dry-run.
+NO_DRY_RUN = f"""#!/usr/bin/env bash
+if [ "$3" = dry-run ]; then shift 3; printf '%q ' "$@" > "$FAKE_HOME/dry-run"; exit; fi
+exec {sys.executable} "$@"
 """
 
 
@@ -74,6 +80,12 @@ def slurm(home: Path) -> dict[str, str]:
 def python(home: Path) -> dict[str, str]:
     """The environment of a script whose Python is ours."""
     _executable(home / "bin" / "python", PYTHON)
+    return {"FAKE_HOME": str(home), "PY": str(home / "bin" / "python")}
+
+
+def dry_run(home: Path) -> dict[str, str]:
+    """The environment of a script whose dry run is ours, and costs no start of Megatron."""
+    _executable(home / "bin" / "python", NO_DRY_RUN)
     return {"FAKE_HOME": str(home), "PY": str(home / "bin" / "python")}
 
 

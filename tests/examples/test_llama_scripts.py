@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.recipes.test_dry_run import forget
+
 from . import fakes
+
+__all__ = ["forget"]  # a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples/llama").glob("*.sh") if path.stem != "common")
@@ -74,30 +79,42 @@ def test_slurm_is_asked_for_what_the_script_expects(name: str) -> None:
     assert options["open-mode"] == "append"  # A requeued job writes into the same log.
 
 
+def looked_at(script: str, home: Path, *flags: str, **settings: str) -> tuple[str, list[str], list[str]]:
+    """With PLAN_ONLY: what is printed, what the dry run is asked for, and the flags that would run."""
+    result = run(script, *flags, PLAN_ONLY="1", **fakes.dry_run(home), **settings)
+    assert result.returncode == 0, result.stderr
+    asked = shlex.split((home / "dry-run").read_text())
+    return result.stdout, asked[: asked.index("--")], asked[asked.index("--") + 1 :]
+
+
 @pytest.mark.parametrize(
-    ("name", "nodes", "billions"),
-    [("7b", 64, "6.74B"), ("13b", 64, "13.02B"), ("34b", 128, "33.74B"), ("70b", 128, "68.98B")],
+    ("name", "nodes", "norm", "billions"),
+    [
+        ("7b", 64, "DyT", "6.74B"),
+        ("13b", 64, "DyT", "13.02B"),
+        ("34b", 128, "DyT", "33.74B"),
+        ("70b", 128, "DyT", "68.98B"),
+        ("125m", 1, "RMSNorm", "0.13B"),
+    ],
 )
-def test_look_first_prints_the_plan_and_tries_the_flags(name: str, nodes: int, billions: str) -> None:
-    result = run(name, "--seed", "7", PLAN_ONLY="1", NODES=str(nodes))
-    assert result.returncode == 0, result.stderr
-    for part in (
-        "layout: TP ",
-        " days at 40% MFU",
-        f"dry run: {8 * nodes} ranks",
-        "dry run: fine",
-        "--seed 7",
-    ):
-        assert part in result.stdout
-    assert f"({billions})" in result.stdout
-    assert "Megatron warns" not in result.stdout  # It would say that asynchronous saves are off.
+def test_look_first_prints_the_plan_and_flags_that_megatron_takes(
+    name: str,
+    nodes: int,
+    norm: str,
+    billions: str,
+    tmp_path: Path,
+    forget: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_dyt.recipes import dry_run
 
-
-def test_the_rmsnorm_twin_takes_the_script_s_flags() -> None:
-    result = run("125m", PLAN_ONLY="1", NORM="RMSNorm")
-    assert result.returncode == 0, result.stderr
-    assert "dry run: fine" in result.stdout
-    assert "--normalization RMSNorm" in result.stdout
+    text, asked, flags = looked_at(name, tmp_path, "--seed", "7", NODES=str(nodes), NORM=norm)
+    for part in ("layout: TP ", " days at 40% MFU", "--seed 7", f"--normalization {norm}"):
+        assert part in text
+    assert shlex.split(text.splitlines()[-1]) == flags
+    assert asked == ["--nodes", str(nodes), "--gpus-per-node", "8", "--vocab-size", "32000"]
+    assert f"({billions})" in "\n".join(dry_run.run(flags, 8 * nodes, 32000))
+    assert "Megatron warns" not in capsys.readouterr().out  # It would say that asynchronous saves are off.
 
 
 @pytest.mark.parametrize(
@@ -112,7 +129,7 @@ def test_the_rmsnorm_twin_takes_the_script_s_flags() -> None:
         ({"PLAN_ONLY": "1", "TRAIN_DATA": "no/where"}, "no/where.idx is missing"),
         ({"PLAN_ONLY": "1", "TOKENIZER_MODEL": "none.model"}, "none.model is not a file"),
         ({"PLAN_ONLY": "1", "NODES": "1"}, "does not fit on 1 x 8 GPUs"),
-        ({"PLAN_ONLY": "1", "NODES": "128", "NORM": "LayerNorm"}, "invalid choice: 'LayerNorm'"),
+        ({"PLAN_ONLY": "1", "NODES": "128", "NORM": "LayerNorm"}, "'LayerNorm' is not one of"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(settings: dict[str, str], message: str) -> None:
@@ -129,12 +146,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     line = json.dumps({"text": "the quick brown fox jumps over the lazy dog, and again and again"})
     text.write_text(f"{line}\n" * 400)
     for command in (
-        ["train_tokenizer", "--input", str(text), "--vocab-size", "300", "--output", str(model)],
-        ["prepare", "--input", str(text), "--tokenizer-model", str(model), "--output-prefix", str(prefix)],
+        ["train-tokenizer", "--input", str(text), "--vocab-size", "300", "--output", str(model)],
+        [
+            "prepare-data",
+            "--input",
+            str(text),
+            "--tokenizer-model",
+            str(model),
+            "--output-prefix",
+            str(prefix),
+        ],
     ):
-        subprocess.run(
-            [sys.executable, "-m", f"megatron_dyt.data.{command[0]}", *command[1:]], cwd=ROOT, check=True
-        )
+        subprocess.run([sys.executable, "-m", "megatron_dyt", *command], cwd=ROOT, check=True)
     return {"TRAIN_DATA": str(prefix), "VALID_DATA": str(prefix), "TOKENIZER_MODEL": str(model)}
 
 
@@ -144,11 +167,14 @@ def test_truncated_data_are_refused_before_anything_starts(tmp_path: Path, data:
     os.truncate(tmp_path / "data.bin", 1000)
     places = {"VALID_DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "run")}
     settings = data | places | {"GPUS_PER_NODE": "2"}
-    for looking in ({}, {"PLAN_ONLY": "1"}):
-        result = run("125m", *SMALL.split(), **settings, **looking)
-        assert result.returncode == 2
-        assert "data.bin has 1000 bytes" in result.stderr
-        assert not (tmp_path / "run").exists()
+    result = run("125m", *SMALL.split(), **settings)
+    assert result.returncode == 2
+    assert "data.bin has 1000 bytes" in result.stderr
+    assert not (tmp_path / "run").exists()
+    # Looking first has the dry run check the same files.
+    _, asked, flags = looked_at("125m", tmp_path, **settings)
+    assert asked[-3:] == ["--files", "--tokenizer-model", data["TOKENIZER_MODEL"]]
+    assert flags[flags.index("--valid-data-path") + 1] == str(tmp_path / "data")
 
 
 @pytest.mark.slow
@@ -187,6 +213,9 @@ def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data
     assert saved >= 3
     assert f"requeued, it resumes from step {saved}" in log.read_text()
 
+    assert "dry run: fine" in log.read_text()
+
+    settings |= fakes.dry_run(tmp_path)  # Once is enough.
     second = run("125m", *small, "--train-iters", str(saved + 2), **settings)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     steps = [f"iteration {step:8}/{saved + 2:8}" in second.stdout for step in range(1, saved + 3)]

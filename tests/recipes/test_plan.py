@@ -1,62 +1,81 @@
-"""The plan command's three formats."""
-
-import json
+"""The chosen layout fits, is about the fastest, and what cannot be planned is refused."""
 
 import pytest
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.recipes.plan import main
+from megatron_dyt.recipes import load
+from megatron_dyt.recipes.layout import Cluster
+from megatron_dyt.recipes.plan import UNSURE, Speeds, days, flops_per_token, ranked
 
-SEVENTY = ["--model", "70b", "--nodes", "128", "--gpus-per-node", "8", "--gpu-memory", "80"]
-
-
-def test_text_has_the_layout_with_reasons_memory_bubble_and_days(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(SEVENTY) == 0
-    text = capsys.readouterr().out
-    for part in (
-        "layout: TP ",
-        "why: ",
-        "optimizer (fp32, over DP",
-        "bubble ",
-        "4.19M tokens",
-        " days at 40% MFU",
-    ):
-        assert part in text
+SPEEDS = Speeds()
 
 
-def test_json_and_flags_agree(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*SEVENTY, "--format", "json"])
-    data = json.loads(capsys.readouterr().out)
-    main([*SEVENTY, "--format", "flags"])
-    assert capsys.readouterr().out.split() == data["flags"]
-    sizes = data["layout"]
-    assert sizes["tp"] * sizes["pp"] * sizes["dp"] == 1024
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    assert data["memory"]["total"] > sum(data["memory"][part] for part in parts)
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("7b", 64), ("13b", 64), ("34b", 128), ("70b", 128), ("125m", 1)]
+)
+def test_the_best_plan(name: str, nodes: int) -> None:
+    plans = ranked(load(name), Cluster(nodes, 8, 80e9), SPEEDS)
+    best = plans[0]
+    assert all(plan.fits for plan in plans)
+    assert best.step <= (1 + UNSURE) * min(plan.step for plan in plans)
+    equal = [plan for plan in plans if plan.step <= (1 + UNSURE) * min(each.step for each in plans)]
+    assert best.memory.total == min(plan.memory.total for plan in equal)
 
 
-def test_twice_the_mfu_is_half_the_days(capsys: pytest.CaptureFixture[str]) -> None:
-    found = []
-    for mfu in ("0.25", "0.5"):
-        main([*SEVENTY, "--format", "json", "--mfu", mfu])
-        found.append(json.loads(capsys.readouterr().out)["days"])
-    assert found[0] == pytest.approx(2 * found[1])
+def test_less_memory_makes_it_split_or_recompute_more() -> None:
+    recipe = load("7b")
+    large = ranked(recipe, Cluster(1, 8, 140e9), SPEEDS)[0]
+    small = ranked(recipe, Cluster(1, 8, 24e9), SPEEDS)[0]
+    assert small.memory.total < 24e9 < large.memory.total
+    assert small.step > large.step
 
 
-def test_gpu_hours_are_days_of_all_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*SEVENTY, "--format", "json"])
-    data = json.loads(capsys.readouterr().out)
-    assert data["gpu_hours"] == pytest.approx(data["days"] * 24 * 1024)
-    main(SEVENTY)
-    assert f"{data['gpu_hours']:,.0f} GPU-hours" in capsys.readouterr().out
+def test_given_sizes_are_kept() -> None:
+    plans = ranked(load("70b"), Cluster(128, 8, 80e9), SPEEDS, {"tp": 8, "micro_batch": 1})
+    assert {(plan.layout.tp, plan.layout.micro_batch) for plan in plans} == {(8, 1)}
 
 
-def test_few_gpu_hours_are_not_rounded_to_one(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--model", "125m"])
-    assert "(1.4 GPU-hours)" in capsys.readouterr().out
+def test_days_by_hand() -> None:
+    recipe = load("7b")
+    # 6 FLOPs for each parameter but the embedding's, and causal attention: 6 L s h.
+    by_hand = 6 * (recipe.parameters_without_norms - 32000 * 4096) + 6 * 32 * 4096 * 4096
+    assert flops_per_token(recipe) == by_hand
+    assert days(recipe, 512, 0.4, 989e12) == pytest.approx(
+        recipe.tokens * by_hand / (512 * 989e12 * 0.4) / 86400
+    )
 
 
-@pytest.mark.parametrize("bad", [["--mfu", "1.5"], ["--gpu-memory", "0"]])
-def test_impossible_numbers_are_refused(bad: list[str]) -> None:
-    with pytest.raises(UserError, match="must be positive, and the MFU at most 1"):
-        main([*SEVENTY, *bad])
+def test_recomputation_is_paid_for_in_work_and_communication() -> None:
+    """By hand for 7B without pipeline: the MLP's matrices, or a third of all, once more."""
+    recipe = load("7b")
+    given = {"tp": 2, "pp": 1, "micro_batch": 1}
+    plans = ranked(recipe, Cluster(64, 8, 1e12), SPEEDS, given)
+    none, selective, full = (
+        next(plan for plan in plans if plan.layout.recompute == mode)
+        for mode in ("none", "selective", "full")
+    )
+    mlp = 2 * 32 * 3 * 4096 * 11008
+    assert selective.compute / none.compute == pytest.approx(1 + mlp / flops_per_token(recipe))
+    assert full.compute / none.compute == pytest.approx(4 / 3)
+    assert selective.tensor_parallel / none.tensor_parallel == pytest.approx(1.2)
+    assert full.tensor_parallel / none.tensor_parallel == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "memory", "fixed", "message"),
+    [
+        (1, 80e9, {}, "does not fit on 1 x 8 GPUs of 80 GB: the leanest layout .* needs .* GB"),
+        (7, 80e9, {}, "cannot be laid out on 7 x 8 GPUs"),
+        (128, 80e9, {"tp": 3}, "GPUs and tp 3: TP x PP"),
+        (
+            128,
+            80e9,
+            {"tp": 8, "pp": 3, "vpp": 1, "micro_batch": 1},
+            "PP 3 x 1 chunks does not divide 80 layers",
+        ),
+        (1, 80e9, {"tp": 8, "pp": 4, "vpp": 1, "micro_batch": 1}, "is 32 GPUs; the cluster has 8"),
+    ],
+)
+def test_what_cannot_be_planned(nodes: int, memory: float, fixed: dict[str, int | str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ranked(load("70b"), Cluster(nodes, 8, memory), SPEEDS, fixed)

@@ -10,7 +10,7 @@ from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.nn import DynamicTanh
 from megatron_dyt.recipes import load, scaling
-from megatron_dyt.recipes.scaling import Added, Stage, added, layouts, main, report, stages, worst
+from megatron_dyt.recipes.scaling import Added, Stage, added, layouts, report, stages, worst, write
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 
@@ -67,20 +67,17 @@ def test_the_layouts_reach_the_largest_world() -> None:
     assert {tp for tp, _, _ in found} == {1, 2, 4, 8}
 
 
-def test_the_page_has_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    printed = capsys.readouterr().out
-    assert printed.strip() == report()
+def test_the_page_has_the_report() -> None:
     assert f"{scaling.BEGIN}\n{report()}\n{scaling.END}" in PAGE.read_text(encoding="utf-8")
-    assert "| 4096 |" in printed
+    assert "| 4096 |" in report()
 
 
 def test_a_page_is_written_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
-    assert main(["--write", str(page)]) == 0
+    write(page)
     assert page.read_text() == f"before\n{scaling.BEGIN}\n{report()}\n{scaling.END}\nafter\n"
     assert list(tmp_path.iterdir()) == [page]
     page.write_text("no markers")
     with pytest.raises(UserError, match="has no lines"):
-        main(["--write", str(page)])
+        write(page)
