@@ -6,38 +6,28 @@ import re
 import tomllib
 from pathlib import Path
 
+from examples.container.pins import INDIRECT, OF_THE_IMAGE, name_of, pins
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = (ROOT / "examples/container/Dockerfile").read_text()
-# NVIDIA's image has these, built for each other.
-OF_THE_IMAGE = {"torch", "triton", "numpy"}
-
-
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def requirements(*extras: str) -> set[str]:
-    """What pyproject.toml asks for, without versions and our own name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"]]
-    for extra in extras:
-        lines += project["optional-dependencies"][extra]
-    names = {canonical(re.split(r"[\[<>=; ]", line)[0]) for line in lines}
-    return names - {"megatron-dyt"}
+EXTRAS = re.findall(r"--editable '\.\[(.+)\]'", RECIPE)[0].split(",")
 
 
 def test_every_direct_dependency_has_our_pin() -> None:
-    pattern = re.search(r"grep -E '(.+)'", RECIPE)
-    assert pattern is not None
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {canonical(line.split("==")[0]) for line in lines if re.match(pattern[1], line)}
-    extras = re.search(r"--editable '\.\[(.+)\]'", RECIPE)
-    assert extras is not None
-    assert requirements(*extras[1].split(",")) - OF_THE_IMAGE <= pinned
-    named = re.search(r"\((.+)\)", pattern[1])
-    assert named is not None
-    assert pinned == {canonical(name) for name in named[1].split("|")}
-    assert not pinned & OF_THE_IMAGE
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [
+        *project["dependencies"],
+        *(each for extra in EXTRAS for each in project["optional-dependencies"][extra]),
+    ]
+    pinned = pins(ROOT, EXTRAS)
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+-]+", line) for line in pinned)
+    direct = {name_of(each) for each in asked} - OF_THE_IMAGE - {"megatron-dyt"}
+    assert {name_of(line) for line in pinned} == direct | INDIRECT
+    assert {"megatron-core", "click", "transformers"} <= {name_of(line) for line in pinned}
+
+
+def test_pins_are_made_for_what_is_installed() -> None:
+    assert re.findall(r"pins\.py (.+) > /tmp/pins\.txt", RECIPE) == [" ".join(EXTRAS)]
 
 
 def test_what_it_copies_is_there() -> None:
