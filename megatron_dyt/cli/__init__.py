@@ -33,7 +33,8 @@ COMMANDS = {
     "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
     "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
     "convert": ("megatron_dyt.hf.convert", "a Hugging Face LLaMA as one with DyT (experimental)"),
-    "report": ("megatron_dyt.report.compare", "compare runs: results.json and report.html"),
+    "report": ("megatron_dyt.cli.report:report", "compare runs: results.json and report.html"),
+    "follow": ("megatron_dyt.cli.report:follow", "show the progress of a run"),
 }
 
 
