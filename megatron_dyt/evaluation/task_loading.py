@@ -1,7 +1,7 @@
 """lm-eval's tasks by name, with this package's own and a user's, and where their documents come from.
 
 They come from the Hub, or, for machines without network, from a directory of `TASK.SPLIT.jsonl` (one JSON
-object per line) or `TASK.SPLIT.parquet` files with the columns of the data set on the Hub, which
+object a line) or `TASK.SPLIT.parquet` files with the columns of the data set on the Hub, which
 `export_documents` makes; only the evaluated split of each task is read.
 """
 

@@ -1,4 +1,4 @@
-"""Generation against one full forward pass per token."""
+"""Generation against one full forward pass a token."""
 
 from __future__ import annotations
 
