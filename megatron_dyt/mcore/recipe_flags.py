@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_dyt.parsed_args import parsed_args
 
@@ -68,7 +68,7 @@ def wrap_config_overrides(
     """`optimizer.get_standard_config_overrides` without the groups that get no weight decay."""
 
     @functools.wraps(original)
-    def get_standard_config_overrides(*args: Any, **kwargs: Any) -> dict[ParamKey, ParamGroupOverride]:
+    def get_standard_config_overrides(*args: object, **kwargs: object) -> dict[ParamKey, ParamGroupOverride]:
         overrides = original(*args, **kwargs)
         if getattr(parsed_args(), "weight_decay_on", None) != "all":
             return overrides
@@ -98,7 +98,7 @@ def wrap_get_lr(original: Callable[..., float]) -> Callable[..., float]:
     """`OptimizerParamScheduler.get_lr` with the quadratic warmup."""
 
     @functools.wraps(original)
-    def get_lr(self: OptimizerParamScheduler, param_group: dict[str, Any]) -> float:
+    def get_lr(self: OptimizerParamScheduler, param_group: dict[str, object]) -> float:
         rate = original(self, param_group)
         quadratic = getattr(parsed_args(), "lr_warmup_style", None) == "quadratic"
         if not quadratic or self.num_steps >= self.lr_warmup_steps:
