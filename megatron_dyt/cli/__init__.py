@@ -30,9 +30,9 @@ COMMANDS = {
         "megatron_dyt.cli.evaluation:export_data",
         "fetch the tasks' data for machines without network",
     ),
-    "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
-    "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
-    "convert": ("megatron_dyt.hf.convert", "a Hugging Face LLaMA as one with DyT (experimental)"),
+    "export": ("megatron_dyt.cli.hf:export_command", "a checkpoint as a Hugging Face model"),
+    "import": ("megatron_dyt.cli.hf:import_command", "a Hugging Face LLaMA as a Megatron checkpoint"),
+    "convert": ("megatron_dyt.cli.hf:convert_command", "a Hugging Face LLaMA as one with DyT (experimental)"),
     "report": ("megatron_dyt.report.compare", "compare runs: results.json and report.html"),
 }
 
