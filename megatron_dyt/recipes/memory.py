@@ -91,8 +91,8 @@ def layer_activations(recipe: Recipe, layout: Layout) -> float:
 
     What autograd saves with Transformer Engine's attention and Megatron's SwiGLU fusion (both the defaults on
     GPUs), no biases, no dropout. Elements per token, where h is the width of the hidden states, q of queries,
-    k of keys and of values, f of the FFN, each split over the tensor parallel ranks (sequence parallel where TP
-    does not split it):
+    k of keys and of values, f of the FFN, each split over the tensor parallel ranks (sequence parallel where
+    TP does not split it):
 
     | saved by | tensor | elements |
     |---|---|---|
