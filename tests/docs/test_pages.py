@@ -27,16 +27,18 @@ GIVEN = {
     "docs/huggingface.md": """
 import shutil
 import tokenizers, transformers
-from megatron_dyt.hf import modeling_llama_dyt
-from megatron_dyt.hf.config import AUTO_MAP
+from megatron_dyt.hf import modeling_llama_dyt as modeling
 shape = dict(vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-config = modeling_llama_dyt.LlamaDyTConfig(**shape)
-config.auto_map = AUTO_MAP
-DIR = "export"
-modeling_llama_dyt.LlamaDyTForCausalLM(config).save_pretrained(DIR)
-shutil.copy(modeling_llama_dyt.__file__, DIR)
-words = tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
-transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(DIR)
+config = modeling.LlamaDyTConfig(**shape)
+config.auto_map = {
+    "AutoConfig": "modeling_llama_dyt.LlamaDyTConfig",
+    "AutoModelForCausalLM": "modeling_llama_dyt.LlamaDyTForCausalLM",
+}
+modeling.LlamaDyTForCausalLM(config).save_pretrained("DIR")
+shutil.copy(modeling.__file__, "DIR")
+words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "<unk>": 1}, unk_token="<unk>"))
+names = ["input_ids", "attention_mask"]
+transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=names).save_pretrained("DIR")
 """,
 }
 # Pages in one process: what must come before Megatron is imported, first.
