@@ -90,7 +90,7 @@ class Setting:
     kind: Any = None
     field: str = ""
     metavar: str | None = None
-    default: bool | int | None = None
+    default: bool | int | str | None = None
     of_model: bool = False
     needs_dyt: bool = True
 

@@ -27,7 +27,7 @@ from megatron_dyt.config import (
     parse_embedding_scale,
 )
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import handshake
+from megatron_dyt.mcore import handshake, recipe_flags
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.ops.backends import choose_implementation
 
@@ -42,7 +42,7 @@ class _Unset(float):
 def wrap_add_arguments(
     original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
 ) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """`arguments.add_megatron_arguments` with DyT among the norms and a group of DyT flags."""
+    """`arguments.add_megatron_arguments` with DyT among the norms and the plugin's flags."""
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -51,9 +51,10 @@ def wrap_add_arguments(
         norm.choices = [*(norm.choices or ()), NORMALIZATION]
         init_std = parser.get_default("init_method_std")
         parser.set_defaults(init_method_std=_Unset(init_std))
-        group = parser.add_argument_group(title="dynamic tanh (megatron_dyt)")
-        for setting in SETTINGS:
-            group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))
+        for title, settings in (("dynamic tanh", SETTINGS), ("recipe", recipe_flags.SETTINGS)):
+            group = parser.add_argument_group(title=f"{title} (megatron_dyt)")
+            for setting in settings:
+                group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))
         return parser
 
     return add_megatron_arguments

@@ -103,7 +103,6 @@ TRANSFORMER_ENGINE = (
 
 TRAINING = (
     Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
-    Seam("megatron.training.arguments", "add_megatron_arguments", recipe_flags.wrap_add_arguments),
     Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
