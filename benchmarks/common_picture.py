@@ -1,22 +1,28 @@
-"""Bar charts as SVG text, in the style of the project's other charts."""
+"""Charts of benchmark results as SVG text, in the theme of the project's other figures."""
 
 from collections.abc import Sequence
-from html import escape
 from typing import NamedTuple
 
-from megatron_dyt.report.figures import STYLE
+from matplotlib.figure import Figure
 
-_ROW, _BAR, _LABELS, _PLOT, _RIGHT = 22, 13, 190, 420, 110
+from megatron_dyt.report import theme
 
 
 class Bar(NamedTuple):
-    """One value with its quartiles; `color` is c0 to c5."""
+    """One value with its quartiles; `color` is an index of `theme.SERIES`."""
 
     label: str
     value: float
     low: float
     high: float
-    color: str = "c0"
+    color: int = 0
+
+
+class Line(NamedTuple):
+    """One line of a chart: its name and (x, y) points."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
 
 
 def bars_svg(
@@ -31,40 +37,55 @@ def bars_svg(
     bars = [bar for _, group in groups for bar in group]
     # A quartile far out, on a busy machine, must not squeeze the bars.
     top = max([1.25 * bar.value for bar in bars] + [reference or 0.0])
-    width = _LABELS + _PLOT + _RIGHT
-    y, parts = 66.0, []
-    for name, group in groups:
-        parts.append(f'<text class="title" x="8" y="{y:.0f}">{escape(name)}</text>')
-        for bar in group:
-            y += _ROW
-            parts.append(_bar(bar, y, top, digits))
-        y += _ROW + 12
-    height = round(y - 4)
-    if reference is not None:
-        x = _LABELS + _PLOT * reference / top
-        parts.append(f'<path class="line dashed c5" d="M{x:.1f} 54V{height - 10}"/>')
-        parts.append(f'<text class="muted" x="{x:.1f}" y="50" text-anchor="middle">{reference:g}</text>')
-    description = "; ".join(
-        f"{name}, {b.label}: {b.value:.{digits}f}" for name, group in groups for b in group
-    )
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f'<svg width="{width}" height="{height}" xmlns="http://www.w3.org/2000/svg" class="chart" role="img" '
-        f'viewBox="0 0 {width} {height}" aria-labelledby="bars-title bars-desc">'
-        f'<title id="bars-title">{escape(title)}</title><desc id="bars-desc">{escape(description)}</desc>'
-        f'<style>{STYLE}</style><rect class="paper" width="{width}" height="{height}" rx="8"/>'
-        f'<text class="title" x="8" y="20">{escape(title)}</text>'
-        f'<text class="muted" x="8" y="40">{escape(axis)}</text>{"".join(parts)}</svg>\n'
-    )
+    rows = [len(group) for _, group in groups]
+    with theme.applied():
+        figure = Figure(figsize=(10, 0.9 + 0.3 * sum(rows) + 0.35 * len(rows)))
+        figure.suptitle(f"{title}: {axis}", x=0.01, ha="left", fontsize=11)
+        panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+        for axes, (name, group) in zip(panels, groups, strict=True):
+            axes.set_title(name)
+            axes.grid(visible=False)
+            axes.set_xlim(0, top)
+            axes.invert_yaxis()
+            labels = [bar.label for bar in group]
+            places = range(len(group))
+            colors = [theme.SERIES[bar.color % len(theme.SERIES)] for bar in group]
+            axes.barh(places, [bar.value for bar in group], height=0.6, color=colors)
+            axes.set_yticks(places, labels)
+            for place, bar in enumerate(group):
+                axes.plot([bar.low, min(bar.high, top)], [place, place], color=theme.GRAY, linewidth=1)
+                behind = min(max(bar.value, bar.high), top) + 0.01 * top
+                axes.text(behind, place, f"{bar.value:.{digits}f}", va="center")
+            if reference is not None:
+                axes.axvline(reference, color=theme.GRAY, linestyle="--", linewidth=1)
+    values = "; ".join(f"{name}, {b.label}: {b.value:.{digits}f}" for name, group in groups for b in group)
+    return theme.svg(figure, title, values)
 
 
-def _bar(bar: Bar, y: float, top: float, digits: int) -> str:
-    low, middle, high = (_PLOT * min(v, top) / top for v in (bar.low, bar.value, bar.high))
-    center = y - _BAR / 2 + 2
-    return (
-        f'<text x="{_LABELS - 8}" y="{y:.0f}" text-anchor="end">{escape(bar.label)}</text>'
-        f'<rect class="mark {bar.color}" x="{_LABELS}" y="{y - _BAR + 2:.0f}" width="{middle:.1f}" '
-        f'height="{_BAR}"/>'
-        f'<path class="line thin c5" d="M{_LABELS + low:.1f} {center:.1f}H{_LABELS + high:.1f}"/>'
-        f'<text x="{_LABELS + max(middle, high) + 6:.1f}" y="{y:.0f}">{bar.value:.{digits}f}</text>'
+def lines_svg(
+    title: str,
+    axes_labels: tuple[str, str],
+    charts: Sequence[tuple[str, Sequence[Line]]],
+    *,
+    reference: tuple[str, float],
+) -> str:
+    """Charts in a row with one legend: lines with a mark at each point, and a dashed line at `reference`."""
+    with theme.applied():
+        figure = Figure(figsize=(11, 3.8))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        panels = figure.subplots(1, len(charts), sharey=True, squeeze=False)[0]
+        for axes, (name, lines) in zip(panels, charts, strict=True):
+            axes.set_title(name)
+            axes.set_xlabel(axes_labels[0])
+            for line, color, marker in zip(lines, theme.SERIES, theme.MARKERS * 2, strict=False):
+                axes.plot(*zip(*line.points, strict=True), color=color, marker=marker, label=line.name)
+            axes.axhline(reference[1], color=theme.GRAY, linestyle="--", linewidth=1, label=reference[0])
+            axes.set_ylim(bottom=0)
+        panels[0].set_ylabel(axes_labels[1])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    values = "; ".join(
+        f"{name}, {line.name}: " + ", ".join(f"{y:.4g} at {x:g}" for x, y in line.points)
+        for name, lines in charts
+        for line in lines
     )
+    return theme.svg(figure, title, values)

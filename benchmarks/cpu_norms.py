@@ -113,7 +113,7 @@ def picture(report: dict[str, Any]) -> str:
             dyt_times = result["layers"]["dyt"][phase]
             keys = ("median_us", "quartile1_us", "quartile3_us")
             values = [dyt_times[key] / rms[phase]["median_us"] for key in keys]
-            bars.append(Bar(phase, *values, f"c{i}"))
+            bars.append(Bar(phase, *values, i))
         groups.append((f"{result['tokens']} x {result['hidden']}, {result['threads']} threads", bars))
     return bars_svg("DyT on CPU", "time over RMSNorm's median", groups, reference=1.0)
 

@@ -199,9 +199,7 @@ def table(report: dict[str, Any]) -> str:
 
 def picture(report: dict[str, Any]) -> str:
     keys = ("median_us", "quartile1_us", "quartile3_us")
-    bars = [
-        Bar(row["run"], *(row[key] / 1e3 for key in keys), f"c{i}") for i, row in enumerate(report["results"])
-    ]
+    bars = [Bar(row["run"], *(row[key] / 1e3 for key in keys), i) for i, row in enumerate(report["results"])]
     return bars_svg("An iteration of the quickstart", "milliseconds", [("", bars)], digits=0)
 
 

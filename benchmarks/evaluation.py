@@ -1,4 +1,4 @@
-"""Requests a second of an evaluation: this package's lm-eval model beside lm-eval's own `megatron_lm`.
+"""Requests per second of an evaluation: this package's lm-eval model beside lm-eval's own `megatron_lm`.
 
     python benchmarks/evaluation.py --scratch DIR [--requests 300] [--output FILE]
 

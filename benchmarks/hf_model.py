@@ -182,9 +182,7 @@ def picture(report: dict[str, Any]) -> str:
     for row in report["results"]:
         values = [seconds_for_all(row["model"], k) for k in ("median_us", "quartile1_us", "quartile3_us")]
         name = f"{row['mode']}, {'compiled' if row['compiled'] else 'not compiled'}"
-        groups.setdefault(name, []).append(
-            Bar(row["variant"], *values, f"c{list(VARIANTS).index(row['variant'])}")
-        )
+        groups.setdefault(name, []).append(Bar(row["variant"], *values, list(VARIANTS).index(row["variant"])))
     settings = report["settings"]
     title = (
         f"LLaMA of {settings['layers']} layers, hidden {settings['hidden_size']}, {settings['tokens']} tokens"

@@ -18,12 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common_picture import Line, lines_svg
 from common_report import add_output, heading, markdown_table, new_report, save
 from common_timing import Clock, DeviceClock, in_turn, summary
 from peers import PEERS, Inputs, Peer, Result, exact
 from torch import Tensor
-
-from megatron_dyt.report.figures import N_COLORS, Chart, Series, fit_axis, side_by_side
 
 HIDDEN = (2048, 4096, 5120, 8192, 16384)
 TOKENS = (1024, 4096, 8192, 16384, 65536)
@@ -206,26 +205,24 @@ def picture(report: dict[str, Any]) -> str:
     """Rates against the width at the most tokens: the peers that add a residual, forward and backward."""
     tokens = max(result["tokens"] for result in report["results"])
     results = [result for result in report["results"] if result["tokens"] == tokens]
-    names = [n for n in results[0]["peers"] if n.startswith("add ") and not n.endswith("eager")][:N_COLORS]
+    names = [name for name in results[0]["peers"] if name.startswith("add ") and not name.endswith("eager")]
     charts = []
     for phase in PHASES:
         lines = [
-            Series(
+            Line(
                 name.removeprefix("add "),
                 [(r["hidden"], r["peers"][name][phase]["gb_per_s"]) for r in results if name in r["peers"]],
-                f"c{i}",
-                marker="circle",
-                label=True,
             )
-            for i, name in enumerate(names)
+            for name in names
         ]
-        y = fit_axis("GB/s", [v for s in lines for _, v in s.points] + [report["copy_gb_per_s"]], zero=True)
-        x = fit_axis("hidden", [result["hidden"] for result in results], integer=True)
-        text = f"Residual add and norm, {phase}, {tokens} tokens: GB/s by width."
-        charts.append(Chart(f"add + norm, {phase}, {tokens} tokens", text, x, y, lines))
-    title = f"Kernels on {report['hardware']['name']}"
-    copied = Series(f"copy: {report['copy_gb_per_s']:.0f} GB/s", [], "c5", line="none")
-    return side_by_side(charts, title, [copied], 1040, 340)
+        charts.append((f"add + norm, {phase}, {tokens} tokens", lines))
+    copy_rate = report["copy_gb_per_s"]
+    return lines_svg(
+        f"Kernels on {report['hardware']['name']}",
+        ("hidden", "GB/s"),
+        charts,
+        reference=(f"copy: {copy_rate:.0f} GB/s", copy_rate),
+    )
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def picture(report: dict[str, Any]) -> str:
     best = best_baseline(report)
     keys = ("median_us", "quartile1_us", "quartile3_us")
     bars = [
-        Bar(row["variant"], *(row[key] / best for key in keys), "c1" if row["variant"] in BASELINES else "c0")
+        Bar(row["variant"], *(row[key] / best for key in keys), int(row["variant"] in BASELINES))
         for row in report["results"]
     ]
     settings = report["settings"]

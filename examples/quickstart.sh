@@ -53,10 +53,10 @@ LOGGING=(--log-interval 5 --eval-interval 50 --eval-iters 16 --save-interval 50)
 
 say "corpus, tokenizer, data sets, evaluation tasks"
 "$PY" examples/quickstart/corpus.py --output "$OUT/corpus"
-"$PY" -m megatron_dyt.data.train_tokenizer --input "$OUT/corpus/train.jsonl" --vocab-size 4096 \
+"$PY" -m megatron_dyt train-tokenizer --input "$OUT/corpus/train.jsonl" --vocab-size 4096 \
   --output "$OUT/tokenizer.model"
 for split in train valid; do
-  "$PY" -m megatron_dyt.data.prepare --input "$OUT/corpus/$split.jsonl" \
+  "$PY" -m megatron_dyt prepare-data --input "$OUT/corpus/$split.jsonl" \
     --tokenizer-model "$OUT/tokenizer.model" --output-prefix "$OUT/data/$split"
 done
 # Megatron's cache of sample indices goes by path, not by content.
@@ -78,7 +78,7 @@ run() {
   if [ ! -e "$dir/run.json" ]; then
     worked=yes
     say "$name: training $STEPS steps at learning rate $lr"
-    "${command[@]}" 2>&1 | "$PY" -m megatron_dyt.report.follow "$dir/train.log" --name "$name"
+    "${command[@]}" 2>&1 | "$PY" -m megatron_dyt follow "$dir/checkpoint" --name "$name" --log "$dir/train.log"
     "$PY" examples/quickstart/record.py --finish "$dir" --learning-rate "$lr" --seconds $((SECONDS - began))
   fi
   if [ ! -e "$dir/eval.json" ]; then
@@ -100,6 +100,6 @@ if [ $worked = no ] && [ -e "$OUT/results.json" ]; then
   exit 0
 fi
 say "report"
-"$PY" -m megatron_dyt.report.compare --run "rmsnorm=$OUT/rmsnorm" --run "dyt=$OUT/dyt" --output "$OUT" \
+"$PY" -m megatron_dyt report --run "rmsnorm=$OUT/rmsnorm" --run "dyt=$OUT/dyt" --output "$OUT" \
   --title "DyT against RMSNorm: quickstart" --elapsed-seconds "$(elapsed)"
 say "done: open $OUT/report.html"

@@ -33,7 +33,8 @@ COMMANDS = {
     "export": ("megatron_dyt.cli.hf:export_command", "a checkpoint as a Hugging Face model"),
     "import": ("megatron_dyt.cli.hf:import_command", "a Hugging Face LLaMA as a Megatron checkpoint"),
     "convert": ("megatron_dyt.cli.hf:convert_command", "a Hugging Face LLaMA as one with DyT (experimental)"),
-    "report": ("megatron_dyt.report.compare", "compare runs: results.json and report.html"),
+    "report": ("megatron_dyt.cli.report:report", "compare runs: results.json and report.html"),
+    "follow": ("megatron_dyt.cli.report:follow", "show the progress of a run"),
 }
 
 # The extras of pyproject.toml that a command needs, where it needs any.
@@ -48,6 +49,7 @@ EXTRAS = {
     "import": "hf,train",
     "convert": "hf,train",
     "report": "report",
+    "follow": "report",
 }
 
 

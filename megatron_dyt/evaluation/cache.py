@@ -6,11 +6,12 @@ leaves all of those that were complete. One process reads and writes; the others
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,38 +48,35 @@ class ResultCache:
 
     def check(self) -> None:
         """Read the whole file once."""
-        try:
+        with self._clear_errors():
             (verdict,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
-        if verdict != "ok":
-            raise self._unusable(sqlite3.DatabaseError(verdict))
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those `keys` that are known."""
         wanted = list(dict.fromkeys(keys))
         found: dict[str, Any] = {}
-        try:
+        with self._clear_errors():
             for start in range(0, len(wanted), _LOOKUPS):
                 some = wanted[start : start + _LOOKUPS]
                 marks = ",".join("?" * len(some))
                 query = f"SELECT key, value FROM results WHERE key IN ({marks})"
                 found |= {key: json.loads(value) for key, value in self._database.execute(query, some)}
-        except (OSError, sqlite3.Error, ValueError) as error:
-            raise self._unusable(error) from error
         return found
 
     def put(self, values: dict[str, Any]) -> None:
         """Add `values` in one transaction."""
         rows = [(key, json.dumps(value)) for key, value in values.items()]
-        try:
-            with self._database as database:
-                database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?)", rows)
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
+        with self._clear_errors(), self._database as database:
+            database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?)", rows)
 
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(
-            f"the result cache {self.path} cannot be used ({type(error).__name__}: {error}). Delete the "
-            f"file, or choose another directory with --cache"
-        )
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise UserError(
+                f"the result cache {self.path} cannot be used ({type(error).__name__}: {error}). Delete the "
+                f"file, or choose another directory with --cache"
+            ) from error

@@ -29,32 +29,32 @@ def choose(
     Raises `UserError` for what the model or the number of processes does not allow.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    allowed = [tp for tp in range(1, processes + 1) if processes % tp == 0 and _divides_model(saved, tp)]
+    tp = tensor_parallel or _fewest(saved, directory, allowed, processes)
     if pipeline_parallel != 1:
-        tp = tensor_parallel or _fewest(saved, directory, processes)
         raise UserError(
             f"pipeline parallelism of {pipeline_parallel} was asked for; an evaluation has one pipeline "
             f"stage, whatever training had. Give --tensor-model-parallel-size {tp} instead"
         )
-    if tensor_parallel is None:
-        return _fewest(saved, directory, processes)
-    if processes % tensor_parallel:
+    listed = ", ".join(map(str, allowed))
+    if processes % tp:
         raise UserError(
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide the {processes} processes; "
-            f"allowed here: {_listed(saved, processes)}. Start a multiple of it with torchrun "
-            f"--nproc-per-node"
+            f"--tensor-model-parallel-size {tp} does not divide the {processes} processes; allowed here: "
+            f"{listed}. Start a multiple of it with torchrun --nproc-per-node"
         )
-    if not _divides_model(saved, tensor_parallel):
+    if tp not in allowed:
+        heads, groups = saved.num_attention_heads, query_groups(saved)
+        in_groups = "" if groups == heads else f" in {groups} groups"
         raise UserError(
-            f"--tensor-model-parallel-size {tensor_parallel} does not divide the model "
-            f"({saved.num_attention_heads} attention heads{_in_groups(saved)}, {saved.padded_vocab_size} "
-            f"vocabulary rows); "
-            f"allowed with {processes} processes: {_listed(saved, processes)}"
+            f"--tensor-model-parallel-size {tp} does not divide the model ({heads} attention heads"
+            f"{in_groups}, {saved.padded_vocab_size} vocabulary rows); allowed with {processes} processes: "
+            f"{listed}"
         )
-    return tensor_parallel
+    return tp
 
 
-def _fewest(saved: Namespace, directory: Path, processes: int) -> int:
-    allowed = _allowed(saved, processes)
+def _fewest(saved: Namespace, directory: Path, allowed: list[int], processes: int) -> int:
+    """Of `allowed` the smallest size whose GPUs hold the weights; 1 without GPUs."""
     if cpu.is_enabled() or not torch.cuda.is_available():
         return 1
     memory = torch.cuda.get_device_properties(0).total_memory
@@ -78,22 +78,9 @@ def weight_bytes(saved: Namespace, directory: Path) -> int:
     return sum(shape.numel() for shape in shapes) * (2 if halved else 4)
 
 
-def _allowed(saved: Namespace, processes: int) -> list[int]:
-    return [tp for tp in range(1, processes + 1) if processes % tp == 0 and _divides_model(saved, tp)]
-
-
-def _listed(saved: Namespace, processes: int) -> str:
-    return ", ".join(map(str, _allowed(saved, processes)))
-
-
 def _divides_model(saved: Namespace, tp: int) -> bool:
     groups = query_groups(saved)
     # As Megatron's TransformerConfig: fewer groups than ranks are on several ranks each.
     if groups % tp and tp % groups:
         return False
     return saved.num_attention_heads % tp == 0 and saved.padded_vocab_size % tp == 0
-
-
-def _in_groups(saved: Namespace) -> str:
-    groups = query_groups(saved)
-    return "" if groups == saved.num_attention_heads else f" in {groups} groups"

@@ -1,7 +1,7 @@
 """lm-eval's tasks by name, with this package's own and a user's, and where their documents come from.
 
 They come from the Hub, or, for machines without network, from a directory of `TASK.SPLIT.jsonl` (one JSON
-object a line) or `TASK.SPLIT.parquet` files with the columns of the data set on the Hub, which
+object per line) or `TASK.SPLIT.parquet` files with the columns of the data set on the Hub, which
 `export_documents` makes; only the evaluated split of each task is read.
 """
 
@@ -118,6 +118,7 @@ def _from_files(directory: Path) -> Iterator[None]:
 
     lm-eval can take another data set for a task, but not for the members of a group.
     """
+
     def make(_download: Callable[..., None]) -> Callable[..., None]:
         def read(task: Any, *_arguments: Any, **_options: Any) -> None:
             task.dataset = _read_splits(directory, task.config)

@@ -17,6 +17,7 @@ from megatron_dyt.mcore import (
     checkpoint,
     embedding,
     guard,
+    metrics_writer,
     model_config,
     monitor,
     norm,
@@ -103,6 +104,7 @@ TRANSFORMER_ENGINE = (
 
 TRAINING = (
     Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
+    Seam("megatron.training.arguments", "add_megatron_arguments", metrics_writer.wrap_add_arguments),
     Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
@@ -113,6 +115,11 @@ TRAINING = (
     Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
     Seam("megatron.training.training", "setup_model_and_optimizer", guard.wrap_setup),
     Seam("megatron.training.training", "train_step", guard.wrap_train_step),
+    Seam("megatron.training.training", "setup_model_and_optimizer", metrics_writer.wrap_setup),
+    Seam("megatron.training.training", "training_log", metrics_writer.wrap_training_log),
+    Seam("megatron.core.timers", "Timer.elapsed", metrics_writer.wrap_elapsed),
+    Seam("megatron.training.training", "evaluate", metrics_writer.wrap_evaluate),
+    Seam("megatron.training.training", "evaluate_and_print_results", metrics_writer.wrap_print_evaluation),
 )
 
 # 0.17 parses the arguments in `initialize`, which binds these names too. They come before the rows above:

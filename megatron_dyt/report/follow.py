@@ -1,79 +1,177 @@
-"""Follow a training run: keep Megatron's whole log in a file, show progress with the time left.
+"""Progress of a run in the terminal, from the metrics that it writes: step, loss, pace, time left.
 
-    torchrun ... -m megatron_dyt.pretrain ... 2>&1 | python -m megatron_dyt.report.follow train.log
-
-The log is appended to, so that a resumed run keeps its history. Besides progress it shows what a person
-must see: warnings and errors of the plugin, validation losses, saved checkpoints, tracebacks.
+With `--log` it also keeps the run's output in a file, and shows of it what a person must see.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import logging
 import re
+import signal
+import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
-from megatron_dyt.data.progress import duration
-from megatron_dyt.errors import UserError, run_main
+from tqdm import tqdm
 
-_STEP = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|.*?per iteration \(ms\): ([\d.]+)")
-_LOSS = re.compile(r"lm loss: (\S+)")
-_VALIDATION = re.compile(r"validation loss at iteration (\d+)(.*?) \| lm loss value: (\S+)")
+from megatron_dyt.errors import UserError
+from megatron_dyt.report import metrics
+from megatron_dyt.report.metrics import Evaluation, Record, Start, Step
+
+_log = logging.getLogger(__name__)
+
+# How often the file is looked at; a step of a large model takes longer.
+POLL_SECONDS = 0.5
+# Between two lines of progress where they are kept, in a log.
+_LOG_SECONDS = 5.0
+# Time left is told from the median of so many of the last lines: one slow step must not move it.
+_RECENT = 20
 _SHOWN = re.compile(r"^(megatron_dyt|DyT |WARNING: DyT)|successfully (saved|loaded) checkpoint|Error\b")
-# Of the steps so far; the first ones are slower and their weight fades.
-_SMOOTHING = 0.7
 
 
-def progress(lines: Iterable[str], name: str) -> Iterator[str]:
-    """Lines to show for a run called `name`, from the lines of Megatron's log."""
-    pace: float | None = None
+def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
+    """Show on stdout the progress of the run in `directory`, until its last step.
+
+    Args:
+        directory: where metrics.jsonl is or will be.
+        name: what to call the run.
+        log: standard input is the run's output: append it to this file, and end when it ends.
+
+    Raises:
+        UserError: the directory, or that of `log`, does not exist.
+    """
+    display = Display(name, sys.stdout)
+    if log is not None:
+        _follow_output(directory, display, log)
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist; {metrics.HOW_TO_WRITE}")
+    if not metrics.find(directory).is_file():
+        _log.info("waiting for %s, which training writes from its first step on", metrics.find(directory))
+    tail = Tail(directory)
+    while not display.complete:
+        display.show(tail.read())
+        time.sleep(POLL_SECONDS)
+    display.close()
+
+
+def _follow_output(directory: Path, display: Display, log: Path) -> None:
+    if not log.parent.is_dir():
+        raise UserError(f"the directory of {log} does not exist; make it first: mkdir -p {log.parent}")
+    # An interrupt ends the run in front of the pipe; its last words belong into the log, and then this ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    copying = threading.Thread(target=keep, args=(sys.stdin.buffer, log, display.say), daemon=True)
+    copying.start()
+    tail = Tail(directory)
+    while copying.is_alive():
+        copying.join(POLL_SECONDS)
+        display.show(tail.read())
+    display.close()
+    display.say(f"{display.name}: log ended, kept in {log}")
+
+
+class Tail:
+    """Reads what was appended to a run's metrics since the last time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.position = 0
+
+    def read(self) -> list[Record]:
+        """The records of the new complete lines; none while there is no file."""
+        path = metrics.find(self.directory)
+        if not path.is_file():
+            return []
+        with path.open("rb") as file:
+            file.seek(self.position)
+            # What stands behind the last newline is a line that is being written.
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.position += len(whole + newline)
+        return list(metrics.parse(whole.decode(errors="replace").splitlines()))
+
+
+class Display:
+    """A progress bar, in a log a line every few seconds, with what is said above it."""
+
+    def __init__(self, name: str, output: TextIO) -> None:
+        self.name = name
+        self.output = output
+        self.total = 0
+        self.complete = False
+        self.bar: tqdm[None] | None = None
+        self.seconds: list[float] = []
+
+    def show(self, records: list[Record]) -> None:
+        """Bring the bar up to date with `records`. Evaluations before the first look are history."""
+        attached = self.bar is not None
+        for record in records:
+            if isinstance(record, Start):
+                self.total = int(record.arguments.get("train_iters") or 0)
+            elif isinstance(record, Step):
+                self.seconds = [*self.seconds[1 - _RECENT :], record.seconds]
+            elif attached:
+                self._say_evaluation(record)
+        if steps := [record for record in records if isinstance(record, Step)]:
+            self._draw(steps[-1])
+
+    def _say_evaluation(self, evaluation: Evaluation) -> None:
+        kind = "test" if evaluation.is_test else "validation"
+        which = f"{evaluation.name}, " if evaluation.name else ""
+        self.say(f"{self.name}: {kind} loss {evaluation.loss:.4f} ({which}step {evaluation.iteration})")
+
+    def _draw(self, step: Step) -> None:
+        is_first = self.bar is None
+        bar = self.bar = self.bar or self._new_bar(step.iteration)
+        pace = statistics.median(self.seconds)
+        left = tqdm.format_interval((self.total - step.iteration) * pace)
+        bar.set_postfix_str(f"loss {step.loss:.3f}, {pace:.2f} s per step, {left} left", refresh=False)
+        bar.update(step.iteration - bar.n)
+        self.complete = step.iteration >= self.total
+        if is_first or self.complete:
+            bar.refresh()
+
+    def _new_bar(self, iteration: int) -> tqdm[None]:
+        on_terminal = self.output.isatty()
+        return tqdm(
+            desc=self.name,
+            total=self.total,
+            initial=iteration,
+            file=self.output,
+            mininterval=0.1 if on_terminal else _LOG_SECONDS,
+            miniters=1,
+            delay=1e-9,  # No bar before the first loss is in it.
+            dynamic_ncols=on_terminal,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}"
+            if on_terminal
+            else "{desc}: step {n_fmt}/{total_fmt}{postfix}\n",
+        )
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        tqdm.write(line, file=self.output)
+        self.output.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def keep(lines: BinaryIO, log: Path, say: Callable[[str], None]) -> None:
+    """Append `lines` to `log` as they come, and `say` those that a person must see.
+
+    These are the plugin's own, saved and loaded checkpoints, tracebacks and errors.
+    """
     in_traceback = False
-    for line in lines:
-        line = line.rstrip("\n")
-        in_traceback = line.startswith("Traceback") or (in_traceback and line[:1].isspace())
-        if step := _STEP.search(line):
-            done, total, milliseconds = int(step[1]), int(step[2]), float(step[3])
-            seconds = milliseconds / 1000
-            pace = seconds if pace is None else _SMOOTHING * pace + (1 - _SMOOTHING) * seconds
-            loss = _LOSS.search(line)
-            shown = f", loss {float(loss[1]):.3f}" if loss else ""
-            left = duration((total - done) * pace)
-            yield f"{name}: step {done}/{total}{shown}, {seconds:.2f} s a step, {left} left"
-        elif validation := _VALIDATION.search(line):
-            where = validation[2].strip() or "during training"
-            yield f"{name}: validation loss {float(validation[3]):.4f} ({where}, step {validation[1]})"
-        elif in_traceback or _SHOWN.search(line):
-            yield line.strip() if not in_traceback else line
-
-
-def keep(lines: Iterable[str], log: Path) -> Iterator[str]:
-    """Pass lines on while appending each to `log` at once."""
-    with open(log, "a", encoding="utf-8") as file:
+    with log.open("ab") as file:
         for line in lines:
             file.write(line)
             file.flush()
-            yield line
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: `follow LOG [--name NAME]`, reading standard input."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_dyt.report.follow", description=__doc__)
-    parser.add_argument("log", type=Path, help="file to append the whole log to")
-    parser.add_argument("--name", help="what to call the run (default: the log's directory)")
-    args = parser.parse_args(argv)
-    if not args.log.parent.is_dir():
-        raise UserError(
-            f"the directory of {args.log} does not exist; make it first: mkdir -p {args.log.parent}"
-        )
-    started = time.monotonic()
-    name = args.name or args.log.resolve().parent.name
-    for line in progress(keep(sys.stdin, args.log), name):
-        print(line, flush=True)
-    print(f"{name}: log ended after {duration(time.monotonic() - started)}, kept in {os.fspath(args.log)}")
-
-
-if __name__ == "__main__":
-    run_main(main)
+            text = line.decode(errors="replace").rstrip()
+            in_traceback = text.startswith("Traceback") or (in_traceback and text[:1].isspace())
+            if in_traceback or _SHOWN.search(text):
+                say(text)

@@ -1,9 +1,8 @@
 """A run's directory as data, and the numbers that compare runs.
 
-A directory holds `train.log` (Megatron's stdout), `eval.json` (written by
-`megatron-dyt eval`), for a DyT run `checkpoint/dyt_stats.jsonl`
-(with pipeline parallelism one `dyt_stats.stageN.jsonl` a stage), and optionally
-`run.json` with any of `command`, `learning_rate`, `sequence_length` and `seconds`.
+A directory holds `checkpoint/` (what training was given as --save) with `metrics.jsonl` and, for a DyT run,
+`dyt_stats.jsonl`; `eval.json`, written by `megatron-dyt eval`; and optionally `run.json` with any of
+`command`, `learning_rate` and `seconds`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.report.logs import RunLog, StatsRecord, read_log, read_stats, read_text
+from megatron_dyt.report import dyt_stats, metrics
+from megatron_dyt.report.dyt_stats import StatsRecord
+from megatron_dyt.report.metrics import RunMetrics
 
-METRICS = (
+# The numbers of a run in results.json.
+NUMBERS = (
     "valid_loss",
     "bits_per_byte",
     "next_line_acc",
@@ -30,6 +32,7 @@ METRICS = (
     "tokens",
     "learning_rate",
 )
+# Its other keys, which no run may be called.
 RESERVED = ("elapsed_seconds", "versions", "commands", "step_time_ratio")
 # Which task and lm-eval metric of eval.json each evaluated number is.
 _EVAL_METRICS = {
@@ -45,22 +48,15 @@ class Run:
 
     name: str
     directory: Path
-    log: RunLog
+    metrics: RunMetrics
     evaluation: dict[str, Any]
     stats: tuple[StatsRecord, ...]
     info: dict[str, Any]
 
     @property
-    def tokens_per_sample(self) -> int:
-        """Sequence length, from the log or run.json. UserError if neither has it."""
-        length = self.log.sequence_length or self.info.get("sequence_length")
-        if not isinstance(length, int) or length <= 0:
-            raise UserError(
-                f"{self.directory / 'train.log'} has no `seq_length` among the arguments that "
-                'Megatron prints at start; keep the whole log, or put {"sequence_length": N} into '
-                f"{self.directory / 'run.json'}"
-            )
-        return length
+    def last_iteration(self) -> int:
+        """The last step that was logged."""
+        return self.metrics.steps[-1].iteration
 
     @property
     def evaluated_iteration(self) -> int | None:
@@ -70,14 +66,13 @@ class Run:
         return at if isinstance(at, int) else None
 
     def steady_steps(self) -> list[tuple[int, float]]:
-        """(iteration, seconds a step) of each log line past the warm-up.
+        """(iteration, seconds per step) of each line past the warm-up.
 
-        Warm-up is the first tenth of the lines and at least two: Megatron logs the first iteration
-        alone and counts its start-up cost again in the second line. A shorter log counts whole.
+        Warm-up is the first tenth of the lines and at least one: the first line is the first step alone,
+        with all that is set up in it. A shorter run counts whole.
         """
-        points = self.log.points
-        steps = [(p.iteration, p.seconds) for p in points if math.isfinite(p.seconds)]
-        return steps[max(2, len(steps) // 10) :] or steps
+        steps = [(s.iteration, s.seconds) for s in self.metrics.steps if math.isfinite(s.seconds)]
+        return steps[max(1, len(steps) // 10) :] or steps
 
 
 def load_run(
@@ -95,15 +90,12 @@ def load_run(
     if not directory.is_dir():
         raise UserError(
             f"--run {name}={directory}: {directory} is no directory; give the one that holds "
-            "train.log and eval.json"
+            f"checkpoint/{metrics.FILE_NAME} and eval.json"
         )
-    log_path, eval_path = directory / "train.log", directory / "eval.json"
-    if not log_path.is_file():
-        raise UserError(
-            f"{log_path} is missing; write it with `torchrun --nproc-per-node 1 -m "
-            f"megatron_dyt.pretrain ... --save {directory / 'checkpoint'} | tee {log_path}`"
-        )
-    log = read_log(log_path)
+    found = metrics.read(metrics.find(directory))
+    if not found.steps:
+        raise UserError(f"{found.path} has evaluations and no training step; train first")
+    eval_path = directory / "eval.json"
     if not eval_path.is_file() and not allow_missing_eval:
         raise UserError(
             f"{eval_path} is missing; write it with `megatron-dyt eval --load "
@@ -113,43 +105,42 @@ def load_run(
     return Run(
         name=name,
         directory=directory,
-        log=log,
+        metrics=found,
         evaluation=_read_evaluation(eval_path),
-        stats=_load_stats(directory, log, allow_missing_stats),
+        stats=_load_stats(directory, found, allow_missing_stats),
         info=_read_object(directory / "run.json"),
     )
 
 
-def metrics(run: Run, *, allow_missing_eval: bool = False) -> dict[str, float | int | None]:
-    """The numbers of `METRICS`: nats per token, bits, share, seconds, tokens, peak learning rate.
+def numbers(run: Run, *, allow_missing_eval: bool = False) -> dict[str, float | int | None]:
+    """The numbers of `NUMBERS`: nats per token, bits, share, seconds, tokens, peak learning rate.
 
     None stands for a value that is not finite (a run that diverged) or, where allowed, for one that
     was not evaluated.
     """
-    log = run.log
-    if not log.validation:
+    if not run.metrics.validation:
         raise UserError(
-            f"{run.directory / 'train.log'} has no validation loss; train with validation data "
+            f"{run.metrics.path} has no validation loss; train with validation data "
             "(--valid-data-path or --split), --eval-interval and --eval-iters > 0"
         )
     steady = [seconds for _, seconds in run.steady_steps()]
-    numbers: dict[str, float | int | None] = {"valid_loss": _finite(log.validation[-1].loss)}
-    for key in _EVAL_METRICS:
-        numbers[key] = _evaluated(run, key, allow_missing_eval)
-    numbers["seconds_per_step"] = _finite(statistics.median(steady)) if steady else None
-    numbers["tokens"] = log.points[-1].consumed_samples * run.tokens_per_sample
-    numbers["learning_rate"] = _learning_rate(run)
-    return numbers
+    return {
+        "valid_loss": _finite(run.metrics.validation[-1][1]),
+        **{key: _evaluated(run, key, allow_missing_eval) for key in _EVAL_METRICS},
+        "seconds_per_step": statistics.median(steady) if steady else None,
+        "tokens": run.metrics.steps[-1].consumed_tokens,
+        "learning_rate": _learning_rate(run),
+    }
 
 
 def summarize(
     runs: Sequence[Run], *, elapsed_seconds: float | None = None, allow_missing_eval: bool = False
 ) -> dict[str, Any]:
-    """The content of results.json: `metrics` of each run by name, and the `RESERVED` keys.
+    """The content of results.json: `numbers` of each run by name, and the `RESERVED` keys.
 
     `step_time_ratio` is the second run's seconds per step over the first's, None for one run.
     """
-    results: dict[str, Any] = {run.name: metrics(run, allow_missing_eval=allow_missing_eval) for run in runs}
+    results: dict[str, Any] = {run.name: numbers(run, allow_missing_eval=allow_missing_eval) for run in runs}
     steps = [results[run.name]["seconds_per_step"] for run in runs]
     results["elapsed_seconds"] = (
         sum(_elapsed(run) for run in runs) if elapsed_seconds is None else elapsed_seconds
@@ -172,42 +163,25 @@ def evaluation_rows(runs: Iterable[Run]) -> dict[tuple[str, str], dict[str, floa
     return rows
 
 
-def _load_stats(directory: Path, log: RunLog, allow_missing: bool) -> tuple[StatsRecord, ...]:
-    path = directory / "checkpoint" / "dyt_stats.jsonl"
-    files = sorted(
-        [*path.parent.glob("dyt_stats.stage*.jsonl"), *path.parent.glob(path.name)],
-        key=lambda file: file.stat().st_mtime,
-    )
-    if files:
-        _check_stages(path, files, log)
-        return read_stats(*files)
-    if log.arguments.get("normalization") == "DyT" and not allow_missing:
+def _load_stats(directory: Path, run: RunMetrics, allow_missing: bool) -> tuple[StatsRecord, ...]:
+    """The statistics beside the metrics, or beside the checkpoints where --metrics-dir took those away."""
+    stages = int(run.arguments.get("pipeline_model_parallel_size", 1))
+    saved = directory / "checkpoint"
+    if files := dyt_stats.find(run.path.parent, stages) or dyt_stats.find(saved, stages):
+        return dyt_stats.read(files)
+    if run.arguments.get("normalization") == "DyT" and not allow_missing:
         raise UserError(
-            f"{path} is missing; `python -m megatron_dyt.pretrain --normalization DyT "
-            f"--dyt-stats-interval N --save {directory / 'checkpoint'} ...` writes it, or pass "
+            f"{saved / dyt_stats.FILE_NAME} is missing; {dyt_stats.HOW_TO_WRITE}; or pass "
             "--allow-missing-stats to report without it"
         )
     return ()
-
-
-def _check_stages(path: Path, files: Sequence[Path], log: RunLog) -> None:
-    """Each pipeline stage has written a file; without one of them layers would be missing unnoticed."""
-    count = log.arguments.get("pipeline_model_parallel_size", "1")
-    stages = int(count) if count.isdigit() else 1
-    wanted = [path.with_name(f"dyt_stats.stage{stage}.jsonl") for stage in range(stages)]
-    missing = [file.name for file in wanted if file not in files]
-    if stages > 1 and missing:
-        raise UserError(
-            f"{path.parent} lacks {', '.join(missing)} of a run with {stages} pipeline stages; copy the "
-            "files of all stages there (every stage's first rank writes one)"
-        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data = json.loads(read_text(path, "give a JSON file"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON ({error}); write it again") from error
     if not isinstance(data, dict):
@@ -244,25 +218,20 @@ def _evaluated(run: Run, key: str, allow_missing: bool) -> float | None:
 
 def _learning_rate(run: Run) -> float | None:
     """The peak: what run.json or Megatron's arguments say, else the largest one logged."""
-    sources: tuple[Any, ...] = (run.info.get("learning_rate"), run.log.arguments.get("lr"))
+    sources: tuple[Any, ...] = (run.info.get("learning_rate"), run.metrics.arguments.get("lr"))
     for stated in sources:
         try:
             return _finite(float(stated))
         except (TypeError, ValueError):
             continue
-    return max((lr for lr in run.log.learning_rates if math.isfinite(lr)), default=None)
+    return max((s.learning_rate for s in run.metrics.steps if math.isfinite(s.learning_rate)), default=None)
 
 
 def _elapsed(run: Run) -> float:
-    """Seconds of training and evaluation; without run.json, training is summed from the log."""
+    """Seconds of training and evaluation; without run.json, training is the sum of its steps."""
     train: Any = run.info.get("seconds")
     if not _is_number(train):
-        points = run.log.points
-        before = [0, *(point.iteration for point in points[:-1])]
-        spans = [
-            (point.iteration - start) * point.seconds for start, point in zip(before, points, strict=True)
-        ]
-        train = sum(span for span in spans if math.isfinite(span))
+        train = run.metrics.train_seconds
     evaluation: Any = run.evaluation.get("seconds", 0.0)
     return float(train) + (float(evaluation) if _is_number(evaluation) else 0.0)
 

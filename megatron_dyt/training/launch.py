@@ -20,8 +20,8 @@ from megatron_dyt.training import signals
 
 _log = logging.getLogger(__name__)
 
-# With less free space than this (bytes) a failed write is taken for a full disk: the writer's own buffers
-# and what other programs free meanwhile leave some megabytes.
+# With less free space than this (bytes) a failed write is taken for a full disk: some comes free between
+# the failure and the question.
 _FULL = 16 * 2**20
 
 

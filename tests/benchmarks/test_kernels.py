@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ def test_measures_and_reports_every_peer(
     assert len(rows) == 2 * len(peers)
     assert all(row.startswith(("| 16 x 64 |", "| 16 x 96 |")) for row in rows)
     picture = kernels.picture(report)
-    assert picture.count("<polyline") == 2 * sum(n.startswith("add ") and "eager" not in n for n in peers)
+    shown = [name for name in peers if name.startswith("add ") and "eager" not in name]
+    described = ElementTree.fromstring(picture.encode()).findtext("{http://www.w3.org/2000/svg}desc") or ""
+    assert all(described.count(f" tokens, {name.removeprefix('add ')}: ") == 2 for name in shown)
 
 
 def test_a_shape_that_does_not_fit_is_left_out(

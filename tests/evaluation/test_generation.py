@@ -1,4 +1,4 @@
-"""Generation against one full forward pass a token."""
+"""Generation against one full forward pass per token."""
 
 from __future__ import annotations
 

@@ -49,14 +49,17 @@ def checkpoint(
     megatron_run: Callable[[list[str]], SimpleNamespace],
     tiny_llama: list[str],
     tokenizer_directory: Path,
-    tmp_path: Path,
+    home: Path,
 ) -> Path:
-    flags = f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --train-iters 2"
-    flags += f" --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer_directory}"
-    flags += f" --save {tmp_path / 'saved'} --save-interval 2 --ckpt-format torch_dist"
-    megatron_run([*tiny_llama, *flags.split()])
-    forget_megatron()
-    return tmp_path / "saved"
+    """Trained for all tests of this file."""
+    directory = home / "with_hugging_face"
+    if not directory.exists():
+        flags = f"--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --train-iters 2"
+        flags += f" --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer_directory}"
+        flags += f" --save {directory} --save-interval 2 --ckpt-format torch_dist"
+        megatron_run([*tiny_llama, *flags.split()])
+        forget_megatron()
+    return directory
 
 
 def request(kind: str, *arguments: str) -> Instance:

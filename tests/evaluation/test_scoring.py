@@ -1,4 +1,4 @@
-"""Batched scores against one full forward pass a token, and what batching must not change."""
+"""Batched scores against one full forward pass per token, and what batching must not change."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _all_logits(**parts: Any) -> torch.Tensor:
 
 
 class ToyTokenizer:
-    """One token a letter."""
+    """One token per letter."""
 
     vocab_size = VOCABULARY
     bos: int | None = BOS
@@ -79,7 +79,7 @@ class ToyTokenizer:
 
 
 def naive_score(logits: Callable[[list[int]], torch.Tensor], inputs: list[int], targets: list[int]):
-    """(log-probability of each target, greedy) by one full forward pass a target."""
+    """(log-probability of each target, greedy) by one full forward pass per target."""
     start = len(inputs) - len(targets) + 1
     each, greedy = [], True
     for i, target in enumerate(targets):

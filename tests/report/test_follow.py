@@ -1,70 +1,157 @@
+"""Progress of a run from its metrics, watched while it is written or beside its piped output."""
+
 import io
+import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.report import follow
-
-STEP = (
-    " [2026-01-02 03:04:05] iteration {done:8d}/{total:8d} | consumed samples: 80 | elapsed time per "
-    "iteration (ms): {ms:.1f} | learning rate: 1.0E-03 | lm loss: {loss:.6E} | grad norm: 1.0 |\n"
-)
+from megatron_dyt.report.follow import Display, Tail, follow_run, keep
+from tests.report.made_up_runs import start_line, step_line, validation_line, write_lines
 
 
-def test_progress_gives_loss_pace_and_time_left() -> None:
-    log = [STEP.format(done=10, total=100, ms=500.0, loss=5.25)]
-    assert list(follow.progress(log, "dyt")) == ["dyt: step 10/100, loss 5.250, 0.50 s a step, 45 s left"]
+def append(path: Path, *lines: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_time_left_follows_the_recent_pace() -> None:
-    log = [
-        STEP.format(done=10, total=100, ms=1000.0, loss=5),
-        STEP.format(done=20, total=100, ms=2000.0, loss=5),
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what comes on standard input."""
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follow.signal, "signal", lambda *_: None)
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    return give
+
+
+def test_progress_gives_step_loss_pace_and_time_left(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "metrics.jsonl",
+        [
+            start_line(),
+            step_line(1, seconds_per_step=9.0),
+            step_line(100, 5.25, seconds_per_step=0.5),
+            step_line(110, 5.125, seconds_per_step=0.5),
+        ],
+    )
+    output = io.StringIO()
+    display = Display("dyt", output)
+    tail = Tail(tmp_path)
+    display.show(tail.read())
+    # The median of the pace: the first step's does not count.
+    assert "loss 5.125, 0.50 s per step, 00:45 left" in str(display.bar)
+    assert (display.bar.n, display.bar.total) == (110, 200)  # type: ignore[union-attr]
+    assert not display.complete
+    append(tmp_path / "metrics.jsonl", step_line(200, 4.0))
+    display.show(tail.read())
+    assert display.complete
+    assert "dyt: step 200/200, loss 4.000, 0.50 s per step, 00:00 left\n" in output.getvalue()
+
+
+def test_evaluations_are_said_as_they_come_and_not_those_of_before(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "metrics.jsonl", [start_line(), step_line(50), validation_line(50, 4.5)])
+    output = io.StringIO()
+    display, tail = Display("r", output), Tail(tmp_path)
+    display.show(tail.read())
+    assert "4.5000" not in output.getvalue()
+    append(path, step_line(60), validation_line(60, 4.25), validation_line(60, 4.0, "code"))
+    append(path, validation_line(60, 3.0, event="test"))
+    display.show(tail.read())
+    said = [line for line in output.getvalue().splitlines() if " loss " in line and "left" not in line]
+    assert said == [
+        "r: validation loss 4.2500 (step 60)",
+        "r: validation loss 4.0000 (code, step 60)",
+        "r: test loss 3.0000 (step 60)",
     ]
-    # 0.7 * 1 s + 0.3 * 2 s = 1.3 s for each of 80 steps.
-    assert list(follow.progress(log, "x"))[1].endswith("1 min 44 s left")
 
 
-def test_what_a_person_must_see_is_shown_and_noise_is_not() -> None:
+def test_a_line_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    tail = Tail(tmp_path)
+    assert tail.read() == []
+    path = tmp_path / "metrics.jsonl"
+    text = json.dumps(step_line(1)) + "\n"
+    path.write_text(text[:30])
+    assert tail.read() == []
+    path.write_text(text)
+    assert len(tail.read()) == 1
+    assert tail.read() == []
+
+
+def test_following_ends_with_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that has not begun to write when it is looked at."""
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    lines = [start_line(), step_line(100), step_line(200, 2.5)]
+    writing = threading.Timer(0.1, write_lines, (tmp_path / "checkpoint" / "metrics.jsonl", lines))
+    writing.start()
+    follow_run(tmp_path, "r")
+    writing.join()
+    shown = capsys.readouterr().out
+    assert "waiting for" in shown
+    assert "r: step 200/200, loss 2.500" in shown
+
+
+def test_what_a_person_must_see_is_shown_and_noise_is_not(tmp_path: Path) -> None:
     log = [
-        "INFO: something\n",
-        "DyT attn  4 sites\n",
-        "WARNING: DyT ffn: alpha*std(x) = 9\n",
-        "megatron_dyt: CPU runtime set --use-cpu-initialization\n",
-        " validation loss at iteration 50 | lm loss value: 4.5E+00 | lm loss PPL: 9.0E+01 |\n",
-        " validation loss at iteration 60 on validation set | lm loss value: 4.25E+00 | lm loss PPL: 9 |\n",
-        "  successfully saved checkpoint from iteration 50 to x\n",
-        "Traceback (most recent call last):\n",
-        '  File "x.py", line 1\n',
-        "ValueError: no\n",
-        "  indented noise\n",
+        b"INFO: something\n",
+        b"DyT attn  4 sites\n",
+        b"WARNING: DyT ffn: alpha*std(x) = 9\n",
+        b"megatron_dyt: CPU runtime set --use-cpu-initialization\n",
+        b" validation loss at iteration 50 | lm loss value: 4.5E+00 | lm loss PPL: 9.0E+01 |\n",
+        b"  successfully saved checkpoint from iteration 50 to x\n",
+        b"\xff\xfe\n",
+        b"Traceback (most recent call last):\n",
+        b'  File "x.py", line 1\n',
+        b"ValueError: no\n",
+        b"  indented noise\n",
     ]
-    assert list(follow.progress(log, "r")) == [
+    said: list[str] = []
+    keep(io.BytesIO(b"".join(log)), tmp_path / "train.log", said.append)
+    assert said == [
         "DyT attn  4 sites",
         "WARNING: DyT ffn: alpha*std(x) = 9",
         "megatron_dyt: CPU runtime set --use-cpu-initialization",
-        "r: validation loss 4.5000 (during training, step 50)",
-        "r: validation loss 4.2500 (on validation set, step 60)",
-        "successfully saved checkpoint from iteration 50 to x",
+        "  successfully saved checkpoint from iteration 50 to x",
         "Traceback (most recent call last):",
         '  File "x.py", line 1',
         "ValueError: no",
     ]
+    assert (tmp_path / "train.log").read_bytes() == b"".join(log)
 
 
-def test_the_whole_log_is_kept_and_appended_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_output_is_kept_and_its_end_ends_it(
+    tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = tmp_path / "dyt" / "train.log"
-    log.parent.mkdir()
-    log.write_text("first run\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("noise\n" + STEP.format(done=1, total=2, ms=1000, loss=3)))
-    follow.main([str(log)])
-    assert log.read_text().startswith("first run\nnoise\n [2026")
-    assert capsys.readouterr().out.startswith("dyt: step 1/2, loss 3.000, 1.00 s a step, 1 s left\n")
+    write_lines(tmp_path / "checkpoint" / "metrics.jsonl", [start_line(), step_line(100, 2.5)])
+    (tmp_path / "train.log").write_text("first run\n")
+    piped(b"noise\nmegatron_dyt: a word\n")
+    follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
+    assert (tmp_path / "train.log").read_text() == "first run\nnoise\nmegatron_dyt: a word\n"
+    shown = capsys.readouterr().out
+    assert "noise" not in shown
+    assert "megatron_dyt: a word" in shown
+    assert "dyt: log ended, kept in" in shown
 
 
-def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_ends_before_its_first_step_is_no_error(
+    tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(b"Traceback (most recent call last):\n")
+    follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_missing_directories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; training with this plugin writes it"):
+        follow_run(tmp_path / "no", "r")
     with pytest.raises(UserError, match="does not exist; make it first"):
-        follow.main([str(tmp_path / "no" / "train.log")])
+        follow_run(tmp_path, "r", tmp_path / "no" / "train.log")
