@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_dyt.atomic import partial_path
 from megatron_dyt.errors import UserError, describe
@@ -19,6 +21,7 @@ from megatron_dyt.errors import UserError, describe
 INDEX = "model.safetensors.index.json"
 # A conversion holds one file's tensors in memory. Smaller files are many: a 70B has 70 of these in bf16.
 MAX_SHARD_BYTES = 2 * 10**9
+LOG_SECONDS = 10  # from one line of progress to the next, where nobody watches
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -106,7 +109,16 @@ def write_tensors(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_bytes,
     )
-    for file, names in split.filename_to_tensors.items():
+    on_terminal = sys.stderr.isatty()
+    seconds = 0.1 if on_terminal else LOG_SECONDS
+    files = tqdm(
+        split.filename_to_tensors.items(),
+        unit="file",
+        mininterval=seconds,
+        delay=seconds,
+        leave=not on_terminal,
+    )
+    for file, names in files:
         # The metadata that transformers expects of a file of PyTorch tensors.
         save_file(make(names), directory / file, metadata={"format": "pt"})
     if split.is_sharded:

@@ -10,18 +10,15 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.checkpoints.torch_dist import TorchDistReader
@@ -34,10 +31,10 @@ from megatron_dyt.hf.directory import (
     whole_directory,
     write_tensors,
 )
-from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, Module, megatron_sizes
+from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, megatron_sizes
 from megatron_dyt.hf.model import MODELING_FILE, Model
 from megatron_dyt.hf.model_card import model_card
-from megatron_dyt.hf.tokenizer import write_tokenizer
+from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -77,26 +74,45 @@ def export(job: Export) -> None:
     model = Model.from_megatron(job.args)
     folded = _folded_roles(model) if job.fold_weight else ()
     source = ModelSource(job.checkpoint.directory, model)
-    dtype = job.dtype or source.dtype
     with whole_directory(job.output) as directory:
         tokenizer = None
         if job.tokenizer and job.args.tokenizer_type != "NullTokenizer":
             tokenizer = write_tokenizer(job.args, directory, job.bos)
             model = _without_padding(model, tokenizer.vocab_size, job)
-        planned = mapping.hf_tensors(model, folded, dtype)
-        tensors = {name: tensor for module in planned.values() for name, tensor in module.items()}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        check_space("--output", job.output, size)
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        card = model_card(model, parameters, dtype, job.checkpoint.iteration, folded, tokenizer is not None)
-        (directory / "README.md").write_text(card)
-        _write_config(directory, model.hf_config(dtype, tokenizer, folded))
-        convert = partial(mapping.exported, model=model, read=source.read, folded=folded)
-        with _progress(size) as progress:
-            make = partial(_tensors, planned=planned, convert=convert, dtype=dtype, progress=progress)
-            write_tensors(directory, tensors, make, job.max_shard_bytes)
+        plan = Plan(model, folded, job.dtype or source.dtype)
+        check_space("--output", job.output, plan.bytes)
+        _write_texts(directory, plan, tokenizer, job.checkpoint.iteration)
+        write_tensors(directory, plan.tensors, partial(plan.make, source.read), job.max_shard_bytes)
     seconds = time.monotonic() - started
-    _log.info(f"exported {job.checkpoint.directory} to {job.output}: {size / 1e9:.2f} GB in {seconds:.0f} s")
+    _log.info(
+        f"exported {job.checkpoint.directory} to {job.output}: {plan.bytes / 1e9:.2f} GB in {seconds:.0f} s"
+    )
+
+
+class Plan:
+    """The tensors of an export before there are values.
+
+    Attributes:
+        folded: roles whose DyT is folded; see `mapping.exported`.
+        tensors: all of them by name, on the meta device.
+        bytes, parameters: of all of them together.
+    """
+
+    def __init__(self, model: Model, folded: Sequence[str], dtype: torch.dtype) -> None:
+        self.model, self.folded, self.dtype = model, folded, dtype
+        self._modules = mapping.hf_tensors(model, folded, dtype)
+        self.tensors = {name: tensor for made in self._modules.values() for name, tensor in made.items()}
+        self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self.parameters = sum(tensor.numel() for tensor in self.tensors.values())
+
+    def make(self, read: mapping.Read, names: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors. A module whose tensors lie in two files is made for each of them."""
+        found: dict[str, Tensor] = {}
+        for module, planned in self._modules.items():
+            if wanted := planned.keys() & names:
+                made = mapping.exported(module, self.model, read, self.folded)
+                found |= {name: made[name].to(self.dtype) for name in wanted}
+        return found
 
 
 def _folded_roles(model: Model) -> tuple[str, ...]:
@@ -122,38 +138,16 @@ def _without_padding(model: Model, vocab_size: int, job: Export) -> Model:
     return model.with_vocabulary(vocab_size)
 
 
-def _write_config(directory: Path, config: Any) -> None:
+def _write_texts(directory: Path, plan: Plan, tokenizer: TokenizerFacts | None, iteration: int) -> None:
     from transformers import GenerationConfig
 
+    config = plan.model.hf_config(plan.dtype, tokenizer, plan.folded)
     config.save_pretrained(str(directory))
     GenerationConfig.from_model_config(config).save_pretrained(str(directory))
-    if config.model_type == modeling_llama_dyt.LlamaDyTConfig.model_type:
+    if plan.model.dyt is not None:
         shutil.copyfile(str(modeling_llama_dyt.__file__), directory / MODELING_FILE)
-
-
-def _tensors(
-    names: Sequence[str],
-    planned: Mapping[Module, Mapping[str, Tensor]],
-    convert: Callable[[Module], dict[str, Tensor]],
-    dtype: torch.dtype,
-    progress: Any,
-) -> dict[str, Tensor]:
-    """The tensors of these names. A module whose tensors lie in two files is converted for each of them."""
-    made: dict[str, Tensor] = {}
-    for module, expected in planned.items():
-        wanted = expected.keys() & names
-        for name, tensor in convert(module).items() if wanted else ():
-            assert tensor.shape == expected[name].shape, name
-            if name in wanted:
-                made[name] = tensor.to(dtype)
-                progress.update(made[name].nbytes)
-    return made
-
-
-def _progress(size: int) -> Any:
-    """A bar on a terminal, a line every 10 seconds elsewhere, nothing for what takes less than 5."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=size, unit="B", unit_scale=True, desc="export", mininterval=interval, delay=5)
+    card = model_card(plan.model, plan.parameters, plan.dtype, iteration, plan.folded, tokenizer is not None)
+    (directory / "README.md").write_text(card)
 
 
 class ModelSource:
