@@ -137,7 +137,7 @@ def run_command(texts: list[str], tokenizer: tokenizers.Tokenizer, scratch: Path
             for text in texts[number * part : (number + 1) * part]:
                 file.write(json.dumps({"text": text, "meta": {"pile_set_name": "made"}}).encode() + b"\n")
     output = scratch / "out"
-    command = [sys.executable, "-m", "megatron_dyt.data.prepare", "--input", str(scratch / "shards")]
+    command = [sys.executable, "-m", "megatron_dyt", "prepare-data", "--input", str(scratch / "shards")]
     command += ["--tokenizer-model", str(tokenizer.file), "--workers", str(SHARDS), "--overwrite"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([*command, "--output", str(output)])

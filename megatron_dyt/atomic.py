@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -74,21 +73,20 @@ def sole_writer(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process is writing it.
     """
+    import filelock
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
+    # Of the temporary file itself, so that nothing is left of the lock when the file takes its name.
+    lock = filelock.FileLock(partial_path(path), blocking=False, fallback_to_soft=False)
     try:
-        _lock(descriptor, path)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire()
+    except filelock.Timeout as error:
         raise UserError(f"{path} is being written by another process; wait for it, or stop it") from error
     except OSError as error:
         # A file system without locks: as if nobody else were there.
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
+    try:
+        yield
+    finally:
+        lock.release()

@@ -13,12 +13,13 @@ that scale:
 and the fields of configs made in code (`DyTFields`) are all made from it.
 """
 
-# ruff: noqa: RUF009 (`_setting` returns a `dataclasses.field`)
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, Literal, Self, get_args
 
 from megatron_dyt.errors import UserError
 
@@ -70,50 +71,48 @@ def paper_alpha(hidden_size: int) -> tuple[float, float]:
     return attn, other
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """How one setting is given: a flag of Megatron's command line, and a name in its args and in configs.
 
     Attributes:
         arg: name in Megatron's args, which every checkpoint holds, and in `DyTFields`; with dashes the flag.
         help: of the flag.
-        kind: type of a value: a Literal, bool, int, float, or a union, which is given as text.
-        field: the field of `DyTConfig` that it sets; "" for what concerns the training loop alone.
+        kind: type of a value; a union is given as text and parsed later.
+        choices: the allowed values of a closed set.
         metavar: stands for the value in --help.
         default: of the flag; None, for "not given", where a preset or `DyTConfig` has the default.
         of_model: the model's parameters depend on it: --use-checkpoint-args restores it.
         needs_dyt: it is refused with another --normalization.
+        field: the field of `DyTConfig` that it sets; "" for what concerns the training loop alone.
     """
 
     arg: str
     help: str
-    kind: Any = None
-    field: str = ""
+    kind: type | UnionType = str
+    choices: tuple[str, ...] | None = None
     metavar: str | None = None
-    default: bool | int | str | None = None
+    default: bool | int | None = None
     of_model: bool = False
     needs_dyt: bool = True
+    field: str = ""
 
     @property
     def flag(self) -> str:
         """The flag, as "--dyt-bias"."""
         return "--" + self.arg.replace("_", "-")
 
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The allowed values of a closed set; empty for another kind."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+def _given_as(arg: str, help: str, *also: Setting, of_model: bool = True, **options: Any) -> dict[str, Any]:
+    """Metadata of a field of DyTConfig: its `Setting`, and others that set the same field."""
+    return {"settings": (Setting(arg=arg, help=help, of_model=of_model, **options), *also)}
 
 
-def _setting(
-    arg: str, help: str, *, default: Any = MISSING, metavar: str | None = None, of_model: bool = True
-) -> Any:
-    """A field of `DyTConfig`, and how it is given. Its `Setting` takes the kind from the field's type."""
-    setting = Setting(arg, help, metavar=metavar, of_model=of_model)
-    return field(default=default, metadata={"setting": setting})
+def _alpha(role: Role, where: str) -> dict[str, Any]:
+    return _given_as(f"dyt_alpha_init_{role}", f"Initial alpha of {where}. Default: preset.", kind=float)
 
 
-_SCALE = "{sqrt,unit,none,FLOAT}"
+_SCALE: Mapping[str, Any] = {"kind": str | float, "metavar": "{sqrt,unit,none,FLOAT}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,78 +126,100 @@ class DyTConfig:
         UserError: a value outside what is allowed.
     """
 
-    name: Preset = _setting(
-        "dyt_preset",
-        "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
-        "'unit' for unit variance at any width (also sets --init-method-std to "
-        "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
+    name: Preset = field(
         default="paper",
+        metadata=_given_as(
+            "dyt_preset",
+            "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
+            "'unit' for unit variance at any width (also sets --init-method-std to "
+            "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
+            choices=get_args(Preset),
+        ),
     )
     """The preset that the other values come from; "unit" also wants linear layers of `linear_init_std`."""
 
-    alpha_attn: float = _setting(
-        "dyt_alpha_init_attn", "Initial alpha of DyT in front of attention. Default: preset."
-    )
+    alpha_attn: float = field(metadata=_alpha("attn", "DyT in front of attention"))
     """Initial alpha in front of attention: finite, > 0, per unit of x. 0.2 to 1.0 in the paper (Table 10)."""
 
-    alpha_ffn: float = _setting(
-        "dyt_alpha_init_ffn", "Initial alpha of DyT in front of the MLP or MoE. Default: preset."
-    )
+    alpha_ffn: float = field(metadata=_alpha("ffn", "DyT in front of the MLP or MoE"))
     """Initial alpha in front of the MLP or MoE: finite, > 0. 0.05 to 1.0 in the paper ("other", Table 10)."""
 
-    alpha_final: float = _setting("dyt_alpha_init_final", "Initial alpha of the final DyT. Default: preset.")
+    alpha_final: float = field(metadata=_alpha("final", "the final DyT"))
     """Initial alpha after the last layer: finite, > 0. In the paper that of `alpha_ffn` (Table 10)."""
 
-    alpha_qk: float = _setting(
-        "dyt_alpha_init_qk",
-        "Initial alpha of DyT on queries and keys (--qk-layernorm). Default: preset.",
-        default=QK_ALPHA,
+    alpha_qk: float = field(
+        default=QK_ALPHA, metadata=_alpha("qk", "DyT on queries and keys (--qk-layernorm)")
     )
     """Initial alpha on queries and keys: finite, > 0. The paper has no DyT there (`QK_ALPHA`)."""
 
-    bias: bool = _setting(
-        "dyt_bias",
-        "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
+    bias: bool = field(
         default=False,
+        metadata=_given_as(
+            "dyt_bias",
+            "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
+            kind=bool,
+        ),
     )
     """Whether DyT has a bias (beta). RMSNorm has none, and neither has the paper's LLaMA code."""
 
-    embedding_scale: str | float = _setting(
-        "dyt_embedding_scale",
-        "Initial value of the learnable scalar on the embedding: sqrt(hidden), 1/std of the "
-        "embedding, no scalar, or a number. Default: preset.",
-        metavar=_SCALE,
+    embedding_scale: str | float = field(
         default="sqrt",
+        metadata=_given_as(
+            "dyt_embedding_scale",
+            "Initial value of the learnable scalar on the embedding: sqrt(hidden), 1/std of the "
+            "embedding, no scalar, or a number. Default: preset.",
+            Setting(
+                arg="embedding_scale",
+                help="The same scalar for a LayerNorm or RMSNorm model: a baseline with the same start as "
+                "DyT.",
+                of_model=True,
+                needs_dyt=False,
+                **_SCALE,
+            ),
+            **_SCALE,
+        ),
     )
     """Initial value of the learnable scalar on the embedding: "sqrt" (sqrt(hidden), the paper's, section 6),
     "unit" (1 / the embedding's initial std), "none", or a finite number > 0."""
 
-    function: Function = _setting(
-        "dyt_function",
-        "What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
+    function: Function = field(
         default="tanh",
+        metadata=_given_as(
+            "dyt_function",
+            "What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
+            choices=get_args(Function),
+        ),
     )
     """What bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938) and has a learnable shift."""
 
-    weight_init: WeightInit = _setting(
-        "dyt_weight_init",
-        "Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
+    weight_init: WeightInit = field(
         default="one",
+        metadata=_given_as(
+            "dyt_weight_init",
+            "Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
+            choices=get_args(WeightInit),
+        ),
     )
     """Initial weight (gamma): "one" (the paper's), or "unit": the weight with which DyT hands on a
     unit-variance input at unit variance, as RMSNorm does (`unit_response`)."""
 
-    backend: Backend = _setting(
-        "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
+    backend: Backend = field(
+        default="auto",
+        metadata=_given_as(
+            "dyt_backend", "Kernel to use. Default: auto.", choices=get_args(Backend), of_model=False
+        ),
     )
     """Which kernels compute DyT; "auto" is Triton on GPUs and C on CPUs (docs/kernels.md)."""
 
-    fuse_residual: bool = _setting(
-        "dyt_fuse_residual",
-        "DyT, the residual add in front of it and the sum of their gradients in one kernel each, where "
-        "the model allows it (it says so where not). Default: yes.",
-        of_model=False,
+    fuse_residual: bool = field(
         default=True,
+        metadata=_given_as(
+            "dyt_fuse_residual",
+            "DyT, the residual add in front of it and the sum of their gradients in one kernel each, where "
+            "the model allows it (it says so where not). Default: yes.",
+            kind=bool,
+            of_model=False,
+        ),
     )
     """DyT and the residual stream in one kernel, forward and backward, where the model allows it."""
 
@@ -259,7 +280,7 @@ class DyTConfig:
                 given.setdefault(setting.field, value)
         return cls.preset(given.pop("name", "paper"), hidden_size, **given)
 
-    def to_args(self) -> dict[str, str | float | bool]:
+    def to_args(self) -> dict[str, Any]:
         """All settings by their names in Megatron's args."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["embedding_scale"] = parse_embedding_scale(self.embedding_scale)
@@ -289,47 +310,42 @@ class DyTConfig:
         return hidden_size**-0.5 if self.name == "unit" else None
 
 
-_KINDS = get_type_hints(DyTConfig)
+# The table of settings, in the order of --help: those of a model, then those of the training loop, which a
+# model made in code does not have.
 SETTINGS = (
-    *(replace(f.metadata["setting"], field=f.name, kind=_KINDS[f.name]) for f in fields(DyTConfig)),
-    Setting(
-        "embedding_scale",
-        "The same scalar for a LayerNorm or RMSNorm model: a baseline with the same start as DyT.",
-        str | float,
-        field="embedding_scale",
-        metavar=_SCALE,
-        of_model=True,
-        needs_dyt=False,
+    *(
+        replace(setting, field=each.name)
+        for each in fields(DyTConfig)
+        for setting in each.metadata["settings"]
     ),
-    # Of the training loop, which a model made in code does not have.
     Setting(
-        "dyt_on_bad_alpha",
-        "When an update makes an alpha <= 0: stop (default), or report it and go on. One that is not "
+        arg="dyt_on_bad_alpha",
+        help="When an update makes an alpha <= 0: stop (default), or report it and go on. One that is not "
         "finite always stops.",
-        OnBadAlpha,
+        choices=get_args(OnBadAlpha),
     ),
     Setting(
-        "dyt_stats_interval",
-        "Every N steps append alpha, std of the input and saturation of each DyT to "
+        arg="dyt_stats_interval",
+        help="Every N steps append alpha, std of the input and saturation of each DyT to "
         "dyt_stats.jsonl in the --save directory. Default: 0, off.",
-        int,
-        metavar="N",
+        kind=int,
         default=0,
+        metavar="N",
     ),
     Setting(
-        "dyt_verify_load",
-        "Before a checkpoint is loaded, compare what is read with the checksums in it; each rank reads "
+        arg="dyt_verify_load",
+        help="Before a checkpoint is loaded, compare what is read with the checksums in it; each rank reads "
         "a part. Default: yes, for every norm.",
-        bool,
+        kind=bool,
         default=True,
         needs_dyt=False,
     ),
     Setting(
-        "dyt_load_fallback",
-        "If the checkpoint to load is damaged, say so and load the complete one before it; in the "
+        arg="dyt_load_fallback",
+        help="If the checkpoint to load is damaged, say so and load the complete one before it; in the "
         "--save directory the damaged one is renamed. --save-retain-interval then keeps the last two. "
         "Default: stop. For every norm.",
-        bool,
+        kind=bool,
         default=False,
         needs_dyt=False,
     ),
@@ -343,7 +359,7 @@ def _settings_as_fields[T](cls: type[T]) -> type[T]:
     """Make `cls` a dataclass with a field per setting of a model, None by default."""
     for setting in SETTINGS:
         if setting.field:
-            cls.__annotations__[setting.arg] = (str if setting.choices else setting.kind) | None
+            cls.__annotations__[setting.arg] = setting.kind | None
             setattr(cls, setting.arg, None)
     return dataclass(cls)
 

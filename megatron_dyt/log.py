@@ -10,7 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ROOT = "megatron_dyt"
 # `_log.warning(..., extra=ALL_RANKS)`: for what the other ranks do not see.
@@ -28,6 +31,33 @@ def show() -> None:
         logger.propagate = False  # Megatron's root handler would print each line again.
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
+
+
+# In a log each report of progress is a line that stays.
+_LOG_SECONDS = 5.0
+
+
+def progress_bar(what: str, total: float, unit: str) -> tqdm[Any]:
+    """A bar of `total` units (0 where unknown) on stderr, for a `with` block; nothing for what ends at once.
+
+    On a terminal it is drawn in place and vanishes at the end; in a log a line is added every few seconds.
+    """
+    from tqdm import tqdm
+
+    in_place = sys.stderr.isatty()
+    seconds = 0.1 if in_place else _LOG_SECONDS
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    return tqdm(
+        desc=what,
+        total=total or None,
+        unit=unit,
+        unit_scale=True,
+        mininterval=seconds,
+        miniters=1,
+        delay=seconds,
+        bar_format=None if in_place else line,
+        leave=False,
+    )
 
 
 class _StandardOutput(logging.StreamHandler[Any]):

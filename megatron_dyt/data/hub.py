@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dyt.data.records import Fields
+from megatron_dyt.data.dataset_manifest import Fields, Identity
 from megatron_dyt.data.sources import BrokenSourceError, Item, as_item
 from megatron_dyt.errors import UserError
 
@@ -81,7 +81,7 @@ class HubSource:
     def __str__(self) -> str:
         return f"{self.dataset}, part {self.index + 1} of {self.count}"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         return {"name": self.name, "revision": self.dataset.revision, "content": self.content}
 
     def read(self, fields: Fields) -> Iterator[tuple[int, Item]]:

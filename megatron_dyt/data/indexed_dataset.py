@@ -1,7 +1,9 @@
-"""Writing Megatron's indexed dataset: PREFIX.bin, the ids, and PREFIX.idx, where each document is.
+"""Megatron's indexed dataset, written and checked: PREFIX.bin, the ids; PREFIX.idx, where each document is.
 
 Megatron's own builder keeps three Python lists of all documents until the end, and importing it takes a
 process 0.7 GB; a worker is to do with less. The format is that of megatron/core/datasets/indexed_dataset.py.
+
+Shapes: T tokens and D documents of what is added at a time, or of the whole dataset.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +28,13 @@ VERSION = 1
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 # Magic, version, type of the ids, sequences, document boundaries.
 HEADER = struct.Struct("<9sQBQQ")
-_BLOCK = 1 << 20
+# Documents whose place is computed at a time, and ids that are looked at at a time: 8 and 32 MB.
+_DOCUMENTS = 1 << 20
+_IDS = 1 << 24
 
 
 class IndexedDatasetWriter:
-    """Writes documents of one sequence each; memory does not grow with their number.
+    """Writes documents of one sequence each, in a `with` block; memory does not grow with their number.
 
     Args:
         data, index: the two files.
@@ -37,7 +44,7 @@ class IndexedDatasetWriter:
     def __init__(self, data: Path, index: Path, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self.documents = 0
-        self.digest = hashlib.sha256()
+        self._digest = hashlib.sha256()
         self.data = data.open("wb")
         self.index_path = index
         self.index = index.open("w+b")
@@ -49,10 +56,10 @@ class IndexedDatasetWriter:
         return HEADER.pack(MAGIC, VERSION, code, self.documents, self.documents + 1)
 
     def add(self, ids: Ids, lengths: Integers) -> None:
-        """Append documents: the ids of all of them, and how many each has."""
+        """Append documents: the ids of all of them, (T,), and how many each has, (D,)."""
         data = ids.astype(self.dtype, copy=False).tobytes()
         self.data.write(data)
-        self.digest.update(data)
+        self._digest.update(data)
         self.index.write(lengths.astype("<i4").tobytes())
         self.documents += len(lengths)
 
@@ -70,20 +77,55 @@ class IndexedDatasetWriter:
 
     def _write_offsets(self) -> None:
         """Byte offsets of the sequences, then the numbers of the sequences at which documents begin."""
-        lengths = np.memmap(self.index_path, "<i4", "r", HEADER.size, (self.documents,))
+        lengths = np.memmap(self.index_path, "<i4", "r", HEADER.size, (self.documents,))  # (D,)
         self.index.seek(0, os.SEEK_END)
         offset = 0
-        for start in range(0, self.documents, _BLOCK):
-            sizes = lengths[start : start + _BLOCK].astype("<i8") * self.dtype.itemsize
+        for start in range(0, self.documents, _DOCUMENTS):
+            sizes = lengths[start : start + _DOCUMENTS].astype("<i8") * self.dtype.itemsize
             ends = offset + np.cumsum(sizes)
             self.index.write((ends - sizes).tobytes())
             offset = int(ends[-1])
-        for start in range(0, self.documents + 1, _BLOCK):
-            self.index.write(np.arange(start, min(start + _BLOCK, self.documents + 1), dtype="<i8").tobytes())
+        for start in range(0, self.documents + 1, _DOCUMENTS):
+            self.index.write(
+                np.arange(start, min(start + _DOCUMENTS, self.documents + 1), dtype="<i8").tobytes()
+            )
 
-    def close(self) -> None:
+    def sha256(self) -> str:
+        """Of the data file, which is hashed as it is written."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the files, whether they are finished or not."""
         try:
             self.data.close()
         finally:
             self.index.close()
+
+
+def contradictions(
+    data: Path, index: Path, documents: int, tokens: int, dtype_name: str, vocab_size: int
+) -> Iterator[str]:
+    """Where the files of a dataset contradict each other, or what is said of them."""
+    dtype = np.dtype(dtype_name)
+    expected = HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype.name], documents, documents + 1)
+    with index.open("rb") as file:
+        if file.read(HEADER.size) != expected:
+            yield f"{index.name} does not begin as the index of {documents:,} documents of {dtype} does"
+            return
+    ids: Ids = np.memmap(data, dtype, "r")  # (T,)
+    lengths = np.memmap(index, "<i4", "r", HEADER.size, (documents,))  # (D,) tokens per document
+    offsets = np.memmap(index, "<i8", "r", HEADER.size + lengths.nbytes, (documents,))  # (D,) bytes
+    ends = np.cumsum(lengths, dtype=np.int64)  # (D,) tokens
+    if ends[-1] != len(ids) or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize):
+        yield f"{index.name} does not divide {data.name} into its documents"
+        return
+    if len(ids) != tokens:
+        yield f"{data.name} has {len(ids):,} tokens, its manifest {tokens:,}"
+    largest = max(int(ids[start : start + _IDS].max()) for start in range(0, len(ids), _IDS))
+    if largest >= vocab_size:
+        yield f"{data.name} holds id {largest}, the vocabulary has {vocab_size}"

@@ -1,23 +1,28 @@
 """Corpora as a stream of documents: JSON lines (plain, zstd, gzip) and Parquet files.
 
 Memory is bounded whatever the size of a file: longer lines than `MAX_LINE_BYTES` are malformed, and a Parquet
-file is read page by page, with as many rows to a page as its writer has put there.
+file is read page by page, with as many rows to a page as its writer has put there. Nothing is lost silently:
+each record is a document or is named with what is wrong with it, and a file that ends too early is an error.
 """
 
 from __future__ import annotations
 
 import glob
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_dyt.data.records import BadRecordError, Document, Fields, Malformed, document, parse_line
+from megatron_dyt.data.dataset_manifest import Fields, Identity
 from megatron_dyt.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 # What a file's name ends with: (format, compression).
 FORMATS = {
@@ -36,6 +41,38 @@ MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 # Each may be as long as a book; a batch costs about 6 us.
 _PARQUET_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, which may be empty, and where it comes from, if the record says so."""
+
+    text: str
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A record that holds no usable text.
+
+    Attributes:
+        place: number of its line or row, from 1.
+        kind: what is wrong, the same for all records with that fault.
+        detail: about this one.
+    """
+
+    place: int
+    kind: str
+    detail: str
+
+
+class BadRecordError(ValueError):
+    """What is wrong with a record: `kind` and `detail` as in `Malformed`."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind} ({detail})")
+        self.kind, self.detail = kind, detail
+
 
 Item = Document | Malformed
 
@@ -60,7 +97,7 @@ class Source(Protocol):
     @property
     def size(self) -> int: ...
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """What changes when the content does."""
 
     def read(self, fields: Fields) -> Iterator[tuple[int, Item]]:
@@ -96,7 +133,7 @@ class FileSource:
     def __str__(self) -> str:
         return str(self.path)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """Name, size and time stamp: hashing a corpus of many TB on every start would take hours."""
         stat = self.path.stat()
         return {"name": self.path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -166,6 +203,9 @@ def _below(directory: Path) -> Iterator[Path]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+# --- reading ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -267,3 +307,60 @@ def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
         return document(record, fields)
     except BadRecordError as error:
         return Malformed(number, error.kind, error.detail)
+
+
+# --- one record ------------------------------------------------------------------------------------------
+
+
+def parse_line(line: bytes, fields: Fields) -> Document:
+    """The document on one JSON line; a blank line is an empty one.
+
+    Raises:
+        BadRecordError: not UTF-8, not JSON, not an object, or no usable text.
+    """
+    if not line.strip():
+        return Document("")
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRecordError("not UTF-8", f"{error.reason} at byte {error.start}") from error
+    # A line of brackets alone exhausts the parser's stack.
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError("not valid JSON", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadRecordError("not a JSON object", f"a {type(record).__name__}")
+    return document(record, fields)
+
+
+def document(record: dict[str, Any], fields: Fields) -> Document:
+    """The document of a record; bytes are taken for UTF-8.
+
+    Raises:
+        BadRecordError: no usable text.
+    """
+    if fields.text not in record:
+        keys = ", ".join(map(repr, list(record)[:10]))
+        raise BadRecordError(f'no "{fields.text}"', f"it has {keys or 'no fields'}")
+    text = record[fields.text]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise BadRecordError("not UTF-8", f"{error.reason} at byte {error.start}") from error
+    if not isinstance(text, str):
+        kind = "null" if text is None else type(text).__name__
+        raise BadRecordError(f'"{fields.text}" is not a string', f"it is {kind}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair.
+        raise BadRecordError("not valid Unicode", f"{error.reason} at character {error.start}") from error
+    return Document(text, _domain(record, fields.domain))
+
+
+def _domain(record: Any, path: str) -> str | None:
+    for key in path.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(key)
+    return record if isinstance(record, str) else None

@@ -14,12 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dyt.atomic import sha256
-from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, tokenizer_file
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, TokenizerIdentity
 from megatron_dyt.data.word_cache import Ids, WordCache, obstacle
 from megatron_dyt.data.word_table import Integers
 from megatron_dyt.errors import UserError
 
-# Texts -> the ids of all of them one after the other, and how many each has.
+# Megatron's names for --tokenizer-type, and which of ours they are.
+TOKENIZER_KINDS = {
+    SENTENCEPIECE: SENTENCEPIECE,
+    "GPTSentencePieceTokenizer": SENTENCEPIECE,
+    "Llama2Tokenizer": SENTENCEPIECE,
+    HUGGING_FACE: HUGGING_FACE,
+}
+
+# D texts -> the ids of all of them one after the other, (T,), and how many each has, (D,).
 Encoder = Callable[[Sequence[str]], tuple[Ids, Integers]]
 
 # As Megatron's DType.optimal_dtype.
@@ -54,6 +62,10 @@ class Tokenizer:
         """The smallest type for ids that Megatron reads."""
         return np.uint16 if self.vocab_size < _UINT16_VOCABULARY else np.int32
 
+    def identity(self) -> TokenizerIdentity:
+        """What a manifest says of it."""
+        return TokenizerIdentity(self.kind, self.sha256, self.bos, self.eos)
+
     def encoder(self) -> Encoder:
         """Load it. The ids have no BOS or EOS."""
         if self.kind == HUGGING_FACE:
@@ -73,15 +85,42 @@ def find(kind: str, name: str) -> Tokenizer:
     return _find_hugging_face(name) if kind == HUGGING_FACE else _find_sentencepiece(name)
 
 
+def tokenizer_sha256(kind: str, name: str) -> str | None:
+    """The hash by which a tokenizer is known; None when its file is not on this machine."""
+    path = tokenizer_file(kind, name)
+    if path is None or not path.is_file():
+        return None
+    return sha256(path)
+
+
+def tokenizer_file(kind: str, name: str) -> Path | None:
+    """The file that makes a tokenizer: the SentencePiece model, or tokenizer.json.
+
+    A name on the Hugging Face Hub is looked up in the local cache alone.
+    """
+    path = Path(name)
+    if kind == SENTENCEPIECE:
+        return path
+    if path.is_dir():
+        return path / "tokenizer.json"
+    if path.name == "tokenizer.json":
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def load_sentencepiece(path: Path) -> Any:
     """A `SentencePieceProcessor`; `UserError` when the file is missing or not a model."""
     import sentencepiece
 
     if not path.is_file():
-        raise UserError(
-            f"tokenizer model {path} does not exist; "
-            "make one with python -m megatron_dyt.data.train_tokenizer"
-        )
+        raise UserError(f"tokenizer model {path} does not exist; make one with megatron-dyt train-tokenizer")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:

@@ -1,6 +1,6 @@
 """Train a SentencePiece BPE tokenizer on what `prepare-data` reads: JSON lines, zstd, gzip, Parquet.
 
-    python -m megatron_dyt.data.train_tokenizer --input t.jsonl --vocab-size 32000 --output t.model
+    megatron-dyt train-tokenizer --input t.jsonl --vocab-size 32000 --output t.model
 
 The settings are those of LLaMA 2's tokenizer (BPE, byte fallback, single digits, identity
 normalization, unk 0, bos 1, eos 2) but for one: no dummy space is put before the text, so
@@ -10,9 +10,9 @@ for a space.
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
+import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,13 @@ from typing import Any
 import sentencepiece
 
 from megatron_dyt.atomic import write_atomically
-from megatron_dyt.data.records import DEFAULT_TEXT_KEY, Fields, Malformed
-from megatron_dyt.data.sources import FileSource, Item, find
-from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.data.dataset_manifest import Fields
+from megatron_dyt.data.sources import FileSource, Item, Malformed, find
+from megatron_dyt.errors import UserError
 
+_log = logging.getLogger(__name__)
+
+# Enough for 32,000 pieces: four times as much changes hardly a piece, and takes four times as long.
 DEFAULT_MAX_BYTES = 16_000_000
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -92,7 +95,7 @@ def train(
     inputs: Sequence[str | Path],
     vocab_size: int,
     max_bytes: int = DEFAULT_MAX_BYTES,
-    text_key: str = DEFAULT_TEXT_KEY,
+    text_key: str = Fields.text,
 ) -> bytes:
     """Train and return the serialized SentencePiece model of exactly `vocab_size` pieces.
 
@@ -134,45 +137,17 @@ def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
     return UserError(f"--vocab-size {vocab_size} does not fit: {limit}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_dyt.data.train_tokenizer",
-        description="Train a SentencePiece BPE tokenizer with LLaMA 2's settings on a corpus.",
-    )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="files, directories or quoted patterns: .jsonl and .json, with .zst or .gz behind, .parquet",
-    )
-    parser.add_argument(
-        "--json-key", default=DEFAULT_TEXT_KEY, help="key or column of the text (default: %(default)s)"
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces")
-    parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        default=DEFAULT_MAX_BYTES,
-        help="train on an even sample of about this many bytes (default: %(default)s)",
-    )
-    args = parser.parse_args(argv)
-    for name, value in (("--vocab-size", args.vocab_size), ("--max-bytes", args.max_bytes)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    size = sum(source.size for source in find(args.input)) / 1e6
-    print(
-        f"training a tokenizer of {args.vocab_size} pieces on at most {args.max_bytes / 1e6:.1f} MB of the "
-        f"text in {size:.1f} MB of files ...",
-        flush=True,
+def write_tokenizer(
+    inputs: Sequence[str], vocab_size: int, output: Path, max_bytes: int, text_key: str
+) -> None:
+    """Train a tokenizer (see `train`) and write it to `output`, whole or not at all."""
+    size = sum(source.size for source in find(inputs))
+    _log.info(
+        "training a tokenizer of %d pieces on at most %.1f MB of the text in %.1f MB of files ...",
+        vocab_size,
+        max_bytes / 1e6,
+        size / 1e6,
     )
     started = time.monotonic()
-    model = train(args.input, args.vocab_size, args.max_bytes, args.json_key)
-    write_atomically(args.output, model)
-    print(f"{args.output}: {args.vocab_size} pieces, {time.monotonic() - started:.1f} s")
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main)
+    write_atomically(output, train(inputs, vocab_size, max_bytes, text_key))
+    _log.info("%s: %d pieces, %.1f s", output, vocab_size, time.monotonic() - started)

@@ -1,12 +1,13 @@
-"""Shards over worker processes: each reads, encodes and writes its own, and sends counts alone.
+"""Datasets over worker processes: each reads, encodes and writes its own, and sends counts alone.
 
-A worker that finds nobody at the other end of its pipe, because this process was killed, clears up what it
-has begun and ends.
+A worker that finds nobody at the other end of its pipe, because the first process was killed, removes what it
+has begun and ends. Why this is not datatrove's local executor: docs/data.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import pickle
 import signal
@@ -16,14 +17,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 from megatron_dyt.data import shard as shard_module
-from megatron_dyt.data.settings import Settings, Shard
-from megatron_dyt.data.shard import Counts
+from megatron_dyt.data.dataset_manifest import Counts
+from megatron_dyt.data.shard import Settings, Shard
 from megatron_dyt.data.sources import BrokenSourceError
 from megatron_dyt.data.tokenizers import Encoder
+from megatron_dyt.log import progress_bar
 
+_log = logging.getLogger(__name__)
+
+# How often a worker says how far it is.
 REPORT_SECONDS = 0.2
 # A worker that is told to stop does so after a batch of text.
 STOP_SECONDS = 30.0
@@ -31,7 +37,7 @@ STOP_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Progressed:
-    """How far a shard is: bytes read of its sources, bytes of text and tokens so far."""
+    """How far a dataset is: bytes read of its sources, bytes of text and tokens so far."""
 
     number: int
     read: int
@@ -41,139 +47,198 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard is complete."""
+    """A dataset is complete, with so many bytes of text and tokens."""
 
     number: int
-    manifest: dict[str, Any]
+    text_bytes: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A shard cannot be read, and nothing of it was kept."""
+    """The sources of a dataset cannot be read, and nothing of it was kept."""
 
     number: int
     problem: str
 
 
 Event = Progressed | Finished | Broken
-# Told of every event; whether another shard may be begun.
-Listener = Callable[[Event], bool]
 
 
-def run(shards: Sequence[Shard], settings: Settings, workers: int, listener: Listener) -> None:
-    """Write all shards.
+def write_all(
+    shards: Sequence[Shard], settings: Settings, processes: int, skip_broken: bool, what: str
+) -> dict[str, str]:
+    """Write the datasets, with a line of progress about `what`.
 
-    `listener` is told what becomes of each, by its number. When it says False, shards that have been begun
-    are completed and no other is; what it raises stops the work at once.
+    When one is broken, those that have been begun are completed and, unless `skip_broken`, no other is begun.
+
+    Returns:
+        What is wrong with the broken ones, by their names.
 
     Raises:
         RuntimeError: a worker was killed.
-        Exception: what a worker could not go on from, such as a full disk; finished shards stay.
+        Exception: what a worker could not go on from, such as a full disk; finished datasets stay.
     """
-    if min(workers, len(shards)) <= 1:
-        encode = settings.tokenizer.encoder()
-        for number, shard in enumerate(shards):
-            if not listener(_write(number, shard, settings, encode, listener)):
-                break
-    else:
-        _Crew(shards, settings, listener).run(workers)
+    with Tracker(shards, skip_broken, what) as tracker:
+        if min(processes, len(shards)) > 1:
+            _Pool(shards, settings, tracker.note).run(processes)
+        else:
+            encode = settings.tokenizer.encoder()
+            for number, shard in enumerate(shards):
+                if not tracker.note(_write(number, shard, settings, encode, tracker.note)):
+                    break
+    return tracker.broken
 
 
 def _write(
-    number: int, shard: Shard, settings: Settings, encode: Encoder, tell: Callable[[Progressed], object]
+    number: int, shard: Shard, settings: Settings, encode: Encoder, send: Callable[[Progressed], object]
 ) -> Finished | Broken:
-    """Write one shard, with reports now and then."""
+    """Write one dataset, with reports now and then."""
     last = time.monotonic()
 
     def report(read: int, counts: Counts) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
-            tell(Progressed(number, read, counts.text_bytes, counts.tokens))
+            send(Progressed(number, read, counts.text_bytes, counts.tokens))
 
     try:
-        return Finished(number, shard_module.write(shard, settings, encode, report))
+        manifest = shard_module.write(shard, settings, encode, report)
     except BrokenSourceError as error:
         return Broken(number, str(error))
+    return Finished(number, manifest.text_bytes, manifest.tokens)
 
 
-class _Crew:
-    """The worker processes, and which shard each has."""
+class Tracker:
+    """What has become of the datasets: a line of progress, and the broken ones; for a `with` block.
 
-    def __init__(self, shards: Sequence[Shard], settings: Settings, listener: Listener) -> None:
-        self.shards, self.settings, self.listener = shards, settings, listener
+    Attributes:
+        broken: what is wrong with the sources of broken datasets, by the dataset's name.
+    """
+
+    def __init__(self, shards: Sequence[Shard], skip_broken: bool, what: str) -> None:
+        self.shards, self.skip_broken = shards, skip_broken
+        self.broken: dict[str, str] = {}
+        self.done = 0
+        self.started = time.monotonic()
+        # The last word of each dataset, by its number.
+        self.last: dict[int, Progressed] = {}
+        self.bytes = sum(shard.size for shard in shards)
+        # A data set on the Hub does not say how many bytes there are to read.
+        unit = "B" if self.bytes else " shards"
+        self.bar = progress_bar(what, self.bytes or len(shards), unit)
+
+    def note(self, event: Event) -> bool:
+        """Take an event in; whether another dataset may be begun."""
+        match event:
+            case Progressed():
+                self.last[event.number] = event
+            case Finished(number, text_bytes, tokens):
+                self.done += 1
+                self.last[number] = Progressed(number, self.shards[number].size, text_bytes, tokens)
+            case Broken(number, problem):
+                self.last.pop(number, None)
+                self.broken[self.shards[number].name] = problem
+                self.bar.clear()
+                _log.warning("broken: %s", problem)
+        read = sum(each.read for each in self.last.values()) if self.bytes else self.done
+        self.bar.set_postfix_str(self._totals(), refresh=False)
+        self.bar.update(read - self.bar.n)
+        return self.skip_broken or not self.broken
+
+    def _totals(self) -> str:
+        text_bytes = sum(each.text_bytes for each in self.last.values())
+        tokens = sum(each.tokens for each in self.last.values())
+        # The bar's own rate is of the files as they are, most often compressed.
+        rate = text_bytes / 1e6 / max(time.monotonic() - self.started, 1e-9)
+        return f"{rate:.1f} MB/s of text, {tokens / 1e6:.1f}M tokens, {self.done} of {len(self.shards)} done"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+
+class _Pool:
+    """The worker processes, and which dataset each has."""
+
+    def __init__(self, shards: Sequence[Shard], settings: Settings, note: Callable[[Event], bool]) -> None:
+        self.shards, self.settings, self.note = shards, settings, note
         self.next = 0
-        self.members: dict[Connection, BaseProcess] = {}
-        self.busy_with: dict[Connection, int] = {}
+        self.workers: dict[Connection, BaseProcess] = {}
+        self.assigned: dict[Connection, int] = {}
 
-    def run(self, workers: int) -> None:
+    def run(self, processes: int) -> None:
         try:
-            for _ in range(min(workers, len(self.shards))):
-                self._hire()
-            while self.busy_with:
-                for connection in wait(list(self.busy_with)):
+            for _ in range(min(processes, len(self.shards))):
+                self._start_worker()
+            while self.assigned:
+                for connection in wait(list(self.assigned)):
                     assert isinstance(connection, Connection)
-                    self._hear(connection)
+                    self._receive(connection)
         finally:
-            self._dismiss()
+            self._stop()
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         # Not fork: it would copy the locks of threads that pyarrow and others have started.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.settings), daemon=True)
         process.start()
         theirs.close()
-        self.members[ours] = process
-        self._give(ours)
+        self.workers[ours] = process
+        self._assign(ours)
 
-    def _give(self, connection: Connection) -> None:
-        """Give a worker the next shard, if there is one."""
-        self.busy_with.pop(connection, None)
+    def _assign(self, connection: Connection) -> None:
+        """Give a worker the next dataset, if there is one."""
+        self.assigned.pop(connection, None)
         if self.next < len(self.shards):
-            self.busy_with[connection] = self.next
-            with contextlib.suppress(BrokenPipeError):  # A dead worker is heard of in `_hear`.
+            self.assigned[connection] = self.next
+            with contextlib.suppress(BrokenPipeError):  # `_receive` will find the worker dead.
                 connection.send((self.next, self.shards[self.next]))
             self.next += 1
 
-    def _hear(self, connection: Connection) -> None:
+    def _receive(self, connection: Connection) -> None:
         try:
             message = connection.recv()
         except (EOFError, ConnectionResetError):
-            self._bury(connection)
+            self._raise_death(connection)
         if isinstance(message, BaseException):
             raise message
-        more = self.listener(message)
+        may_go_on = self.note(message)
         if not isinstance(message, Progressed):
-            if not more:
+            if not may_go_on:
                 self.next = len(self.shards)
-            self._give(connection)
+            self._assign(connection)
 
-    def _bury(self, connection: Connection) -> NoReturn:
-        process = self.members[connection]
+    def _raise_death(self, connection: Connection) -> NoReturn:
+        process = self.workers[connection]
         process.join()
         code = process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (out of memory? --workers of a smaller number needs less)" if code == -signal.SIGKILL else ""
-        prefix = self.shards[self.busy_with[connection]].prefix
+        prefix = self.shards[self.assigned[connection]].prefix
         raise RuntimeError(
             f"the worker that wrote {prefix} {how}{hint}; started again, the same command goes on from the "
             "finished shards"
         )
 
-    def _dismiss(self) -> None:
-        """A closed pipe tells a worker to stop: it has nobody to report to."""
-        for connection in self.members:
+    def _stop(self) -> None:
+        """Close the pipes, which tells the workers to stop, and reap them."""
+        for connection in self.workers:
             connection.close()
         deadline = time.monotonic() + STOP_SECONDS
-        for process in self.members.values():
+        for process in self.workers.values():
             process.join(max(deadline - time.monotonic(), 0))
             if process.is_alive():
                 process.terminate()
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """A worker's life: shards come by the pipe, events and what it cannot go on from go back."""
+    """A worker: datasets come by the pipe, events and what it cannot go on from go back."""
     # Ctrl-C reaches all processes of a terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

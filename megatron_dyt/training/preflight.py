@@ -12,7 +12,7 @@ from argparse import Namespace
 
 from megatron_dyt import rendezvous
 from megatron_dyt.checkpoints import iterations
-from megatron_dyt.data import dataset_manifest
+from megatron_dyt.data import tokenizer_check
 from megatron_dyt.errors import UserError
 from megatron_dyt.training import indexed_data
 
@@ -91,7 +91,7 @@ def check_data(args: Namespace) -> None:
     prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
     local = [prefix for prefix in prefixes if "://" not in prefix]
     dtypes = {prefix: indexed_data.check_files(prefix) for prefix in local}
-    dataset_manifest.check(local, args)
+    tokenizer_check.check_data(local, args)
     indexed_data.check_ids(dtypes, args)
 
 

@@ -7,7 +7,22 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_dyt.cli.data import prepare_data
+from megatron_dyt.data.dataset_manifest import (
+    SENTENCEPIECE,
+    DatasetManifest,
+    Fields,
+    Filters,
+    MadeFromSources,
+    TokenizerIdentity,
+)
+
 VOCAB_SIZE = 600
+
+
+def prepare(*words: object) -> None:
+    """`megatron-dyt prepare-data WORDS` in this process; errors come as they are."""
+    prepare_data.main([str(word) for word in words], standalone_mode=False)
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
@@ -21,3 +36,18 @@ def source_texts() -> list[str]:
     names = "argparse ast base64 bisect calendar cmd code copy csv enum"
     root = Path(sysconfig.get_path("stdlib"))
     return [(root / f"{name}.py").read_bytes().decode() for name in names.split()]
+
+
+def manifest(sha256: str = "ab", bos: bool = True) -> DatasetManifest:
+    """That of a dataset of one document, made with the tokenizer that has this hash."""
+    tokenizer = TokenizerIdentity(SENTENCEPIECE, sha256, 1, 2)
+    made_from = MadeFromSources(tokenizer, bos, True, Fields(), Filters(), ({"name": "x.jsonl"},))
+    return DatasetManifest(
+        *(1, 3, 10),
+        dtype="uint16",
+        vocab_size=VOCAB_SIZE,
+        tokenizer="t.model",
+        sources=["x.jsonl"],
+        outputs={},
+        made_from=made_from,
+    )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dyt.data.dataset_manifest import Fields
 from megatron_dyt.data.hub import HubDataset, find
-from megatron_dyt.data.records import Document, Fields, Malformed
-from megatron_dyt.data.sources import BrokenSourceError
+from megatron_dyt.data.sources import BrokenSourceError, Document, Malformed
 from megatron_dyt.errors import UserError
 
 

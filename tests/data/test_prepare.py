@@ -20,12 +20,11 @@ import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dyt.data import train_tokenizer, workers
-from megatron_dyt.data.prepare import main
 from megatron_dyt.errors import UserError
-from tests.data.samples import source_texts, write_jsonl
+from tests.data.samples import prepare, source_texts, write_jsonl
 
 BOS, EOS = 1, 2
-COMMAND = [sys.executable, "-m", "megatron_dyt.data.prepare"]
+COMMAND = [sys.executable, "-m", "megatron_dyt", "prepare-data"]
 Run = Callable[..., None]
 
 
@@ -34,7 +33,7 @@ def run(tokenizer_model: Path) -> Run:
     """`run(flags...)` with the tokenizer, in one process unless told otherwise."""
 
     def run(*flags: object) -> None:
-        assert main(["--tokenizer-model", str(tokenizer_model), "--workers", "1", *map(str, flags)]) == 0
+        prepare("--tokenizer-model", tokenizer_model, "--workers", 1, *flags)
 
     return run
 
@@ -71,6 +70,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def output_of(capsys: pytest.CaptureFixture[str], function: Callable[[], object]) -> str:
+    """What a command logs and prints."""
     capsys.readouterr()
     function()
     return capsys.readouterr().out
@@ -197,13 +197,14 @@ def test_a_shard_that_is_broken_now_does_not_count(
 def test_a_shard_that_vanishes_meanwhile_is_missed(
     run: Run, pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = workers.run
+    write = workers.write_all
 
-    def write_and_remove(*args: Any) -> None:
-        write(*args)
+    def write_and_remove(*args: Any) -> dict[str, str]:
+        broken = write(*args)
         (tmp_path / "out" / "01.manifest.json").unlink()
+        return broken
 
-    monkeypatch.setattr(workers, "run", write_and_remove)
+    monkeypatch.setattr(workers, "write_all", write_and_remove)
     with pytest.raises(UserError, match="out/01 has vanished"):
         run("--input", pile, "--output", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -239,8 +240,8 @@ def test_a_hugging_face_data_set(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_hugging_face_tokenizer(hugging_face: Path, pile: Path, tmp_path: Path) -> None:
-    kind = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hugging_face)]
-    main([*kind, "--input", str(pile), "--output", str(tmp_path / "out"), "--workers", "1"])
+    kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", hugging_face)
+    prepare(*kind, "--input", pile, "--output", tmp_path / "out", "--workers", 1)
     tokenizer = tokenizers.Tokenizer.from_file(str(hugging_face / "tokenizer.json"))
     expected = [[BOS, *tokenizer.encode(text).ids, EOS] for text in source_texts()[::3]]
     assert documents(tmp_path / "out" / "00") == expected
@@ -305,7 +306,7 @@ def test_half_written_files_of_a_dead_machine_are_no_obstacle(run: Run, pile: Pa
         (out / f"01.{end}.partial").write_bytes(b"half" * 100_000)
     run("--input", pile, "--output", out)
     assert not list(out.glob("*.partial"))
-    assert main(["--verify", str(out)]) == 0
+    prepare("--verify", out)
 
 
 @pytest.mark.distributed
@@ -366,8 +367,8 @@ def test_any_change_makes_the_dataset_again(
     model = tmp_path / "t.model"
     model.write_bytes(tokenizer_model.read_bytes())
     prefix = tmp_path / "train"
-    command = ["--input", str(source), "--tokenizer-model", str(model), "--output-prefix", str(prefix)]
-    main(command)
+    command = ["--input", source, "--tokenizer-model", model, "--output-prefix", prefix]
+    prepare(*command)
     match change:
         case "source":
             write_jsonl(source, ["one", "two", "three"])
@@ -383,10 +384,10 @@ def test_any_change_makes_the_dataset_again(
         # Other settings, not other text: perhaps a slip, and the work of hours.
         before = contents(tmp_path)
         with pytest.raises(UserError, match=rf"train was made with other settings \({change}.*--overwrite"):
-            main(command)
+            prepare(*command)
         assert contents(tmp_path) == before
         command.append("--overwrite")
-    output = output_of(capsys, lambda: main(command))
+    output = output_of(capsys, lambda: prepare(*command))
     assert "up to date" not in output
     assert "cached" in output
     assert len(documents(prefix)) == (3 if change == "source" else 2)
@@ -401,10 +402,9 @@ def test_a_moved_tokenizer_or_source_is_the_same(
     source.rename(tmp_path / "elsewhere" / "s.jsonl")
     model = tmp_path / "elsewhere" / "t.model"
     model.write_bytes(tokenizer_model.read_bytes())
-    command = ["--tokenizer-model", str(model), "--input", str(tmp_path / "elsewhere" / "s.jsonl")]
-    assert "up to date" in output_of(
-        capsys, lambda: main([*command, "--output-prefix", str(tmp_path / "train")])
-    )
+    command = ("--tokenizer-model", model, "--input", tmp_path / "elsewhere" / "s.jsonl")
+    output = output_of(capsys, lambda: prepare(*command, "--output-prefix", tmp_path / "train"))
+    assert "up to date" in output
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -433,6 +433,8 @@ def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("either --input or --hf-dataset", "--output out --input a.jsonl --hf-dataset b"),
         ("either --output or --output-prefix", "--input a.jsonl"),
         ("either --output or --output-prefix", "--input a.jsonl --output out --output-prefix p"),
+        ("--slurm-partition needs --output:", "--input a.jsonl --output-prefix p --slurm-partition x"),
+        ("--slurm-option team: give KEY=VALUE", "--input a.jsonl --output out --slurm-option team"),
         ("--workers must be at least 1, not 0", "--input a.jsonl --output out --workers 0"),
         ("leave no document", "--input a.jsonl --output out --min-chars 5 --max-chars 4"),
         ("both name ArXiv", "--input a.jsonl --output out --domains ArXiv --not-domains ArXiv Books"),
@@ -450,7 +452,7 @@ def test_wrong_flags(refused: Run, problem: str, flags: str) -> None:
 def test_tokenizer_is_needed(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["text"])
     with pytest.raises(UserError, match="give --tokenizer-model"):
-        main(["--input", str(source), "--output", str(tmp_path / "out")])
+        prepare("--input", source, "--output", tmp_path / "out")
 
 
 def test_tokenizer_without_bos_names_the_flag(
@@ -460,10 +462,10 @@ def test_tokenizer_without_bos_names_the_flag(
     monkeypatch.setitem(train_tokenizer.SETTINGS, "eos_id", 1)
     model = tmp_path / "t.model"
     model.write_bytes(train_tokenizer.train([source_jsonl], 500))
-    command = ["--input", str(source_jsonl), "--tokenizer-model", str(model)]
+    command = ("--input", source_jsonl, "--tokenizer-model", model, "--output-prefix", tmp_path / "a")
     with pytest.raises(UserError, match=r"no BOS token.*--no-bos"):
-        main([*command, "--output-prefix", str(tmp_path / "a")])
-    main([*command, "--output-prefix", str(tmp_path / "a"), "--no-bos"])
+        prepare(*command)
+    prepare(*command, "--no-bos")
     assert len(documents(tmp_path / "a")) == 10
 
 
@@ -473,8 +475,8 @@ def test_a_model_that_the_cache_cannot_take_is_said(
     monkeypatch.setitem(train_tokenizer.SETTINGS, "remove_extra_whitespaces", True)
     model = tmp_path / "t.model"
     model.write_bytes(train_tokenizer.train([source_jsonl], 500))
-    command = ["--input", str(source_jsonl), "--tokenizer-model", str(model)]
-    output = output_of(capsys, lambda: main([*command, "--output-prefix", str(tmp_path / "a")]))
+    command = ("--input", source_jsonl, "--tokenizer-model", model, "--output-prefix", tmp_path / "a")
+    output = output_of(capsys, lambda: prepare(*command))
     assert "t.model is used without the word cache, because it removes extra spaces" in output
     expected = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(source_texts())
     assert [ids[1:-1] for ids in documents(tmp_path / "a")] == expected

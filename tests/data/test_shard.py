@@ -16,11 +16,17 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_dyt.atomic import sole_writer
 from megatron_dyt.data import shard as shard_module
 from megatron_dyt.data import tokenizers
-from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
+from megatron_dyt.data.dataset_manifest import (
+    SENTENCEPIECE,
+    Amount,
+    Counts,
+    DatasetManifest,
+    Fields,
+    Filters,
+    Output,
+)
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
-from megatron_dyt.data.records import Fields
-from megatron_dyt.data.settings import Filters, Settings, Shard
-from megatron_dyt.data.shard import Counts, finished, write
+from megatron_dyt.data.shard import Settings, Shard, finished, write
 from megatron_dyt.data.sources import BrokenSourceError, FileSource
 from megatron_dyt.errors import UserError
 from tests.data.samples import source_texts
@@ -46,7 +52,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def make(settings: Settings, *sources: Path, name: str = "out") -> dict[str, Any]:
+def make(settings: Settings, *sources: Path, name: str = "out") -> DatasetManifest:
     shard = Shard(sources[0].parent / name, tuple(map(FileSource, sources)))
     return write(shard, settings, settings.tokenizer.encoder(), lambda read, counts: None)
 
@@ -85,23 +91,23 @@ def test_manifest_says_what_there_is(settings: Settings, corpus: Path) -> None:
     manifest = make(settings, corpus)
     directory = corpus.parent
     found = documents(directory / "out")
-    assert manifest == json.loads((directory / "out.manifest.json").read_text())
-    assert (manifest["documents"], manifest["empty_documents"]) == (10, 2)
-    assert manifest["tokens"] == sum(map(len, found))
-    assert manifest["text_bytes"] == sum(len(text.encode()) for text in source_texts())
-    assert manifest["malformed"] == {"not valid JSON": 1, 'no "text"': 1}
-    assert manifest["domains"] == {
-        domain: {
-            "documents": len(found[start::3]),
-            "tokens": sum(map(len, found[start::3])),
-            "text_bytes": sum(len(text.encode()) for text in source_texts()[start::3]),
-        }
+    assert manifest == DatasetManifest.read(directory / "out")
+    assert (manifest.documents, manifest.empty_documents) == (10, 2)
+    assert manifest.tokens == sum(map(len, found))
+    assert manifest.text_bytes == sum(len(text.encode()) for text in source_texts())
+    assert manifest.malformed == {"not valid JSON": 1, 'no "text"': 1}
+    assert manifest.domains == {
+        domain: Amount(
+            len(found[start::3]),
+            sum(map(len, found[start::3])),
+            sum(len(text.encode()) for text in source_texts()[start::3]),
+        )
         for start, domain in enumerate(["Github", "ArXiv"])
     }
-    assert (manifest["dtype"], manifest["sources"]) == ("uint16", [str(corpus)])
-    for name, output in manifest["outputs"].items():
+    assert (manifest.dtype, manifest.sources) == ("uint16", [str(corpus)])
+    for name, output in manifest.outputs.items():
         content = (directory / name).read_bytes()
-        assert output == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert output == Output(len(content), hashlib.sha256(content).hexdigest())
     assert names(directory) == [
         *("corpus.jsonl", "out.bin", "out.idx", "out.malformed.jsonl", "out.manifest.json"),
     ]
@@ -116,9 +122,9 @@ def test_malformed_records_are_named_and_the_list_is_bounded(
     assert (first["source"], first["line"]) == (str(corpus), 6)
     assert first["problem"].startswith("not valid JSON (")
     assert second == {"source": str(corpus), "line": 7, "problem": "no \"text\" (it has 'body')"}
-    monkeypatch.setattr(shard_module, "MAX_REPORTED", 1)
+    monkeypatch.setattr(shard_module, "MAX_NAMED", 1)
     os.utime(corpus, (1, 1))
-    assert make(settings, corpus)["malformed"].total() == 2
+    assert sum(make(settings, corpus).malformed.values()) == 2
     assert len(report.read_text().splitlines()) == 1
     # What is mended is not named any longer.
     corpus.write_text('{"text": "good"}\n')
@@ -130,7 +136,7 @@ def test_several_sources_are_one_dataset(settings: Settings, corpus: Path, tmp_p
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "one more"}\n')
     manifest = make(settings, other, corpus)
-    assert manifest["documents"] == 11
+    assert manifest.documents == 11
     assert settings.tokenizer.encoder()(["one more"])[0].tolist() == documents(tmp_path / "out")[0][1:-1]
 
 
@@ -154,21 +160,15 @@ def test_filters_leave_out_and_count(
     manifest = make(Settings(settings.tokenizer, filters=filters), corpus)
     _ids, lengths = settings.tokenizer.encoder()([source_texts()[number] for number in kept])
     assert [len(each) - 2 for each in documents(corpus.with_name("out"))] == lengths.tolist()
-    assert dict(manifest["filtered"]) == ({why: 10 - len(kept)} if why else {})
+    assert manifest.filtered == ({why: 10 - len(kept)} if why else {})
 
 
 def test_a_shard_of_which_nothing_is_left_has_no_files(settings: Settings, corpus: Path) -> None:
     nothing = Settings(settings.tokenizer, filters=Filters(domains=("Books",)))
     manifest = make(nothing, corpus)
-    assert (manifest["documents"], manifest["outputs"]) == (0, {})
+    assert (manifest.documents, manifest.outputs) == (0, {})
     assert names(corpus.parent) == ["corpus.jsonl", "out.malformed.jsonl", "out.manifest.json"]
     assert finished(Shard(corpus.with_name("out"), (FileSource(corpus),)), nothing)
-
-
-def test_too_many_domains_are_one(settings: Settings, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "MAX_DOMAINS", 1)
-    domains = make(settings, corpus)["domains"]
-    assert {name: counts["documents"] for name, counts in domains.items()} == {"Github": 4, "other": 3}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_reports_grow_to_the_whole(settings: Settings, corpus: Path, monkeypatch
     manifest = write(shard, settings, settings.tokenizer.encoder(), report)
     assert reports == sorted(reports)
     assert len(set(reports)) > 5
-    assert reports[-1] == (2 * corpus.stat().st_size, manifest["tokens"])
+    assert reports[-1] == (2 * corpus.stat().st_size, manifest.tokens)
 
 
 def test_two_processes_do_not_write_the_same_dataset(settings: Settings, corpus: Path) -> None:

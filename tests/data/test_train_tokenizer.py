@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_dyt.data.records import Fields
+from megatron_dyt.cli.data import train_tokenizer
+from megatron_dyt.data.dataset_manifest import Fields
 from megatron_dyt.data.sources import FORMATS, FileSource
-from megatron_dyt.data.train_tokenizer import main, sample_texts, train
+from megatron_dyt.data.train_tokenizer import sample_texts, train
 from megatron_dyt.errors import UserError
 from tests.data.samples import VOCAB_SIZE, source_texts, write_jsonl
 from tests.data.test_sources import write
@@ -59,6 +60,11 @@ def test_training_is_deterministic(source_jsonl: Path, tokenizer_model: Path) ->
     assert train([source_jsonl], VOCAB_SIZE) == tokenizer_model.read_bytes()
 
 
+def command(*words: object) -> None:
+    """`megatron-dyt train-tokenizer WORDS` in this process."""
+    train_tokenizer.main([str(word) for word in words], standalone_mode=False)
+
+
 def sample(paths: list[Path], max_bytes: int) -> list[str]:
     return list(sample_texts([FileSource(path) for path in paths], max_bytes, Fields()))
 
@@ -70,10 +76,6 @@ def test_every_format_that_prepare_data_reads_gives_the_same_tokenizer(
     records = [{"text": text} for text in source_texts()]
     corpus = write(tmp_path / f"corpus{suffix}", records).parent
     assert train([corpus], VOCAB_SIZE) == tokenizer_model.read_bytes()
-    output = tmp_path / "t.model"
-    args = ["--input", str(corpus), "--vocab-size", str(VOCAB_SIZE), "--output", str(output)]
-    assert main(args) == 0
-    assert output.read_bytes() == tokenizer_model.read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -131,8 +133,7 @@ def test_one_huge_document_is_cut_to_the_limit(tmp_path: Path) -> None:
 
 def test_command_writes_the_model_and_nothing_else(source_jsonl: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "t.model"
-    args = ["--input", str(source_jsonl), "--vocab-size", "400", "--output", str(output)]
-    assert main(args) == 0
+    command("--input", source_jsonl, "--vocab-size", 400, "--output", output)
     assert [path.name for path in output.parent.iterdir()] == ["t.model"]
     assert sentencepiece.SentencePieceProcessor(model_file=str(output)).vocab_size() == 400
 
@@ -157,7 +158,7 @@ def test_bad_input_is_one_clear_error(
         path.write_text(content)
     output = tmp_path / "t.model"
     with pytest.raises(UserError, match=problem):
-        main(["--input", str(path), "--vocab-size", vocab_size, "--output", str(output)])
+        command("--input", path, "--vocab-size", vocab_size, "--output", output)
     assert [entry for entry in tmp_path.iterdir() if entry != path] == []
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: all shards, each once; errors and deaths come back; nothing is left running."""
+"""Worker processes: all datasets, each once; errors and deaths come back; nothing is left running."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 from megatron_dyt.data import tokenizers, workers
 from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
-from megatron_dyt.data.settings import Settings, Shard
+from megatron_dyt.data.shard import Settings, Shard
 from megatron_dyt.data.sources import FileSource
-from megatron_dyt.data.workers import Broken, Event, Finished, Progressed, run
+from megatron_dyt.data.workers import Broken, Event, Finished, Progressed, Tracker, write_all
 from megatron_dyt.errors import UserError
 from tests.data.samples import source_texts, write_jsonl
 
@@ -23,6 +23,20 @@ from tests.data.samples import source_texts, write_jsonl
 @pytest.fixture
 def settings(tokenizer_model: Path) -> Settings:
     return Settings(tokenizers.find(SENTENCEPIECE, str(tokenizer_model)))
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """What the first process hears of."""
+    heard: list[Event] = []
+    note = Tracker.note
+
+    def listen(self: Tracker, event: Event) -> bool:
+        heard.append(event)
+        return note(self, event)
+
+    monkeypatch.setattr(Tracker, "note", listen)
+    return heard
 
 
 def shards(tmp_path: Path, count: int) -> list[Shard]:
@@ -34,22 +48,18 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def test_processes_write_what_one_process_writes(tmp_path: Path, settings: Settings) -> None:
+def test_processes_write_what_one_process_writes(
+    tmp_path: Path, settings: Settings, events: list[Event]
+) -> None:
     some = shards(tmp_path, 3)
     (tmp_path / "1.jsonl").write_text('{"body": "no text"}\n')
     found = []
     for count in (1, 2):
-        events: list[Event] = []
-
-        def listen(event: Event, events: list[Event] = events) -> bool:
-            events.append(event)
-            return True
-
-        run(some, settings, count, listen)
+        events.clear()
+        broken = write_all(some, settings, count, True, "test")
+        assert list(broken) == ["1"]
+        assert "there is no text in" in broken["1"]
         assert sorted(event.number for event in events if isinstance(event, Finished)) == [0, 2]
-        (broken,) = [event for event in events if isinstance(event, Broken)]
-        assert broken.number == 1
-        assert "there is no text in" in broken.problem
         found.append(files(tmp_path / "out"))
         for path in (tmp_path / "out").iterdir():
             path.unlink()
@@ -58,27 +68,23 @@ def test_processes_write_what_one_process_writes(tmp_path: Path, settings: Setti
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_shard_is_begun_after_the_listener_said_no(tmp_path: Path, settings: Settings, count: int) -> None:
-    run(shards(tmp_path, 4), settings, count, lambda event: not isinstance(event, Finished))
-    assert len(list((tmp_path / "out").glob("*.manifest.json"))) == count
+def test_no_dataset_is_begun_after_a_broken_one(tmp_path: Path, settings: Settings, count: int) -> None:
+    some = shards(tmp_path, 5)
+    (tmp_path / "0.jsonl").write_text('{"body": "no text"}\n')
+    assert list(write_all(some, settings, count, False, "test")) == ["0"]
+    assert len(list((tmp_path / "out").glob("*.manifest.json"))) == count - 1
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
 def test_progress_is_told_now_and_then(
-    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: Settings, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "REPORT_SECONDS", 0.0)
     (shard,) = shards(tmp_path, 1)
-    events: list[Event] = []
-
-    def listen(event: Event) -> bool:
-        events.append(event)
-        return True
-
-    run([shard], settings, 1, listen)
+    write_all([shard], settings, 1, False, "test")
     *progress, last = events
     assert isinstance(last, Finished)
-    assert progress[-1] == Progressed(0, shard.size, last.manifest["text_bytes"], last.manifest["tokens"])
+    assert progress[-1] == Progressed(0, shard.size, last.text_bytes, last.tokens)
 
 
 def test_an_error_in_a_worker_is_raised_here_with_its_place(tmp_path: Path, settings: Settings) -> None:
@@ -86,31 +92,37 @@ def test_an_error_in_a_worker_is_raised_here_with_its_place(tmp_path: Path, sett
     (tmp_path / "out").mkdir()
     # A directory where a file must go: what a worker cannot go on from.
     (tmp_path / "out" / "1.bin.partial").mkdir()
-    with pytest.raises(IsADirectoryError) as failure:
-        run(some, settings, 2, lambda event: True)
+    with pytest.raises(OSError, match=r"1\.bin\.partial") as failure:
+        write_all(some, settings, 2, False, "test")
     assert "in shard.py" in failure.value.__notes__[0].replace(os.sep, " in ")
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_is_killed_is_named(tmp_path: Path, settings: Settings) -> None:
-    def kill(event: Event) -> bool:
+def test_a_worker_that_is_killed_is_named(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(self: Tracker, event: Event) -> bool:
         for process in multiprocessing.active_children():
             os.kill(process.pid or 0, signal.SIGKILL)
         return True
 
+    monkeypatch.setattr(Tracker, "note", kill)
     with pytest.raises(
         RuntimeError, match=r"worker that wrote .*out/.* was killed by SIGKILL \(out of memory"
     ):
-        run(shards(tmp_path, 6), settings, 2, kill)
+        write_all(shards(tmp_path, 6), settings, 2, False, "test")
     assert not multiprocessing.active_children()
 
 
-def test_an_error_of_the_listener_stops_the_workers(tmp_path: Path, settings: Settings) -> None:
-    def fail(event: Event) -> bool:
+def test_an_error_here_stops_the_workers(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Tracker, event: Event) -> bool:
         raise UserError("enough")
 
+    monkeypatch.setattr(Tracker, "note", fail)
     with pytest.raises(UserError, match="enough"):
-        run(shards(tmp_path, 4), settings, 2, fail)
+        write_all(shards(tmp_path, 4), settings, 2, False, "test")
     assert not multiprocessing.active_children()
     assert not list((tmp_path / "out").glob("*.partial"))
 
@@ -122,3 +134,39 @@ def test_what_cannot_be_pickled_comes_as_text() -> None:
 
     assert str(workers._sendable(OddError("what it said"))) == "OddError: what it said"
     assert json.dumps(str(workers._sendable(OSError(28, "full")))) == '"[Errno 28] full"'
+
+
+# --- progress --------------------------------------------------------------------------------------------
+
+
+def test_the_line_sums_up_all_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = shards(tmp_path, 3)
+    size = some[0].size
+    with Tracker(some, False, "pile") as tracker:
+        assert tracker.note(Progressed(0, 400, 2_000_000, 500_000))
+        assert tracker.note(Progressed(1, 600, 3_000_000, 700_000))
+        assert (tracker.bar.total, tracker.bar.n) == (3 * size, 1000)
+        assert tracker.note(Finished(0, 30_000_000, 9_000_000))
+        assert tracker.bar.n == size + 600
+        assert tracker.bar.postfix.endswith("MB/s of text, 9.7M tokens, 1 of 3 done")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_broken_dataset_is_said_and_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], skip: bool
+) -> None:
+    with Tracker(shards(tmp_path, 2), skip, "pile") as tracker:
+        tracker.note(Progressed(1, 600, 3_000_000, 700_000))
+        assert tracker.note(Broken(1, "b is truncated")) == skip
+        assert "WARNING: broken: b is truncated" in capsys.readouterr().out
+        assert (tracker.bar.n, tracker.broken) == (0, {"1": "b is truncated"})
+        assert tracker.note(Finished(0, 1, 1)) == skip
+
+
+def test_datasets_are_counted_where_the_size_is_unknown(tmp_path: Path) -> None:
+    some = [Shard(shard.prefix, ()) for shard in shards(tmp_path, 2)]
+    with Tracker(some, False, "pile") as tracker:
+        tracker.note(Progressed(1, 0, 2_000_000, 500_000))
+        assert (tracker.bar.total, tracker.bar.n) == (2, 0)
+        tracker.note(Finished(1, 2_000_000, 500_000))
+        assert tracker.bar.n == 1

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from megatron_dyt.data.dataset_manifest import manifest_path
 from megatron_dyt.data.train_tokenizer import SETTINGS
 from megatron_dyt.errors import UserError
 from megatron_dyt.hf import tokenizer as module
 from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
+from tests.data.samples import manifest
 
 from .conftest import TEXT
 
@@ -76,7 +76,7 @@ def test_a_text_begins_as_the_training_documents_do(
     args = run_args(model)
     args.data_path = [str(tmp_path / "data")]
     if stated is not None:
-        manifest_path(tmp_path / "data").write_text(json.dumps({"made_from": {"bos": stated}}))
+        manifest(bos=stated).write(tmp_path / "data")
     facts = write_tokenizer(args, output, given)
     loaded = AutoTokenizer.from_pretrained(str(output))
     assert facts.bos == loaded.bos_token_id == first

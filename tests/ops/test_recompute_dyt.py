@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.ops import backends, dyt, recompute_dyt
-from tests.ops.cases import CPU_IMPLEMENTATIONS, call, make_inputs, needs_cpu_kernels, split, upstream
+from tests.ops.cases import CPU_IMPLEMENTATIONS, make_inputs, needs_cpu_kernels, upstream
+
+
+def options(inputs: dict[str, Tensor], function: str) -> dict[str, object]:
+    return {"function": function, "shift": inputs.get("shift")}
 
 
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
@@ -19,11 +23,11 @@ def test_values_come_back_bit_for_bit(
     module = importlib.import_module("megatron_dyt.ops.dyt")
     monkeypatch.setattr(module, "choose_implementation", lambda *args: implementation)
     inputs = make_inputs((70, 24), function=function, dtype=dtype)
-    y = call(inputs, function)
+    x, alpha, weight, bias = (inputs[n] for n in ("x", "alpha", "weight", "bias"))
+    y = dyt(x, alpha, weight, bias, **options(inputs, function))
     view, before, version = y.view(7, 10, 24)[2:], y.clone(), y._version
     y.untyped_storage().resize_(0)
-    x, (alpha, weight, bias, shift, _) = split(inputs, function)
-    recompute_dyt(y, x, alpha, weight, bias, function=function, shift=shift)
+    recompute_dyt(y, x, alpha, weight, bias, **options(inputs, function))
     assert torch.equal(y, before)
     assert torch.equal(view, before.view(7, 10, 24)[2:])
     assert y._version == version

@@ -1,4 +1,4 @@
-"""Which shard of a directory each input goes to: its own from earlier, else one by its name."""
+"""A directory of datasets: which one each input goes to, whether old ones may stay, the manifest over all."""
 
 from __future__ import annotations
 
@@ -7,18 +7,76 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_dyt.data.dataset_manifest import DatasetManifest, DirectoryManifest, manifests
 from megatron_dyt.data.hub import HubSource
-from megatron_dyt.data.settings import Shard
+from megatron_dyt.data.shard import Settings, Shard
 from megatron_dyt.data.sources import FileSource, Source
 from megatron_dyt.errors import UserError
 
+# The name of a part of a data set on the Hub, as `HubSource.name` makes it.
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})")
 
 
+def check_settings(directory: Path, settings: Settings) -> None:
+    """Datasets that are in the directory were made with these settings.
+
+    Raises:
+        UserError: with others, so that they would be mixed, or work of hours replaced.
+    """
+    for name, manifest in manifests(directory).items():
+        _check(directory / name, manifest, settings, "write to another directory, or give --overwrite")
+
+
+def check_shard(prefix: Path, settings: Settings) -> None:
+    """The dataset at `prefix`, if there is one, was made with these settings; `UserError` otherwise."""
+    if manifest := DatasetManifest.read(prefix):
+        _check(prefix, manifest, settings, "give another --output-prefix, or --overwrite")
+
+
+def _check(prefix: Path, manifest: DatasetManifest, settings: Settings, remedy: str) -> None:
+    if differing := settings.made_from().differing(manifest.made_from):
+        raise UserError(
+            f"{prefix} was made with other settings ({', '.join(differing)}); {remedy} to replace it"
+        )
+
+
+def write_manifest(
+    directory: Path, wanted: Iterable[str], broken: Mapping[str, str], settings: Settings
+) -> DirectoryManifest:
+    """Write the directory's manifest, over its datasets of these settings, and return it.
+
+    What is there of a broken shard is of an earlier state of its source, and left out.
+
+    Args:
+        wanted: names of the datasets that must be there, unless they are broken.
+        broken: what is wrong with the sources of datasets, by the dataset's name.
+
+    Raises:
+        UserError: a dataset of `wanted` is neither there nor broken.
+    """
+    made_from = settings.made_from()
+    ours = {
+        name: manifest
+        for name, manifest in manifests(directory).items()
+        if name not in broken and not made_from.differing(manifest.made_from)
+    }
+    if missing := set(wanted) - set(ours) - set(broken):
+        raise UserError(
+            f"{directory / min(missing)} has vanished since it was written: another process changes this "
+            "directory. Stop it and run this again"
+        )
+    tokenizer = settings.tokenizer
+    manifest = DirectoryManifest.over(ours, broken, tokenizer.name, tokenizer.vocab_size, made_from)
+    manifest.write(directory)
+    return manifest
+
+
+# --- which dataset an input goes to ----------------------------------------------------------------------
+
+
 def shards_of(
-    directory: Path, sources: Sequence[Source], there: Mapping[str, dict[str, Any]], overwrite: bool
+    directory: Path, sources: Sequence[Source], there: Mapping[str, DatasetManifest], overwrite: bool
 ) -> list[Shard]:
     """One shard for each source.
 
@@ -49,7 +107,7 @@ def shards_of(
     return [Shard(directory / name, (source,)) for name, source in zip(names, sources, strict=True)]
 
 
-def _replaces(source: Source, shard: str | None, manifest: dict[str, Any] | None) -> bool:
+def _replaces(source: Source, shard: str | None, manifest: DatasetManifest | None) -> bool:
     """Whether finished data of another source, or of a data set's other revision, would be lost.
 
     A file that has changed in its place is made again without a question.
@@ -58,22 +116,22 @@ def _replaces(source: Source, shard: str | None, manifest: dict[str, Any] | None
         return False
     if isinstance(source, FileSource):
         return shard is None
-    return bool(manifest["made_from"]["sources"] != [source.identity()])
+    return manifest.made_from.sources != (source.identity(),)
 
 
 class _Known:
     """The sources of finished shards, by where they were and by what they were."""
 
     def __init__(
-        self, directory: Path, there: Mapping[str, dict[str, Any]], sources: Sequence[Source]
+        self, directory: Path, there: Mapping[str, DatasetManifest], sources: Sequence[Source]
     ) -> None:
         self.directory = directory
         self.places: dict[str, str] = {}
         self.contents: dict[str, str] = {}
-        self.several = {name for name, manifest in there.items() if len(manifest["sources"]) > 1}
+        self.several = {name for name, manifest in there.items() if len(manifest.sources) > 1}
         for name, manifest in there.items():
-            self.places |= dict.fromkeys(map(os.path.realpath, manifest["sources"]), name)
-            self.contents |= dict.fromkeys(map(str, manifest["made_from"]["sources"]), name)
+            self.places |= dict.fromkeys(map(os.path.realpath, manifest.sources), name)
+            self.contents |= dict.fromkeys(map(str, manifest.made_from.sources), name)
         # Two files that are alike by name, size and time stamp are told apart by their places alone.
         self.alike = Counter(str(source.identity()) for source in sources)
 

@@ -11,20 +11,18 @@ import pytest
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_dyt.atomic import sha256
-from megatron_dyt.data.blend import blend
 from megatron_dyt.data.indexed_dataset import HEADER
-from megatron_dyt.data.prepare import main
-from megatron_dyt.data.verify import verify
+from megatron_dyt.data.prepared import blend, verify
 from megatron_dyt.errors import UserError
-from tests.data.samples import VOCAB_SIZE, source_texts, write_jsonl
+from tests.data.samples import VOCAB_SIZE, prepare, source_texts, write_jsonl
 
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer_model: Path) -> Path:
     """Two shards."""
     sources = [write_jsonl(tmp_path / f"{n}.jsonl", source_texts()[n::2]) for n in range(2)]
-    command = ["--input", *map(str, sources), "--tokenizer-model", str(tokenizer_model), "--workers", "1"]
-    main([*command, "--output", str(tmp_path / "out")])
+    command = ["--input", *sources, "--tokenizer-model", tokenizer_model, "--workers", 1]
+    prepare(*command, "--output", tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -32,7 +30,7 @@ def test_what_was_written_is_good(prepared: Path, capsys: pytest.CaptureFixture[
     assert verify(prepared) == (2, [])
     assert verify(prepared / "0") == (1, [])
     capsys.readouterr()
-    assert main(["--verify", str(prepared)]) == 0
+    prepare("--verify", prepared)
     assert capsys.readouterr().out == f"{prepared}: 2 shards are as they were written\n"
     moved = prepared.rename(prepared.with_name("moved"))
     assert verify(moved) == (2, [])
@@ -62,7 +60,7 @@ def test_damage_is_named(prepared: Path, damage: Callable[[Path], object], probl
     assert len(problems) == 1
     assert problem in problems[0]
     with pytest.raises(UserError, match="1 problems in 2 shards"):
-        main(["--verify", str(prepared)])
+        prepare("--verify", prepared)
 
 
 def rewritten(prefix: Path, change: Callable[[bytearray, bytearray], None], **manifest: int) -> None:
@@ -130,7 +128,7 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 def test_a_blend_is_what_megatron_reads(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = [json.loads((prepared / f"{n}.manifest.json").read_text())["tokens"] for n in range(2)]
     capsys.readouterr()
-    assert main(["--print-blend", str(prepared)]) == 0
+    prepare("--print-blend", prepared)
     words = capsys.readouterr().out.split()
     assert get_blend_from_list(words) == ([f"{prepared}/0", f"{prepared}/1"], [float(n) for n in tokens])
 

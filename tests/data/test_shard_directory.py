@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from megatron_dyt.data.dataset_manifest import DatasetManifest
 from megatron_dyt.data.hub import HubDataset, HubSource
-from megatron_dyt.data.settings import Shard
-from megatron_dyt.data.shard_names import shards_of
+from megatron_dyt.data.shard import Shard
+from megatron_dyt.data.shard_directory import shards_of
 from megatron_dyt.data.sources import FileSource, Source
 from megatron_dyt.errors import UserError
-from tests.data.samples import write_jsonl
+from tests.data.samples import manifest, write_jsonl
 
 OUT = Path("out")
 
@@ -36,18 +35,19 @@ def file(path: Path, text: str) -> FileSource:
     return FileSource(write_jsonl(path, [text]))
 
 
-def manifests(shards: Sequence[Shard]) -> dict[str, Any]:
+def manifests(shards: Sequence[Shard]) -> dict[str, DatasetManifest]:
     """What is known of finished shards."""
-    return {
-        shard.prefix.name: {
-            "sources": [str(source) for source in shard.sources],
-            "made_from": {"sources": json.loads(json.dumps(shard.identities()))},
-        }
-        for shard in shards
-    }
+    found = {}
+    for shard in shards:
+        identities = tuple(source.identity() for source in shard.sources)
+        made_from = replace(manifest().made_from, sources=identities)
+        found[shard.name] = replace(
+            manifest(), sources=[str(source) for source in shard.sources], made_from=made_from
+        )
+    return found
 
 
-def again(sources: Sequence[Source], there: dict[str, Any], overwrite: bool = False) -> list[str]:
+def again(sources: Sequence[Source], there: dict[str, DatasetManifest], overwrite: bool = False) -> list[str]:
     return [shard.prefix.name for shard in shards_of(OUT, sources, there, overwrite)]
 
 
