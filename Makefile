@@ -16,7 +16,7 @@ VERSIONS ?=
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-versions compatibility test-megatron-lm check-patches lint format bench clean
+.PHONY: help setup quickstart test test-versions compatibility test-megatron-lm check-patches lint format bench docs build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,14 @@ format: setup ## sort imports and format the code
 
 bench: setup ## run the benchmarks that this machine can; tables go to docs/benchmarks.md
 	@$(PY) benchmarks/run.py
+
+docs: setup ## the documentation as a site, in build/docs
+	@$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+
+build: setup ## wheel and sdist into dist/, tried in empty environments
+	@rm -rf build/lib build/bdist.* dist
+	@$(PY) -m build --no-isolation -o dist . >build.log 2>&1 || { cat build.log; exit 1; }; rm build.log
+	@bash scripts/smoke.sh
 
 clean: ## remove caches and build outputs; keeps .venv/ and quickstart/
 	@rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache

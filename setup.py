@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "megatron_dyt/ops/cpu_kernels.c"
@@ -22,6 +23,13 @@ class BuildLibraries(build_ext):
         # Where compilation fails, no earlier library may stay and be taken for this one.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         super().build_extension(ext)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for every Python of the platform: the libraries do not link to Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 # A product and a sum become one operation where the processor has that. Without the last two options GCC does
@@ -41,5 +49,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
 )

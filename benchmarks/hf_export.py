@@ -1,9 +1,8 @@
-"""Peak memory and time of an export: a 7B-shaped DyT checkpoint in bf16 is made, then exported.
+"""Peak memory and speed of an export: a 7B-shaped DyT checkpoint in bf16 is made, then exported.
 
     python benchmarks/hf_export.py --scratch DIR [--layers 32]
 
-Needs 27 GB in DIR for all 32 layers; what it writes is removed at the end. Run from the repository's root;
-prints the export's peak memory (before: after the imports alone) and one JSON line.
+Needs 27 GB in DIR for all 32 layers; what it writes is removed at the end. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -21,25 +19,27 @@ from pathlib import Path
 import torch
 
 from megatron_dyt.checkpoints.torch_dist import LazyTensor, write_torch_dist
-from megatron_dyt.hf.mapping import LAYERS, megatron_shapes
-from megatron_dyt.hf.shape import llama_shape
+from megatron_dyt.hf.mapping import megatron_sizes
+from megatron_dyt.hf.model import Model
 
 # VmHWM is of the process after exec; getrusage's peak begins with the parent's.
 CHILD = """
+import json
 import sys
-sys.path.insert(0, "benchmarks")
-from hf_export import peak_gb
-from megatron_dyt.hf.export import main
-print(f"peak before: {peak_gb()} GB")
-main()
-print(f"peak after: {peak_gb()} GB")
-"""
+import time
+from pathlib import Path
+import megatron_dyt.hf.export
+from megatron_dyt import cli
 
-
-def peak_gb() -> float:
-    """This process's largest resident memory so far."""
+def peak():
     status = Path("/proc/self/status").read_text()
     return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9, 2)
+
+before, start = peak(), time.monotonic()
+cli.main.main(sys.argv[1:], standalone_mode=False)
+seconds = round(time.monotonic() - start, 1)
+print(json.dumps({"peak_gb": peak(), "after_imports_gb": before, "seconds": seconds}))
+"""
 
 
 def llama_7b(layers: int) -> Namespace:
@@ -58,11 +58,12 @@ def llama_7b(layers: int) -> Namespace:
 
 def make_checkpoint(root: Path, args: Namespace) -> None:
     tensors = {}
-    for key, shape in megatron_shapes(llama_shape(args)).items():
-        chunks = shape[0] if key.startswith(LAYERS) else 1
-        size = (shape[0] // chunks, *shape[1:])
-        make = partial(torch.full, size, 0.01, dtype=torch.bfloat16)
-        tensors[key] = LazyTensor(shape, torch.bfloat16, [make] * chunks)
+    for row, sizes in megatron_sizes(Model.from_megatron(args)).items():
+        for name, size in sizes.items():
+            layers, stacked = (args.num_layers, (1, *size)) if ".N." in row else (1, size)
+            make = partial(torch.full, stacked, 0.01, dtype=torch.bfloat16)
+            whole = (layers * stacked[0], *stacked[1:])
+            tensors[row.replace(".N.", ".") + name] = LazyTensor(whole, torch.bfloat16, [make] * layers)
     write_torch_dist(root / "iter_0000001", tensors, {"args": args, "iteration": 1})
     (root / "latest_checkpointed_iteration.txt").write_text("1")
 
@@ -75,18 +76,12 @@ def main() -> None:
     root, output = options.scratch / "checkpoint", options.scratch / "export"
     try:
         make_checkpoint(root, llama_7b(options.layers))
-        start = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", CHILD, "--load", str(root), "--output", str(output)],
-            check=True,
-        )
-        report = {
-            "layers": options.layers,
-            "export_gb": round(sum(path.stat().st_size for path in output.iterdir()) / 1e9, 2),
-            "seconds": round(time.monotonic() - start, 1),
-            "writing_checkpoint_peak_gb": peak_gb(),
-        }
-        print(json.dumps(report))
+        words = ["export", "--load", str(root), "--output", str(output)]
+        child = [sys.executable, "-W", "ignore", "-c", CHILD, *words]
+        measured = json.loads(subprocess.check_output(child, text=True).splitlines()[-1])
+        size = sum(path.stat().st_size for path in output.iterdir()) / 1e9
+        facts = {"layers": options.layers, "export_gb": round(size, 2)}
+        print(json.dumps(facts | measured | {"mb_per_second": round(1000 * size / measured["seconds"])}))
     finally:
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(output, ignore_errors=True)

@@ -122,7 +122,7 @@ def batch(tokens: Tensor, source: random.Random, rows: int = ROWS) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(model: LlamaForCausalLM, valid: Tensor) -> float:
-    """Nats a byte, over the same batches at every call."""
+    """Nats per byte, over the same batches at every call."""
     source = random.Random(1)
     losses = [model(x, labels=x).loss for x in (batch(valid, source) for _ in range(VALIDATION_BATCHES))]
     return float(torch.stack(losses).mean())

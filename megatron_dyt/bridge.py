@@ -77,7 +77,7 @@ def register() -> None:
         allow(__name__)
 
 
-def with_dyt(provider: Any, **settings: Any) -> DyTGPTModelProvider:
+def with_dyt(provider: GPTModelProvider, **settings: Any) -> DyTGPTModelProvider:
     """A copy of a `GPTModelProvider` with DyT; `settings` are fields of `DyTGPTModelProvider`.
 
     The copy has all else that the provider has, hooks included; the provider is left as it is.

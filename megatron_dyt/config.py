@@ -13,13 +13,12 @@ that scale:
 and the fields of configs made in code (`DyTFields`) are all made from it.
 """
 
+# ruff: noqa: RUF009 (`_setting` returns a `dataclasses.field`)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from types import UnionType
-from typing import Any, Literal, Self, get_args
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from megatron_dyt.errors import UserError
 
@@ -71,48 +70,50 @@ def paper_alpha(hidden_size: int) -> tuple[float, float]:
     return attn, other
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Setting:
     """How one setting is given: a flag of Megatron's command line, and a name in its args and in configs.
 
     Attributes:
         arg: name in Megatron's args, which every checkpoint holds, and in `DyTFields`; with dashes the flag.
         help: of the flag.
-        kind: type of a value; a union is given as text and parsed later.
-        choices: the allowed values of a closed set.
+        kind: type of a value: a Literal, bool, int, float, or a union, which is given as text.
+        field: the field of `DyTConfig` that it sets; "" for what concerns the training loop alone.
         metavar: stands for the value in --help.
         default: of the flag; None, for "not given", where a preset or `DyTConfig` has the default.
         of_model: the model's parameters depend on it: --use-checkpoint-args restores it.
         needs_dyt: it is refused with another --normalization.
-        field: the field of `DyTConfig` that it sets; "" for what concerns the training loop alone.
     """
 
     arg: str
     help: str
-    kind: type | UnionType = str
-    choices: tuple[str, ...] | None = None
+    kind: Any = None
+    field: str = ""
     metavar: str | None = None
-    default: bool | int | None = None
+    default: bool | int | str | None = None
     of_model: bool = False
     needs_dyt: bool = True
-    field: str = ""
 
     @property
     def flag(self) -> str:
         """The flag, as "--dyt-bias"."""
         return "--" + self.arg.replace("_", "-")
 
-
-def _given_as(arg: str, help: str, *also: Setting, of_model: bool = True, **options: Any) -> dict[str, Any]:
-    """Metadata of a field of DyTConfig: its `Setting`, and others that set the same field."""
-    return {"settings": (Setting(arg=arg, help=help, of_model=of_model, **options), *also)}
-
-
-def _alpha(role: Role, where: str) -> dict[str, Any]:
-    return _given_as(f"dyt_alpha_init_{role}", f"Initial alpha of {where}. Default: preset.", kind=float)
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed values of a closed set; empty for another kind."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
 
-_SCALE: Mapping[str, Any] = {"kind": str | float, "metavar": "{sqrt,unit,none,FLOAT}"}
+def _setting(
+    arg: str, help: str, *, default: Any = MISSING, metavar: str | None = None, of_model: bool = True
+) -> Any:
+    """A field of `DyTConfig`, and how it is given. Its `Setting` takes the kind from the field's type."""
+    setting = Setting(arg, help, metavar=metavar, of_model=of_model)
+    return field(default=default, metadata={"setting": setting})
+
+
+_SCALE = "{sqrt,unit,none,FLOAT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,100 +127,78 @@ class DyTConfig:
         UserError: a value outside what is allowed.
     """
 
-    name: Preset = field(
+    name: Preset = _setting(
+        "dyt_preset",
+        "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
+        "'unit' for unit variance at any width (also sets --init-method-std to "
+        "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
         default="paper",
-        metadata=_given_as(
-            "dyt_preset",
-            "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
-            "'unit' for unit variance at any width (also sets --init-method-std to "
-            "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
-            choices=get_args(Preset),
-        ),
     )
     """The preset that the other values come from; "unit" also wants linear layers of `linear_init_std`."""
 
-    alpha_attn: float = field(metadata=_alpha("attn", "DyT in front of attention"))
+    alpha_attn: float = _setting(
+        "dyt_alpha_init_attn", "Initial alpha of DyT in front of attention. Default: preset."
+    )
     """Initial alpha in front of attention: finite, > 0, per unit of x. 0.2 to 1.0 in the paper (Table 10)."""
 
-    alpha_ffn: float = field(metadata=_alpha("ffn", "DyT in front of the MLP or MoE"))
+    alpha_ffn: float = _setting(
+        "dyt_alpha_init_ffn", "Initial alpha of DyT in front of the MLP or MoE. Default: preset."
+    )
     """Initial alpha in front of the MLP or MoE: finite, > 0. 0.05 to 1.0 in the paper ("other", Table 10)."""
 
-    alpha_final: float = field(metadata=_alpha("final", "the final DyT"))
+    alpha_final: float = _setting("dyt_alpha_init_final", "Initial alpha of the final DyT. Default: preset.")
     """Initial alpha after the last layer: finite, > 0. In the paper that of `alpha_ffn` (Table 10)."""
 
-    alpha_qk: float = field(
-        default=QK_ALPHA, metadata=_alpha("qk", "DyT on queries and keys (--qk-layernorm)")
+    alpha_qk: float = _setting(
+        "dyt_alpha_init_qk",
+        "Initial alpha of DyT on queries and keys (--qk-layernorm). Default: preset.",
+        default=QK_ALPHA,
     )
     """Initial alpha on queries and keys: finite, > 0. The paper has no DyT there (`QK_ALPHA`)."""
 
-    bias: bool = field(
+    bias: bool = _setting(
+        "dyt_bias",
+        "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
         default=False,
-        metadata=_given_as(
-            "dyt_bias",
-            "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
-            kind=bool,
-        ),
     )
     """Whether DyT has a bias (beta). RMSNorm has none, and neither has the paper's LLaMA code."""
 
-    embedding_scale: str | float = field(
+    embedding_scale: str | float = _setting(
+        "dyt_embedding_scale",
+        "Initial value of the learnable scalar on the embedding: sqrt(hidden), 1/std of the "
+        "embedding, no scalar, or a number. Default: preset.",
+        metavar=_SCALE,
         default="sqrt",
-        metadata=_given_as(
-            "dyt_embedding_scale",
-            "Initial value of the learnable scalar on the embedding: sqrt(hidden), 1/std of the "
-            "embedding, no scalar, or a number. Default: preset.",
-            Setting(
-                arg="embedding_scale",
-                help="The same scalar for a LayerNorm or RMSNorm model: a baseline with the same start as "
-                "DyT.",
-                of_model=True,
-                needs_dyt=False,
-                **_SCALE,
-            ),
-            **_SCALE,
-        ),
     )
     """Initial value of the learnable scalar on the embedding: "sqrt" (sqrt(hidden), the paper's, section 6),
     "unit" (1 / the embedding's initial std), "none", or a finite number > 0."""
 
-    function: Function = field(
+    function: Function = _setting(
+        "dyt_function",
+        "What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
         default="tanh",
-        metadata=_given_as(
-            "dyt_function",
-            "What bounds alpha * x. Default: tanh. erf is Derf (arXiv 2512.10938).",
-            choices=get_args(Function),
-        ),
     )
     """What bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938) and has a learnable shift."""
 
-    weight_init: WeightInit = field(
+    weight_init: WeightInit = _setting(
+        "dyt_weight_init",
+        "Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
         default="one",
-        metadata=_given_as(
-            "dyt_weight_init",
-            "Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
-            choices=get_args(WeightInit),
-        ),
     )
     """Initial weight (gamma): "one" (the paper's), or "unit": the weight with which DyT hands on a
     unit-variance input at unit variance, as RMSNorm does (`unit_response`)."""
 
-    backend: Backend = field(
-        default="auto",
-        metadata=_given_as(
-            "dyt_backend", "Kernel to use. Default: auto.", choices=get_args(Backend), of_model=False
-        ),
+    backend: Backend = _setting(
+        "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
     )
     """Which kernels compute DyT; "auto" is Triton on GPUs and C on CPUs (docs/kernels.md)."""
 
-    fuse_residual: bool = field(
+    fuse_residual: bool = _setting(
+        "dyt_fuse_residual",
+        "DyT, the residual add in front of it and the sum of their gradients in one kernel each, where "
+        "the model allows it (it says so where not). Default: yes.",
+        of_model=False,
         default=True,
-        metadata=_given_as(
-            "dyt_fuse_residual",
-            "DyT, the residual add in front of it and the sum of their gradients in one kernel each, where "
-            "the model allows it (it says so where not). Default: yes.",
-            kind=bool,
-            of_model=False,
-        ),
     )
     """DyT and the residual stream in one kernel, forward and backward, where the model allows it."""
 
@@ -280,7 +259,7 @@ class DyTConfig:
                 given.setdefault(setting.field, value)
         return cls.preset(given.pop("name", "paper"), hidden_size, **given)
 
-    def to_args(self) -> dict[str, Any]:
+    def to_args(self) -> dict[str, str | float | bool]:
         """All settings by their names in Megatron's args."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["embedding_scale"] = parse_embedding_scale(self.embedding_scale)
@@ -310,42 +289,47 @@ class DyTConfig:
         return hidden_size**-0.5 if self.name == "unit" else None
 
 
-# The table of settings, in the order of --help: those of a model, then those of the training loop, which a
-# model made in code does not have.
+_KINDS = get_type_hints(DyTConfig)
 SETTINGS = (
-    *(
-        replace(setting, field=each.name)
-        for each in fields(DyTConfig)
-        for setting in each.metadata["settings"]
-    ),
+    *(replace(f.metadata["setting"], field=f.name, kind=_KINDS[f.name]) for f in fields(DyTConfig)),
     Setting(
-        arg="dyt_on_bad_alpha",
-        help="When an update makes an alpha <= 0: stop (default), or report it and go on. One that is not "
+        "embedding_scale",
+        "The same scalar for a LayerNorm or RMSNorm model: a baseline with the same start as DyT.",
+        str | float,
+        field="embedding_scale",
+        metavar=_SCALE,
+        of_model=True,
+        needs_dyt=False,
+    ),
+    # Of the training loop, which a model made in code does not have.
+    Setting(
+        "dyt_on_bad_alpha",
+        "When an update makes an alpha <= 0: stop (default), or report it and go on. One that is not "
         "finite always stops.",
-        choices=get_args(OnBadAlpha),
+        OnBadAlpha,
     ),
     Setting(
-        arg="dyt_stats_interval",
-        help="Every N steps append alpha, std of the input and saturation of each DyT to "
+        "dyt_stats_interval",
+        "Every N steps append alpha, std of the input and saturation of each DyT to "
         "dyt_stats.jsonl in the --save directory. Default: 0, off.",
-        kind=int,
-        default=0,
+        int,
         metavar="N",
+        default=0,
     ),
     Setting(
-        arg="dyt_verify_load",
-        help="Before a checkpoint is loaded, compare what is read with the checksums in it; each rank reads "
+        "dyt_verify_load",
+        "Before a checkpoint is loaded, compare what is read with the checksums in it; each rank reads "
         "a part. Default: yes, for every norm.",
-        kind=bool,
+        bool,
         default=True,
         needs_dyt=False,
     ),
     Setting(
-        arg="dyt_load_fallback",
-        help="If the checkpoint to load is damaged, say so and load the complete one before it; in the "
+        "dyt_load_fallback",
+        "If the checkpoint to load is damaged, say so and load the complete one before it; in the "
         "--save directory the damaged one is renamed. --save-retain-interval then keeps the last two. "
         "Default: stop. For every norm.",
-        kind=bool,
+        bool,
         default=False,
         needs_dyt=False,
     ),
@@ -359,7 +343,7 @@ def _settings_as_fields[T](cls: type[T]) -> type[T]:
     """Make `cls` a dataclass with a field per setting of a model, None by default."""
     for setting in SETTINGS:
         if setting.field:
-            cls.__annotations__[setting.arg] = setting.kind | None
+            cls.__annotations__[setting.arg] = (str if setting.choices else setting.kind) | None
             setattr(cls, setting.arg, None)
     return dataclass(cls)
 

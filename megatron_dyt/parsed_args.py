@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from argparse import Namespace
 
 _MODULE = "megatron.training.global_vars"
 
 
-def parsed_args() -> Any:
+def parsed_args() -> Namespace | None:
     """What Megatron has parsed; None before that, and in a program without its command line."""
     # Not by an import: where nothing has imported the module, nothing was parsed.
     return getattr(sys.modules.get(_MODULE), "_GLOBAL_ARGS", None)
 
 
-def set_parsed_args(args: Any) -> None:
+def set_parsed_args(args: Namespace) -> None:
     """Make `args` Megatron's, without the tokenizer and the loggers that `set_global_variables` starts."""
     from megatron.training import global_vars
 

@@ -5,6 +5,8 @@ flag of it, plus DyT (`--normalization DyT`, `--dyt-*`) and the choice of device
 Run it under torchrun, or alone for one process.
 """
 
+# Dimension letters: B  sequences of a micro-batch     S  tokens of a sequence on this rank
+
 from __future__ import annotations
 
 import functools
@@ -83,8 +85,8 @@ def forward_step(
 ) -> tuple[Any, Callable[..., Any]]:
     """Megatron's forward step: the model's output, and the function that makes it a loss.
 
-    The output is the loss of each token, [batch, sequence] (on the last pipeline stage), or the
-    schedule plan when `return_schedule_plan` is set.
+    The output is the loss of each token, [B, S] (on the last pipeline stage; hidden states [S, B, H]
+    before it), or the schedule plan when `return_schedule_plan` is set.
     """
     from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
     from megatron.training import get_timers
@@ -116,7 +118,8 @@ def get_batch(
     """This rank's part of the next micro-batch; None for every tensor it does not need.
 
     Tensor-parallel rank 0 reads the data and sends it to the others; each context-parallel rank
-    keeps its part of the sequence. tokens, labels and position_ids are int64 [batch, sequence].
+    keeps its part of the sequence. tokens, labels and position_ids are int64 [B, S], loss_mask is fp32
+    [B, S], attention_mask bool [B, 1, S, S] or None.
     """
     from megatron.core import mpu
     from megatron.core import utils as core
@@ -170,7 +173,7 @@ def _packed_sequences(batch: dict[str, Any]) -> PackedSeqParams | None:
     from megatron.training import get_args
     from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-    real = batch["cu_seqlens"].squeeze(0)
+    real = batch["cu_seqlens"].squeeze(0)  # int32 [sequences + 1], from [1, sequences + 1].
     update_seqlen_stats_from_cu_seqlens(real)  # FLOPs are counted over real tokens.
     padded = batch["cu_seqlens_padded"]
     padded = None if padded is None else padded.squeeze(0)
@@ -194,10 +197,10 @@ def _packed_sequences(batch: dict[str, Any]) -> PackedSeqParams | None:
 def loss_func(
     loss_mask: torch.Tensor, output: torch.Tensor, model: torch.nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the token losses that `loss_mask` keeps (fp32), their number (int32), and the report.
+    """Sum of the token losses that `loss_mask` keeps (fp32 scalar), their number (int32), and the report.
 
-    `output` holds each token's loss, [batch, sequence]. Megatron divides the one by the other over
-    all data-parallel ranks.
+    `loss_mask` and `output`, the loss of each token, are [B, S], of any float type. Megatron divides the
+    one by the other over all data-parallel ranks; "lm loss" of the report is both, fp32 [2].
     """
     from megatron.training import get_args
 
@@ -205,7 +208,7 @@ def loss_func(
     if getattr(args, "logits_load_dir", None) is not None:
         loss, tokens, report = _distillation_loss(args)(loss_mask, output, model=model)
     else:
-        mask = loss_mask.reshape(-1).float()
+        mask = loss_mask.reshape(-1).float()  # [B * S]
         loss = torch.sum(output.reshape(-1).float() * mask)
         tokens = mask.sum().detach().to(torch.int)
         report = {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}

@@ -1,18 +1,15 @@
 #!/usr/bin/env bash
 # Makes .venv with a Python >= 3.12, < 3.14 and the pinned development set (constraints.txt), and installs
 # this checkout into it as editable. When nothing changed it returns at once; when it was interrupted,
-# running it again continues.
-#
-#   scripts/setup.sh                 set up (what `make setup` runs)
-#   scripts/setup.sh --find-python   print the interpreter that would be used, and stop
+# running it again continues. uv does the work (scripts/uv.sh finds or installs it); pip, where uv cannot.
 #
 # Environment:
 #   PYTHON            the interpreter to use; nothing else is then tried
 #   TORCH_INDEX_URL   package index to take torch from at the first install, for example that of
 #                     PyTorch's CPU wheels for a build without the CUDA libraries
 #
-# Without PYTHON the interpreter is, in this order: python3.12, python3.13, python3, python on PATH; a
-# version installed by pyenv; one that uv has or can install.
+# Without PYTHON the interpreter is a 3.12, else a 3.13, of uv's, on PATH or of pyenv, that runs; else one
+# that uv downloads.
 set -euo pipefail
 
 here=${BASH_SOURCE[0]%/*}
@@ -22,7 +19,7 @@ venv=$root/.venv
 stamp=$venv/.setup-stamp
 kernels=$root/megatron_dyt/ops/cpu_kernels
 inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" "$kernels.c")
-extras=train,eval,hf,dev
+extras=train,eval,hf,report,docs,dev
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {
@@ -32,90 +29,46 @@ fail() {
     exit 1
 }
 
-# ---- finding an interpreter (shell built-ins only, so that an odd PATH cannot break it) ----
+# shellcheck source=scripts/uv.sh
+. "$root/scripts/uv.sh"
 
-found=  # the interpreter, once try_python has accepted one
-reason= # why the last candidate was refused
-tried=()
+# ---- the interpreter ----
 
-# Sets found, or reason. A candidate must really run: a pyenv shim exists for versions that are not active.
-# A virtual environment stands for the interpreter it was made with.
-try_python() {
-    local answer version path
-    if ! answer=$("$1" -c 'import sys
-print("%d.%d.%d" % sys.version_info[:3] + " " + getattr(sys, "_base_executable", sys.executable))' \
-        2>/dev/null) || [[ $answer != *' '* ]]; then
-        reason="does not run"
-        return 1
-    fi
-    version=${answer%% *}
-    path=${answer#* }
-    if [[ ! $version =~ ^3\.1[23]\. ]]; then
-        reason="is Python $version"
-        return 1
-    fi
-    if ! "$path" -c 'import ensurepip, venv' >/dev/null 2>&1; then
-        reason="is Python $version without the venv and ensurepip modules (Debian: install python${version%.*}-venv)"
-        return 1
-    fi
-    found=$path
+# The interpreter behind a command, as "VERSION PATH"; a virtual environment stands for the one it was made with.
+describe_python() {
+    "$1" -c 'import sys
+print("%d.%d.%d" % sys.version_info[:3] + " " + getattr(sys, "_base_executable", sys.executable))' 2>/dev/null
 }
 
-consider() {
-    try_python "$1" && return 0
-    tried+=("$1 $reason")
-    return 1
+# Sets found: what PYTHON names.
+take_requested_python() {
+    local answer reason="does not run"
+    if answer=$(describe_python "$PYTHON"); then
+        found=${answer#* }
+        [[ ! $answer =~ ^3\.1[23]\. ]] || return 0
+        reason="is Python ${answer%% *}"
+    fi
+    fail "PYTHON=$PYTHON $reason; Python >= 3.12, < 3.14 is needed." \
+        "Give another interpreter, or unset PYTHON to let this script look for one."
 }
 
-search_path() {
-    local name candidate any=
-    for name in python3.12 python3.13 python3 python; do
-        while IFS= read -r candidate; do
-            any=yes
-            consider "$candidate" && return 0
-        done < <(type -aP "$name")
+# Sets found: the best that is here. uv tries what is on PATH, so that a shim that does not run is passed over;
+# pyenv's versions are not on PATH, but for such shims.
+search_python() {
+    local version folder path=$PATH
+    for folder in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[23]*/bin; do
+        path+=:$folder
     done
-    [[ -n $any ]] || tried+=("PATH: no python3.12, python3.13, python3 or python")
-    return 1
-}
-
-search_pyenv() {
-    local versions candidate any=
-    versions=${PYENV_ROOT:-$(pyenv root 2>/dev/null || printf '%s' "${HOME:-}/.pyenv")}/versions
-    for candidate in "$versions"/3.12*/bin/python "$versions"/3.13*/bin/python; do
-        [[ -x $candidate ]] || continue
-        any=yes
-        consider "$candidate" && return 0
+    for version in 3.12 3.13; do
+        found=$(PATH=$path "$uv" python find --system --no-project --no-python-downloads "$version" 2>/dev/null) &&
+            return
     done
-    [[ -n $any ]] || tried+=("pyenv: no 3.12 or 3.13 in $versions")
-    return 1
-}
-
-search_uv() {
-    local candidate
-    if ! type -P uv >/dev/null; then
-        tried+=("uv is not installed")
-        return 1
-    fi
-    if ! candidate=$(uv python find '>=3.12,<3.14' 2>/dev/null); then
-        say "no Python >= 3.12 here; asking uv to install one" >&2
-        if ! uv python install 3.12 >&2 || ! candidate=$(uv python find '>=3.12,<3.14'); then
-            tried+=("uv could not install Python 3.12 (its message is above)")
-            return 1
-        fi
-    fi
-    consider "$candidate"
-}
-
-find_python() {
-    if [[ -n ${PYTHON:-} ]]; then
-        try_python "$PYTHON" || fail "PYTHON=$PYTHON $reason; Python >= 3.12, < 3.14 is needed." \
-            "Give another interpreter, or unset PYTHON to let this script look for one."
-        return
-    fi
-    search_path || search_pyenv || search_uv && return
-    fail "no usable Python >= 3.12, < 3.14 found. Tried:" "${tried[@]/#/- }" \
-        "Install one (for example: apt install python3.12 python3.12-venv; pyenv install 3.12; uv python install 3.12)" \
+    say "no Python 3.12 or 3.13 here; uv downloads one"
+    "$uv" python install -q 3.12 >&2 &&
+        found=$("$uv" python find --system --no-project --no-python-downloads 3.12) && return
+    fail "no usable Python >= 3.12, < 3.14 found. Tried: uv's own, python3.12 and python3.13 on PATH," \
+        "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions, and a download by uv (its message is above)." \
+        "Install one (for example: apt install python3.12; pyenv install 3.12; uv python install 3.12)" \
         "and run this again, or name one: PYTHON=/path/to/python3.12 make setup"
 }
 
@@ -131,68 +84,61 @@ fingerprint() {
 }
 
 up_to_date() {
-    [[ -x $venv/bin/python && -f $stamp && $(fingerprint) == "$(<"$stamp")" ]] || return 1
-    [[ -z ${PYTHON:-} ]] || is_made_with_requested_python
+    [[ -x $venv/bin/python && -f $stamp && $(fingerprint) == "$(<"$stamp")" ]] && is_of_requested_python
 }
 
-is_made_with_requested_python() {
-    find_python
+is_of_requested_python() {
+    [[ -n ${PYTHON:-} ]] || return 0
+    take_requested_python
     [[ $(readlink -f "$found") == "$(readlink -f "$venv/bin/python")" ]]
 }
 
-# Whether an existing .venv can be built upon: made here, complete, of a supported and the requested version.
+# Whether an existing .venv can be built upon: made here, and of a supported and the requested version.
 is_usable() {
-    grep -qF "$venv" "$venv/bin/activate" 2>/dev/null || return 1
-    "$venv/bin/python" -c 'import pip, sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' \
-        2>/dev/null || return 1
-    [[ -z ${PYTHON:-} ]] || is_made_with_requested_python
+    grep -qF "$venv" "$venv/bin/activate" 2>/dev/null &&
+        [[ $(describe_python "$venv/bin/python") =~ ^3\.1[23]\. ]] && is_of_requested_python
 }
 
 make_venv() {
     is_usable && return
-    find_python
+    if [[ -n ${PYTHON:-} ]]; then take_requested_python; else search_python; fi
     say "making .venv with $found"
-    "$found" -m venv --clear "$venv" || fail "could not make $venv; see the message above."
+    "$uv" venv -q --clear --no-project --python "$found" "$venv" || fail "could not make $venv; see the message above."
 }
 
-# pip writes a package's RECORD last: a package without one was cut off while it was being installed, and pip
-# would take it for installed.
+# uv and pip write INSTALLER and RECORD last: a package without them was cut off while it was being installed, and
+# would be taken for installed.
 drop_half_installed() {
     local info
     for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
-        [[ ! -d $info || -f $info/RECORD ]] || rm -rf "$info"
+        [[ ! -d $info || (-f $info/INSTALLER && -f $info/RECORD) ]] || rm -rf "$info"
     done
 }
 
-pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check install -q -c "$root/constraints.txt" "$@" ||
-        fail "pip failed (its message is above). Free disk space or mend the network or the package" \
-            "index, then run 'make setup' again: it continues where it stopped."
-}
-
-# The long step is quiet; this shows that it lives. It must not hold the lock when the script is killed.
-report_progress() {
-    local started=$SECONDS
-    while sleep 20 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
-        say "  … $((SECONDS - started)) s, .venv holds $(du -sm "$venv" | cut -f1) MB"
-    done 9>&-
-}
-
+# pip knows settings that uv does not (a keyring, options for a single host), and is slower.
 install() {
+    local options=(-c "$root/constraints.txt" "$@") quiet=(-q) code=0
+    [[ ! -t 2 ]] || quiet=() # uv shows how far it is
+    "$uv" pip install "${quiet[@]}" --python "$venv/bin/python" "${options[@]}" || code=$?
+    [[ $code -ne 0 ]] || return 0
+    [[ $code -lt 128 ]] || exit "$code" # Ctrl-C
+    say "uv could not install this (its message is above); trying pip, which has network settings of its own"
+    "$venv/bin/python" -m ensurepip >/dev/null 2>&1 || true
+    "$venv/bin/python" -m pip --disable-pip-version-check install -q "${options[@]}" ||
+        fail "neither uv nor pip could install it (their messages are above). Free disk space or mend the network or" \
+            "the package index, then run 'make setup' again: it continues where it stopped."
+}
+
+install_everything() {
     local torch
     torch=$(grep '^torch==' "$root/constraints.txt")
     drop_half_installed
-    pip_install setuptools wheel
     say "installing $torch, megatron-core and the rest of constraints.txt; the first time this takes some" \
         "minutes and up to 6 GB with the CUDA libraries (the TORCH_INDEX_URL variable can choose a smaller torch)"
-    report_progress &
-    # shellcheck disable=SC2064
-    trap "kill $! 2>/dev/null || true" EXIT
-    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
-        pip_install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
-    fi
+    install pip setuptools wheel
+    [[ -z ${TORCH_INDEX_URL:-} ]] || install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
     rm -f "$kernels.so"
-    pip_install --no-build-isolation -e "${root}[$extras]"
+    install --no-build-isolation -e "${root}[$extras]"
 }
 
 # The installation has compiled the kernels, unless that failed; what was missing may be there now.
@@ -204,6 +150,7 @@ compile_kernels() {
 }
 
 main() {
+    [[ $# -eq 0 ]] || fail "unknown argument '$1'; this script takes none (PYTHON=... make setup names an interpreter)."
     up_to_date && [[ -f $kernels.so ]] && return
     exec 9>"$root/.venv.lock"
     if type -P flock >/dev/null && ! flock -n 9; then
@@ -212,8 +159,11 @@ main() {
     fi
     if ! up_to_date; then
         rm -f "$stamp"
+        [[ -z ${PYTHON:-} ]] || take_requested_python
+        find_uv || exit 1
+        use_pip_settings
         make_venv
-        install
+        install_everything
         fingerprint >"$stamp.new"
         mv "$stamp.new" "$stamp"
         say "done in $SECONDS s: $("$venv/bin/python" -V), $venv"
@@ -221,11 +171,4 @@ main() {
     compile_kernels
 }
 
-case ${1:-} in
-    '') main ;;
-    --find-python)
-        find_python
-        printf '%s\n' "$found"
-        ;;
-    *) fail "unknown argument '$1'; allowed: --find-python, or none." ;;
-esac
+main "$@"

@@ -20,15 +20,16 @@ PARALLEL=(tests/distributed/test_equivalence.py tests/distributed/test_families.
 # 0.16 has no training loop: its parallel tests are those of megatron.core alone.
 PARALLEL_WITHOUT_LOOP=(tests/distributed/test_families.py)
 
-# A directory of the release that is complete: pip writes a package's RECORD last.
+# A directory of the release; it gets its name when it is complete.
 install() {
   local release=$1 place=.venv-versions/$1
-  [ -f "$place/megatron_core-$release.dist-info/RECORD" ] && [ -f "$place/megatron/__init__.py" ] && return
+  [ -f "$place/megatron/__init__.py" ] && return
   echo "test-versions: installing megatron-core $release into $place"
   rm -rf "$place" "$place.new"
-  mkdir -p .venv-versions
-  "$PY" -m pip --disable-pip-version-check install -q --no-deps --target "$place.new" "megatron-core==$release" ||
-    { echo "test-versions: error: pip could not install megatron-core $release (its message is above)." >&2; exit 1; }
+  bash scripts/uv.sh pip install -q --python "$PY" --no-deps --target "$place.new" "megatron-core==$release" ||
+    "$PY" -m pip --disable-pip-version-check install -q --no-deps --target "$place.new" "megatron-core==$release" ||
+    { echo "test-versions: error: neither uv nor pip could install megatron-core $release (their messages are above)." >&2
+      exit 1; }
   # Megatron's wheels have no megatron/__init__.py. Without one Python would look for what a release lacks
   # (0.16: megatron.training) in the release of .venv, and mix the two.
   touch "$place.new/megatron/__init__.py"

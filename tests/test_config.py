@@ -1,12 +1,16 @@
+import dataclasses
 import math
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_dyt.config import (
+    MODEL_ARGS,
     PAPER_ALPHA,
     DyTConfig,
+    DyTFields,
     paper_alpha,
     parse_embedding_scale,
     resolve_embedding_scale,
@@ -52,8 +56,7 @@ def test_unit_preset_does_not_depend_on_the_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
-    [("sqrt", 16.0), ("unit", 50.0), ("none", None), ("2.5", 2.5), (3.0, 3.0)],
+    ("rule", "expected"), [("sqrt", 16.0), ("unit", 50.0), ("none", None), ("2.5", 2.5), (3.0, 3.0)]
 )
 def test_embedding_scale_rules(rule: str | float, expected: float | None) -> None:
     assert resolve_embedding_scale(rule, 256, 0.02) == pytest.approx(expected)
@@ -130,3 +133,46 @@ def test_unit_response_works_while_a_model_is_built_on_the_meta_device() -> None
 
 def test_the_papers_weight_starts_at_one() -> None:
     assert DyTConfig.paper(4096).initial_weight("attn") == 1.0
+
+
+# A value of every field that no preset has, and its name in Megatron's args.
+OTHER: dict[str, tuple[str, Any]] = {
+    "name": ("dyt_preset", "unit"),
+    "alpha_attn": ("dyt_alpha_init_attn", 0.71),
+    "alpha_ffn": ("dyt_alpha_init_ffn", 0.31),
+    "alpha_final": ("dyt_alpha_init_final", 0.41),
+    "alpha_qk": ("dyt_alpha_init_qk", 0.61),
+    "bias": ("dyt_bias", True),
+    "embedding_scale": ("dyt_embedding_scale", 2.5),
+    "function": ("dyt_function", "erf"),
+    "weight_init": ("dyt_weight_init", "one"),
+    "backend": ("dyt_backend", "torch"),
+    "fuse_residual": ("dyt_fuse_residual", False),
+}
+
+
+def test_every_setting_has_its_name_in_args_and_comes_back_from_there() -> None:
+    """Checkpoints hold these names."""
+    config = DyTConfig(**{field: value for field, (_, value) in OTHER.items()})
+    args = config.to_args()
+    assert args == dict(OTHER.values()) | {"embedding_scale": 2.5}
+    assert DyTConfig.from_args(Namespace(hidden_size=64, **args)) == config
+    assert {field.name for field in dataclasses.fields(DyTFields)} == set(args)
+
+
+def test_what_is_absent_from_args_or_none_is_the_presets() -> None:
+    assert DyTConfig.from_args(Namespace(hidden_size=4096)) == DyTConfig.paper(4096)
+    given = Namespace(hidden_size=64, dyt_preset="unit", dyt_bias=None, dyt_alpha_init_ffn=0.3)
+    assert DyTConfig.from_args(given) == DyTConfig.unit(64, alpha_ffn=0.3)
+
+
+def test_either_name_of_the_embedding_scale_counts() -> None:
+    assert DyTConfig.from_args(Namespace(hidden_size=64, embedding_scale=3.0)).embedding_scale == 3.0
+
+
+def test_how_a_run_computed_is_no_part_of_its_model() -> None:
+    args = Namespace(hidden_size=64, **dict(OTHER.values()))
+    assert {name for name, _ in OTHER.values()} - set(MODEL_ARGS) == {"dyt_backend", "dyt_fuse_residual"}
+    args.dyt_backend = "a backend of a later version"
+    model = DyTConfig.from_args(args, of_model=True)
+    assert (model.backend, model.fuse_residual, model.alpha_ffn) == ("auto", True, 0.31)

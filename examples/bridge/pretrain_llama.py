@@ -62,7 +62,7 @@ def norm_of(norm: str, preset: str) -> dict[str, Any]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", default="7b", choices=recipes.names())
-    parser.add_argument("--norm", default="DyT", choices=["DyT", "RMSNorm"])
+    parser.add_argument("--norm", default="DyT", choices=recipes.NORMS)
     parser.add_argument("--data", nargs="*", help="prefixes of .bin/.idx data sets; none: mock data")
     parser.add_argument("--tokenizer", help="a SentencePiece model; none: numbers as text")
     parser.add_argument("--tensor-parallel", type=int, default=8)

@@ -65,7 +65,7 @@ def wrap_delete(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def delete(save: str, iteration: int, *rest: Any) -> None:
         args = parsed_args()
-        if getattr(args, "dyt_load_fallback", False) and "://" not in save:
+        if args is not None and getattr(args, "dyt_load_fallback", False) and "://" not in save:
             earlier = iterations.earlier_complete(iterations.iteration_directory(save, str(iteration)))
             numbers = [int(path.name.removeprefix("iter_")) for path in earlier if not path.is_symlink()]
             passing = [number for number in numbers if number % args.save_retain_interval]

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from megatron_dyt.errors import run_main
+from megatron_dyt.errors import UserError, run_main
 
 # Command -> (where it is, what it does).
 COMMANDS = {
@@ -30,11 +30,26 @@ COMMANDS = {
         "megatron_dyt.cli.evaluation:export_data",
         "fetch the tasks' data for machines without network",
     ),
-    "export": ("megatron_dyt.hf.export", "a checkpoint as a Hugging Face model"),
-    "import": ("megatron_dyt.hf.import_model", "a Hugging Face LLaMA as a Megatron checkpoint"),
-    "convert": ("megatron_dyt.hf.convert", "a Hugging Face LLaMA as one with DyT (experimental)"),
+    "export": ("megatron_dyt.cli.hf:export_command", "a checkpoint as a Hugging Face model"),
+    "import": ("megatron_dyt.cli.hf:import_command", "a Hugging Face LLaMA as a Megatron checkpoint"),
+    "convert": ("megatron_dyt.cli.hf:convert_command", "a Hugging Face LLaMA as one with DyT (experimental)"),
     "report": ("megatron_dyt.cli.report:report", "compare runs: results.json and report.html"),
     "follow": ("megatron_dyt.cli.report:follow", "show the progress of a run"),
+}
+
+# The extras of pyproject.toml that a command needs, where it needs any.
+EXTRAS = {
+    "plan": "train",
+    "dry-run": "train",
+    "prepare-data": "train",
+    "train-tokenizer": "train",
+    "eval": "eval",
+    "eval-data": "eval",
+    "export": "hf,train",
+    "import": "hf,train",
+    "convert": "hf,train",
+    "report": "report",
+    "follow": "report",
 }
 
 
@@ -53,6 +68,17 @@ class _Lazy(click.Group):
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            command, package = ctx.invoked_subcommand or "", (error.name or "").split(".")[0]
+            if command not in EXTRAS or package == "megatron_dyt":
+                raise
+            raise UserError(
+                f"megatron-dyt {command} needs {package}: pip install 'megatron-dyt[{EXTRAS[command]}]'"
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

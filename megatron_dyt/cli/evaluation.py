@@ -13,6 +13,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.batches import DEFAULT_BATCH_TOKENS, MODES
 
 _POSITIVE = click.IntRange(min=1)
+_PATH = click.Path(path_type=Path)
 
 
 def _names(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
@@ -47,18 +48,12 @@ _include_path = click.option(
 @_include_path
 @click.option(
     "--task-data",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     metavar="DIR",
     help="read the tasks' data from here, not from the Hub: what megatron-dyt eval-data wrote",
 )
 @click.option("--limit", type=_POSITIVE, metavar="N", help="only the first N documents of each task")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="where to write the results, JSON",
-)
+@click.option("--output", required=True, type=_PATH, metavar="FILE", help="where to write the results, JSON")
 @click.option(
     "--tensor-model-parallel-size",
     "--tp",
@@ -92,12 +87,7 @@ _include_path = click.option(
     help="tokens in one forward pass, padding included",
 )
 @click.option("--max-length", type=_POSITIVE, metavar="N", help="of a sequence (default: the model's)")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="keep results here, and take known ones from here",
-)
+@click.option("--cache", type=_PATH, metavar="DIR", help="keep results here, and take known ones from here")
 @click.option("--device", metavar="{auto,cpu,cuda}", help="where to run (default: CUDA if there is any)")
 def evaluate(**options: Any) -> None:
     """Evaluate a checkpoint on lm-eval tasks, zero-shot.
@@ -114,13 +104,7 @@ def evaluate(**options: Any) -> None:
 
 
 @click.command("eval-data")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="where to write the files",
-)
+@click.option("--output", required=True, type=_PATH, metavar="DIR", help="where to write the files")
 @click.option(
     "--tasks",
     default="dyt_paper",

@@ -16,7 +16,7 @@ import numpy as np
 
 # How requests are computed: "shared" where they begin alike, "flat" each alone, "auto" shared if possible.
 MODES = ("auto", "shared", "flat")
-# Tokens in one forward pass, padding included.
+# Tokens in one forward pass, padding included: two sequences of the recipes' 4,096.
 DEFAULT_BATCH_TOKENS = 8192
 # Linear layers of a LLaMA cost 24 h² operations per token and layer, attention 4 h for each token seen: as
 # much as for 6 h tokens.

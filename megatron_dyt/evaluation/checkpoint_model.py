@@ -131,14 +131,22 @@ def load_model(
     pipeline_parallel: int = 1,
     bos: bool | None = None,
 ) -> LoadedModel:
-    """The model of checkpoint directory `load`, at `ckpt_step` or the latest iteration.
+    """The model of a checkpoint, with its tokenizer.
 
-    `tokenizer_model` replaces the tokenizer's path stored in the checkpoint; the parallel sizes are those
-    of `layout.choose`. `bos` says whether contexts begin with BOS, or else with an end of document; None
-    asks the manifests of the training data, and takes BOS where they are not in reach. Sets up Megatron in
-    this process (which torchrun may have started): choose the device first, with `cpu.device`. Raises
-    `UserError` for a checkpoint that is missing, damaged or not of the model it states, for another
-    tokenizer than its own, and for a layout that does not fit.
+    Sets up Megatron in this process (which torchrun may have started): choose the device first, with
+    `cpu.device.activate`.
+
+    Args:
+        load: directory of the checkpoint, what training had as --save.
+        ckpt_step: iteration; None takes the latest.
+        tokenizer_model: replaces the tokenizer's path that is stored in the checkpoint.
+        tensor_parallel, pipeline_parallel: see `layout.choose`.
+        bos: whether contexts begin with BOS, or else with an end of document; None asks the manifests of
+            the training data, and takes BOS where they are not in reach.
+
+    Raises:
+        UserError: a checkpoint that is missing, damaged or not of the model it states, another tokenizer
+            than its own, or a layout that does not fit.
     """
     checkpoint = find_checkpoint(load, ckpt_step)
     if iterations.iteration_to_load(load, checkpoint.iteration) == iterations.RELEASE:

@@ -68,7 +68,7 @@ def evaluate(
         UserError: for what cannot work, as far as possible before anything slow.
     """
     start = time.time()
-    _check(output, {"--include-path": include_path, "--task-data": task_data})
+    _check_output(output)
     find_checkpoint(load, ckpt_step)
     _need_lm_eval()
     devices.activate(["--device", device] if device else [])
@@ -98,11 +98,8 @@ def evaluate(
     return tables
 
 
-def _check(output: Path, directories: dict[str, str | Path | None]) -> None:
-    """What would fail late, or with the results in hand on the process that writes them."""
-    for flag, directory in directories.items():
-        if directory and not Path(directory).is_dir():
-            raise UserError(f"{flag} {directory}: no such directory")
+def _check_output(output: Path) -> None:
+    """What would fail with the results in hand, on the process that writes them."""
     if output.is_dir():
         raise UserError(f"--output {output} is a directory; give a file name in it")
     if os.environ.get("RANK", "0") != "0":

@@ -14,6 +14,7 @@ import torch
 
 from megatron_dyt import cpu
 from megatron_dyt.errors import UserError
+from megatron_dyt.llama import query_groups
 
 # Of a GPU's memory; the rest is for activations and logits.
 _FOR_WEIGHTS = 0.7
@@ -42,7 +43,7 @@ def choose(
             f"{listed}. Start a multiple of it with torchrun --nproc-per-node"
         )
     if tp not in allowed:
-        heads, groups = saved.num_attention_heads, _query_groups(saved)
+        heads, groups = saved.num_attention_heads, query_groups(saved)
         in_groups = "" if groups == heads else f" in {groups} groups"
         raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the model ({heads} attention heads"
@@ -78,14 +79,8 @@ def weight_bytes(saved: Namespace, directory: Path) -> int:
 
 
 def _divides_model(saved: Namespace, tp: int) -> bool:
-    groups = _query_groups(saved)
+    groups = query_groups(saved)
     # As Megatron's TransformerConfig: fewer groups than ranks are on several ranks each.
     if groups % tp and tp % groups:
         return False
     return saved.num_attention_heads % tp == 0 and saved.padded_vocab_size % tp == 0
-
-
-def _query_groups(saved: Namespace) -> int:
-    # Megatron reads the number only with the switch.
-    grouped = getattr(saved, "group_query_attention", False)
-    return int(saved.num_query_groups if grouped else saved.num_attention_heads)

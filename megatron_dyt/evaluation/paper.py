@@ -38,6 +38,10 @@ class PaperTask(NamedTuple):
 
 _ANLI = ("premise", "hypothesis", "label")
 _CHOICES = ("choices", "answerKey")
+_HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+_RECORD = ("passage", "query", "entities", "answers")
+_WIC = ("sentence1", "sentence2", "start1", "end1", "label")
+_WINOGRANDE = ("sentence", "option1", "option2", "answer")
 TASKS = {
     "anli_r1": PaperTask("test_r1", "acc", (), _ANLI, "anli"),
     "anli_r2": PaperTask("test_r2", "acc", (), _ANLI, "anli"),
@@ -45,29 +49,15 @@ TASKS = {
     "arc_challenge": PaperTask("test", "acc_norm", ("acc",), ("question", *_CHOICES), "arc"),
     "arc_easy": PaperTask("test", "acc_norm", ("acc",), ("question", *_CHOICES), "arc"),
     "boolq": PaperTask("validation", "acc", (), ("passage", "question", "label"), "super_glue/boolq"),
-    "hellaswag": PaperTask(
-        "validation",
-        "acc_norm",
-        ("acc",),
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        "hellaswag",
-    ),
+    "hellaswag": PaperTask("validation", "acc_norm", ("acc",), _HELLASWAG, "hellaswag"),
     "openbookqa": PaperTask("test", "acc_norm", ("acc",), ("question_stem", *_CHOICES), "openbookqa"),
     "piqa": PaperTask("validation", "acc_norm", ("acc",), ("goal", "sol1", "sol2", "label"), "piqa"),
-    "record": PaperTask("validation", "em", ("f1",), ("passage", "query", "entities", "answers"), None),
+    "record": PaperTask("validation", "em", ("f1",), _RECORD, None),
     "rte": PaperTask("validation", "acc", (), ("sentence1", "sentence2", "label"), "glue/rte"),
     "truthfulqa_mc1": PaperTask("validation", "acc", (), ("question", "mc1_targets"), "truthfulqa"),
     "truthfulqa_mc2": PaperTask("validation", "acc", (), ("question", "mc2_targets"), "truthfulqa"),
-    "wic": PaperTask(
-        "validation",
-        "acc",
-        (),
-        ("sentence1", "sentence2", "start1", "end1", "label"),
-        "super_glue/wic",
-    ),
-    "winogrande": PaperTask(
-        "validation", "acc", (), ("sentence", "option1", "option2", "answer"), "winogrande"
-    ),
+    "wic": PaperTask("validation", "acc", (), _WIC, "super_glue/wic"),
+    "winogrande": PaperTask("validation", "acc", (), _WINOGRANDE, "winogrande"),
 }
 
 

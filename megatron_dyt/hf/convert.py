@@ -1,4 +1,4 @@
-"""A Hugging Face LLaMA becomes one with DyT: `python -m megatron_dyt.hf.convert`. Experimental.
+"""A Hugging Face LLaMA becomes one with DyT. Experimental.
 
 Alpha, weight and bias of every DyT are fitted to what the norm in its place does with a text
 (`megatron_dyt.convert_norms`). The result is a LlamaDyTForCausalLM directory, to be trained on: by itself
@@ -7,11 +7,8 @@ it is worse than the model it was made of (docs/convert.md). The whole model is 
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dyt.errors import UserError, describe, run_main
+from megatron_dyt.errors import UserError, describe
 from megatron_dyt.hf import modeling_llama_dyt
-from megatron_dyt.hf.config import AUTO_MAP, MODELING_FILE
-from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
+from megatron_dyt.hf.directory import (
+    MAX_SHARD_BYTES,
+    check_free,
+    check_space,
+    read_config,
+    whole_directory,
+)
+from megatron_dyt.hf.model import AUTO_MAP, MODELING_FILE
 from megatron_dyt.nn import ConvertedNorm, convert_norms
 from megatron_dyt.version import __version__
 
@@ -41,7 +44,7 @@ class Conversion:
         load: directory of a LlamaForCausalLM, with its tokenizer.
         text: UTF-8 file to calibrate with, `sequences` times `length` tokens of it.
         bias: whether DyT has a bias.
-        max_shard_size: of a safetensors file, as transformers writes it ("5GB").
+        max_shard_size: bytes of a safetensors file.
     """
 
     load: Path
@@ -50,31 +53,7 @@ class Conversion:
     sequences: int = 16
     length: int = 512
     bias: bool = True
-    max_shard_size: str = "5GB"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Convert as `argv` (default: the command line) says; `UserError` for what cannot work."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_dyt.hf.convert", description=__doc__)
-    add = parser.add_argument
-    add("--load", required=True, type=Path, metavar="DIR", help="directory of a Hugging Face LLaMA")
-    add("--output", required=True, type=Path, metavar="DIR", help="directory to write; must be new or empty")
-    add("--text", required=True, type=Path, metavar="FILE", help="text such as the model was trained on")
-    add("--sequences", type=_positive, default=16, metavar="N", help="to calibrate with (default: 16)")
-    add("--length", type=_positive, default=512, metavar="N", help="tokens of each (default: 512)")
-    add("--no-bias", action="store_true", help="DyT without a bias, as in the paper's LLaMA")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    bias = not options.no_bias
-    given = {name: value for name, value in vars(options).items() if name != "no_bias"}
-    convert(Conversion(**given, bias=bias))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 1")
-    return value
+    max_shard_size: int = MAX_SHARD_BYTES
 
 
 def convert(job: Conversion) -> list[ConvertedNorm]:
@@ -109,13 +88,7 @@ def convert(job: Conversion) -> list[ConvertedNorm]:
 
 
 def _check_source(load: Path) -> None:
-    try:
-        config = json.loads((load / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--load {load}: no readable config.json there ({describe(error)}). Give a Hugging Face model's "
-            "directory"
-        ) from error
+    config = read_config(load)
     kind = config.get("model_type")
     if kind != "llama" or config.get("quantization_config"):
         what = f"model_type {kind!r}" if kind != "llama" else "a quantized model"
@@ -215,7 +188,3 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 
 `{MODELING_FILE}` holds the model's code; it needs torch and transformers alone.
 """
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,43 +1,42 @@
-"""Export a Megatron checkpoint as a Hugging Face model: `python -m megatron_dyt.hf.export`.
+"""Export a Megatron checkpoint as a Hugging Face model.
 
 Reads torch_dist checkpoints of LLaMA models, DyT or RMSNorm, saved at any parallel layout, and writes
-safetensors, configuration, tokenizer, model card and, for DyT, the modeling file. One tensor (at most
-the fused query-key-value or gate-up weight of a layer, or the embedding) is in memory at a time; no GPU
-and no model is needed.
+safetensors, configuration, tokenizer, model card and, for DyT, the modeling file. No GPU and no model is
+needed; one safetensors file's tensors are in memory at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import shutil
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_dyt.checkpoints.saved_args import Checkpoint, find_checkpoint, saved_args
+from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.checkpoints.torch_dist import TorchDistReader
-from megatron_dyt.errors import UserError, run_main
+from megatron_dyt.errors import UserError
 from megatron_dyt.hf import mapping, modeling_llama_dyt
-from megatron_dyt.hf.config import MODELING_FILE, hf_config
-from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, Part, hf_parts
+from megatron_dyt.hf.directory import (
+    MAX_SHARD_BYTES,
+    check_free,
+    check_space,
+    whole_directory,
+    write_tensors,
+)
+from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, megatron_sizes
+from megatron_dyt.hf.model import MODELING_FILE, Model
 from megatron_dyt.hf.model_card import model_card
-from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
-from megatron_dyt.hf.safetensors_io import DTYPES, Shard, plan_shards, tensor_bytes, write_shards
-from megatron_dyt.hf.shape import LlamaShape, llama_shape
 from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
 
 _log = logging.getLogger(__name__)
-
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Export:
     """What is exported, and how.
 
     Attributes:
+        args: the checkpoint's stored arguments.
         fold_weight: put DyT's weight and bias into the linear layers behind them.
         dtype: of the exported tensors; None for the checkpoint's own.
         tokenizer: whether to export the run's tokenizer.
@@ -59,73 +59,7 @@ class Export:
     dtype: torch.dtype | None = None
     tokenizer: bool = True
     bos: bool | None = None
-    max_shard_bytes: int = 5 * 10**9
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Export as `argv` (default: the command line) says; `UserError` for what cannot work."""
-    options = _parse(sys.argv[1:] if argv is None else argv)
-    check_free("--output", options.output)
-    checkpoint = find_checkpoint(options.load, options.ckpt_step)
-    args = saved_args(checkpoint)
-    if options.tokenizer_model:
-        args.tokenizer_model = options.tokenizer_model
-    export(
-        Export(
-            checkpoint,
-            args,
-            options.output,
-            fold_weight=options.fold_weight,
-            dtype=DTYPE_NAMES[options.dtype] if options.dtype else None,
-            tokenizer=not options.no_tokenizer,
-            bos=options.bos,
-            max_shard_bytes=options.max_shard_size,
-        )
-    )
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m megatron_dyt.hf.export", description=__doc__)
-    add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="checkpoint: what training had as --save")
-    add("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
-    add("--output", required=True, type=Path, metavar="DIR", help="directory to write; must be new or empty")
-    add("--dtype", choices=DTYPE_NAMES, help="of the tensors (default: the checkpoint's)")
-    add(
-        "--fold-weight",
-        action="store_true",
-        help="fold DyT's weight and bias into the linear layers behind them: the same function up to "
-        "rounding, with less to compute",
-    )
-    add("--tokenizer-model", metavar="FILE", help="tokenizer instead of the checkpoint's path")
-    add(
-        "--bos",
-        action=argparse.BooleanOptionalAction,
-        help="the tokenizer begins a text with BOS, not with an end of document (default: as the training "
-        "data do, by their manifest; BOS where that is not in reach)",
-    )
-    add("--no-tokenizer", action="store_true", help="export the model alone, with its padded vocabulary")
-    add(
-        "--max-shard-size",
-        type=_size,
-        default="5GB",
-        metavar="SIZE",
-        help="of a safetensors file, such as 500MB or 5GB (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    if options.no_tokenizer and options.bos is not None:
-        parser.error("--bos and --no-bos are about the tokenizer, which --no-tokenizer leaves out")
-    return options
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} given; give a size such as 500MB or 5GB")
-    return int(match[1]) * _UNITS[(match[2] or "").upper()]
-
-
-# --- the export -----------------------------------------------------------------------------------
+    max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 def export(job: Export) -> None:
@@ -135,120 +69,120 @@ def export(job: Export) -> None:
         UserError: a model without a LLaMA form, a checkpoint that does not hold the tensors its
             arguments describe, no room for the output, or a tokenizer that cannot be exported.
     """
-    check_free("--output", job.output)
     started = time.monotonic()
-    shape = llama_shape(job.args)
-    folded = folded_roles(shape) if job.fold_weight else ()
-    source = ModelSource(job.checkpoint.directory, shape)
-    dtype = job.dtype or source.dtype
+    check_free("--output", job.output)
+    model = Model.from_megatron(job.args)
+    folded = _folded_roles(model) if job.fold_weight else ()
+    source = ModelSource(job.checkpoint.directory, model)
     with whole_directory(job.output) as directory:
-        tokenizer = _tokenizer(job, directory)
-        if tokenizer is not None:
-            shape = _trimmed(shape, tokenizer, job)
-        parts = list(hf_parts(shape, source, folded))
-        size = sum(tensor_bytes(tensor, dtype) for part in parts for tensor in part.shapes.values())
-        check_space("--output", job.output, size)
-        shards = plan_shards(parts, dtype, job.max_shard_bytes)
-        _write_texts(directory, job, shape, shards, dtype, tokenizer, folded)
-        write_shards(directory, _reported(parts, shape), shards, dtype)
+        tokenizer = None
+        if job.tokenizer and job.args.tokenizer_type != "NullTokenizer":
+            tokenizer = write_tokenizer(job.args, directory, job.bos)
+            model = _without_padding(model, tokenizer.vocab_size, job)
+        plan = Plan(model, folded, job.dtype or source.dtype)
+        check_space("--output", job.output, plan.bytes)
+        _write_texts(directory, plan, tokenizer, job.checkpoint.iteration)
+        write_tensors(directory, plan.tensors, partial(plan.make, source.read), job.max_shard_bytes)
     seconds = time.monotonic() - started
-    _log.info(f"exported {job.checkpoint.directory} to {job.output}: {size / 1e9:.2f} GB in {seconds:.0f} s")
+    _log.info(
+        f"exported {job.checkpoint.directory} to {job.output}: {plan.bytes / 1e9:.2f} GB in {seconds:.0f} s"
+    )
 
 
-def folded_roles(shape: LlamaShape) -> tuple[str, ...]:
+class Plan:
+    """The tensors of an export before there are values.
+
+    Attributes:
+        folded: roles whose DyT is folded; see `mapping.exported`.
+        tensors: all of them by name, on the meta device.
+        bytes, parameters: of all of them together.
+    """
+
+    def __init__(self, model: Model, folded: Sequence[str], dtype: torch.dtype) -> None:
+        self.model, self.folded, self.dtype = model, folded, dtype
+        self._modules = mapping.hf_tensors(model, folded, dtype)
+        self.tensors = {name: tensor for made in self._modules.values() for name, tensor in made.items()}
+        self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self.parameters = sum(tensor.numel() for tensor in self.tensors.values())
+
+    def make(self, read: mapping.Read, names: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors. A module whose tensors lie in two files is made for each of them."""
+        found: dict[str, Tensor] = {}
+        for module, planned in self._modules.items():
+            if wanted := planned.keys() & names:
+                made = mapping.exported(module, self.model, read, self.folded)
+                found |= {name: made[name].to(self.dtype) for name in wanted}
+        return found
+
+
+def _folded_roles(model: Model) -> tuple[str, ...]:
     """The roles whose weight can go into the linear layer behind them.
 
     Not the final one of a model with a shared embedding: its output layer is the embedding.
     """
-    if shape.dyt is None:
+    if model.dyt is None:
         raise UserError(
             "--fold-weight is for DyT models: Hugging Face has no RMSNorm without a weight. Leave it out"
         )
-    return ("attn", "ffn") if shape.tied else ("attn", "ffn", "final")
+    return ("attn", "ffn") if model.shape.tie_embeddings else ("attn", "ffn", "final")
 
 
-def _tokenizer(job: Export, directory: Path) -> TokenizerFacts | None:
-    if not job.tokenizer or job.args.tokenizer_type == "NullTokenizer":
-        return None
-    return write_tokenizer(job.args, directory, job.bos)
-
-
-def _trimmed(shape: LlamaShape, tokenizer: TokenizerFacts, job: Export) -> LlamaShape:
-    if tokenizer.vocab_size > shape.vocab_size:
+def _without_padding(model: Model, vocab_size: int, job: Export) -> Model:
+    """The model with the tokenizer's rows of the vocabulary alone."""
+    if vocab_size > model.shape.vocab_size:
         raise UserError(
-            f"the tokenizer {job.args.tokenizer_model} has {tokenizer.vocab_size} tokens, but the model in "
-            f"{job.checkpoint.directory} knows at most {shape.vocab_size}. Give the tokenizer of its "
+            f"the tokenizer {job.args.tokenizer_model} has {vocab_size} tokens, but the model in "
+            f"{job.checkpoint.directory} knows at most {model.shape.vocab_size}. Give the tokenizer of its "
             "training data with --tokenizer-model"
         )
-    return shape.with_vocabulary(tokenizer.vocab_size)
+    return model.with_vocabulary(vocab_size)
 
 
-def _write_texts(
-    directory: Path,
-    job: Export,
-    shape: LlamaShape,
-    shards: list[Shard],
-    dtype: torch.dtype,
-    tokenizer: TokenizerFacts | None,
-    folded: tuple[str, ...],
-) -> None:
+def _write_texts(directory: Path, plan: Plan, tokenizer: TokenizerFacts | None, iteration: int) -> None:
     from transformers import GenerationConfig
 
-    config = hf_config(shape, dtype, tokenizer, folded)
+    config = plan.model.hf_config(plan.dtype, tokenizer, plan.folded)
     config.save_pretrained(str(directory))
     GenerationConfig.from_model_config(config).save_pretrained(str(directory))
-    if shape.dyt is not None:
+    if plan.model.dyt is not None:
         shutil.copyfile(str(modeling_llama_dyt.__file__), directory / MODELING_FILE)
-    card = model_card(
-        shape,
-        parameters=sum(torch.Size(size).numel() for shard in shards for size in shard.shapes.values()),
-        dtype=dtype,
-        iteration=job.checkpoint.iteration,
-        folded=folded,
-        has_tokenizer=tokenizer is not None,
-    )
+    card = model_card(plan.model, plan.parameters, plan.dtype, iteration, plan.folded, tokenizer is not None)
     (directory / "README.md").write_text(card)
 
 
-def _reported(parts: list[Part], shape: LlamaShape) -> Iterator[Part]:
-    """`parts`, with a line at each tenth of them."""
-    for number, part in enumerate(parts, 1):
-        yield part
-        if shape.num_layers >= 8 and number * 10 // len(parts) > (number - 1) * 10 // len(parts):
-            _log.info(f"{number * 100 // len(parts)} % written")
-
-
 class ModelSource:
-    """The tensors of a checkpoint by the names of `mapping.megatron_shapes`.
+    """The tensors of a checkpoint by the names of `mapping.NAMES`.
 
     Layers may be stored stacked, or one by one as `decoder.layers.N.name`.
 
     Raises:
-        UserError: the checkpoint's tensors are not those of `shape`.
+        UserError: the checkpoint's tensors are not those of `model`.
     """
 
-    def __init__(self, directory: Path, shape: LlamaShape) -> None:
+    def __init__(self, directory: Path, model: Model) -> None:
         self._reader = TorchDistReader(directory)
         self._stacked = not any(re.match(rf"{LAYERS}\d+\.", key) for key in self._reader.tensors)
-        self._check(directory, shape)
-        self.dtype: torch.dtype = self._reader.tensors[EMBEDDING][1]
+        self._check(directory, model)
+        self.dtype: torch.dtype = self._reader.tensors[f"{EMBEDDING}weight"][1]
 
-    def read(self, key: str, layer: int | None = None) -> torch.Tensor:
-        if layer is None or self._stacked:
-            return self._reader.read(key, layer)
-        return self._reader.read(self._single(key, layer))
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """The tensor `name`; where its name has an N, that of layer N."""
+        if layer is None or not self._stacked:
+            return self._reader.read(name.replace(".N.", f".{layer}."))
+        return self._reader.read(name.replace(".N.", "."), layer)
 
-    @staticmethod
-    def _single(key: str, layer: int) -> str:
-        return f"{LAYERS}{layer}.{key.removeprefix(LAYERS)}"
-
-    def _check(self, directory: Path, shape: LlamaShape) -> None:
+    def _check(self, directory: Path, model: Model) -> None:
         expected: dict[str, tuple[int, ...]] = {}
-        for key, size in mapping.megatron_shapes(shape).items():
-            if self._stacked or not key.startswith(LAYERS):
-                expected[key] = size
-            else:
-                expected |= {self._single(key, layer): size[1:] for layer in range(size[0])}
+        layers = model.shape.num_layers
+        for row, sizes in megatron_sizes(model).items():
+            for name, size in sizes.items():
+                key = row + name
+                if ".N." not in row:
+                    expected[key] = size
+                elif self._stacked:
+                    expected[key.replace(".N.", ".")] = (layers, *size)
+                else:
+                    expected |= {key.replace(".N.", f".{layer}."): size for layer in range(layers)}
         found = {key: tuple(size) for key, (size, _) in self._reader.tensors.items()}
         if found != expected:
             raise UserError(
@@ -258,7 +192,7 @@ class ModelSource:
             )
 
 
-def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
     groups = {
         "Missing": sorted(expected.keys() - found.keys()),
         "Unknown": sorted(found.keys() - expected.keys()),
@@ -273,7 +207,3 @@ def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
         for what, keys in groups.items()
         if keys
     )
-
-
-if __name__ == "__main__":
-    run_main(main)

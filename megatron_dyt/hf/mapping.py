@@ -1,320 +1,246 @@
-"""Megatron's tensors and a Hugging Face LLaMA's: which is which, and how they are split and folded.
+"""Megatron's tensors and a Hugging Face LLaMA's: one table of names, and what lies between the two sides.
 
-A `Part` makes a few tensors from a few others, so that a conversion holds one part at a time.
-
-    Megatron (one layer)                       Hugging Face (model.layers.N)
-    self_attention.linear_qkv.layer_norm_*     input_layernorm.*
-    self_attention.linear_qkv                  self_attn.q_proj, k_proj, v_proj: rows by query group
-    self_attention.q_layernorm, k_layernorm    self_attn.q_norm, k_norm
-    self_attention.linear_proj                 self_attn.o_proj
-    mlp.linear_fc1.layer_norm_*                post_attention_layernorm.*
-    mlp.linear_fc1                             mlp.gate_proj, up_proj: first and second half
-    mlp.linear_fc2                             mlp.down_proj
+A module is a row of NAMES, in a layer or outside of the layers. Export and import go module by module, so a
+conversion need not hold more than one module's tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_dyt.hf.shape import LlamaShape
+from megatron_dyt.hf.model import Model
+from megatron_dyt.llama import LlamaShape
 
-EMBEDDING = "embedding.word_embeddings.weight"
-EMBEDDING_SCALE = "embedding.embedding_scale.scale"
-FINAL_NORM = "decoder.final_layernorm."
-OUTPUT = "output_layer.weight"
+EMBEDDING = "embedding.word_embeddings."
+EMBEDDING_SCALE = "embedding.embedding_scale."
 LAYERS = "decoder.layers."
-QKV = "self_attention.linear_qkv."
-PROJ = "self_attention.linear_proj."
-FC1 = "mlp.linear_fc1."
-FC2 = "mlp.linear_fc2."
-# Megatron's prefix and Hugging Face's, in a layer, by DyT's role.
-LAYER_NORMS = (
-    ("attn", f"{QKV}layer_norm_", "input_layernorm."),
-    ("ffn", f"{FC1}layer_norm_", "post_attention_layernorm."),
-    ("qk", "self_attention.q_layernorm.", "self_attn.q_norm."),
-    ("qk", "self_attention.k_layernorm.", "self_attn.k_norm."),
-)
+QKV = f"{LAYERS}N.self_attention.linear_qkv."
+ATTN_NORM = f"{QKV}layer_norm_"
+Q_NORM = f"{LAYERS}N.self_attention.q_layernorm."
+K_NORM = f"{LAYERS}N.self_attention.k_layernorm."
+PROJ = f"{LAYERS}N.self_attention.linear_proj."
+FC1 = f"{LAYERS}N.mlp.linear_fc1."
+FFN_NORM = f"{FC1}layer_norm_"
+FC2 = f"{LAYERS}N.mlp.linear_fc2."
+FINAL_NORM = "decoder.final_layernorm."
+OUTPUT = "output_layer."
 
-Shapes = dict[str, tuple[int, ...]]
+# Megatron's module and Hugging Face's, without the tensor's own name (weight, bias, alpha, shift, scale);
+# N is the layer. Where there are several, Megatron has their rows in one tensor: see `split` and `join`.
+NAMES: dict[str, tuple[str, ...]] = {
+    EMBEDDING: ("model.embed_tokens.",),
+    EMBEDDING_SCALE: ("model.embed_tokens.",),
+    ATTN_NORM: ("model.layers.N.input_layernorm.",),
+    QKV: tuple(f"model.layers.N.self_attn.{each}_proj." for each in "qkv"),
+    Q_NORM: ("model.layers.N.self_attn.q_norm.",),
+    K_NORM: ("model.layers.N.self_attn.k_norm.",),
+    PROJ: ("model.layers.N.self_attn.o_proj.",),
+    FFN_NORM: ("model.layers.N.post_attention_layernorm.",),
+    FC1: ("model.layers.N.mlp.gate_proj.", "model.layers.N.mlp.up_proj."),
+    FC2: ("model.layers.N.mlp.down_proj.",),
+    FINAL_NORM: ("model.norm.",),
+    OUTPUT: ("lm_head.",),
+}
+# The linear layers that have a norm in front of them: its role, and where it is.
+FOLDS = {QKV: ("attn", ATTN_NORM), FC1: ("ffn", FFN_NORM), OUTPUT: ("final", FINAL_NORM)}
 
-
-class Source(Protocol):
-    """Where a conversion's tensors come from."""
-
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        """The tensor `key`; with `layer` the one of that layer."""
-
-
-class Part(NamedTuple):
-    """Tensors that are made together: their shapes by name, and the function that makes them."""
-
-    shapes: Shapes
-    make: Callable[[], dict[str, Tensor]]
-
-
-# --- shapes ---------------------------------------------------------------------------------------
-
-
-def norm_shapes(shape: LlamaShape, size: int) -> Shapes:
-    """Parameters of one norm over `size` channels."""
-    if shape.dyt is None:
-        return {"weight": (size,)}
-    shapes: Shapes = {"alpha": (1,), "weight": (size,)}
-    if shape.dyt.bias:
-        shapes["bias"] = (size,)
-    if shape.dyt.function == "erf":
-        shapes["shift"] = (1,)
-    return shapes
+# (key of NAMES with the tensor's own name, layer) -> the tensor. Reads one layer's part.
+Read = Callable[[str, int | None], Tensor]
+Sizes = dict[str, tuple[int, ...]]
 
 
-def megatron_layer_shapes(shape: LlamaShape) -> Shapes:
-    """Megatron's tensors of one layer, by their name in it."""
-    hidden, query = shape.hidden_size, shape.heads * shape.head_dim
-    qkv = query + 2 * shape.kv_heads * shape.head_dim
-    shapes: Shapes = {
-        f"{QKV}weight": (qkv, hidden),
-        f"{PROJ}weight": (hidden, query),
-        f"{FC1}weight": (2 * shape.ffn_size, hidden),
-        f"{FC2}weight": (hidden, shape.ffn_size),
+class Module(NamedTuple):
+    """A row of NAMES, and its layer (None outside of the layers)."""
+
+    row: str
+    layer: int | None
+
+    def hf_names(self, tensor: str) -> list[str]:
+        """Hugging Face's names of this module's tensor "weight", "bias" or the like."""
+        return [f"{name.replace('.N.', f'.{self.layer}.')}{tensor}" for name in NAMES[self.row]]
+
+
+def modules(model: Model) -> list[Module]:
+    """All modules that a model may have, in the order in which data pass through it."""
+    rows = list(NAMES)
+    first, last = rows.index(ATTN_NORM), rows.index(FINAL_NORM)
+    in_layers = product(range(model.shape.num_layers), rows[first:last])
+    return [
+        *(Module(row, None) for row in rows[:first]),
+        *(Module(row, layer) for layer, row in in_layers),
+        *(Module(row, None) for row in rows[last:]),
+    ]
+
+
+# --- which tensors there are ----------------------------------------------------------------------
+
+
+def megatron_sizes(model: Model) -> dict[str, Sizes]:
+    """The tensors of every row of NAMES in Megatron, those of one layer, by their own name."""
+    shape, hidden = model.shape, model.shape.hidden_size
+    norm = _norm(model, hidden)
+    head_norm = _norm(model, shape.head_dim) if shape.qk_layernorm else {}
+    return {
+        EMBEDDING: _linear(shape.vocab_size, hidden),
+        EMBEDDING_SCALE: {} if model.embedding_scale is None else {"scale": (1,)},
+        ATTN_NORM: norm,
+        QKV: _linear(shape.query_size + 2 * shape.key_size, hidden, shape.qkv_bias),
+        Q_NORM: head_norm,
+        K_NORM: head_norm,
+        PROJ: _linear(hidden, shape.query_size, shape.linear_bias),
+        FFN_NORM: norm,
+        FC1: _linear(2 * shape.ffn_hidden_size, hidden, shape.linear_bias),
+        FC2: _linear(hidden, shape.ffn_hidden_size, shape.linear_bias),
+        FINAL_NORM: norm,
+        OUTPUT: {} if shape.tie_embeddings else _linear(shape.vocab_size, hidden),
     }
-    if shape.qkv_bias:
-        shapes[f"{QKV}bias"] = (qkv,)
-    if shape.linear_bias:
-        shapes |= {f"{PROJ}bias": (hidden,), f"{FC1}bias": (2 * shape.ffn_size,), f"{FC2}bias": (hidden,)}
-    for role, prefix, _ in layer_norms(shape):
-        size = shape.head_dim if role == "qk" else hidden
-        shapes |= _prefixed(prefix, norm_shapes(shape, size))
-    return shapes
 
 
-def layer_norms(shape: LlamaShape) -> list[tuple[str, str, str]]:
-    """The rows of LAYER_NORMS that this model has."""
-    return [row for row in LAYER_NORMS if row[0] != "qk" or shape.qk_layernorm]
+def _linear(rows: int, columns: int, bias: bool = False) -> Sizes:
+    return {"weight": (rows, columns)} | ({"bias": (rows,)} if bias else {})
 
 
-def megatron_shapes(shape: LlamaShape) -> Shapes:
-    """Megatron's tensors, those of the layers stacked along a first dimension, as torch_dist has them."""
-    table = (shape.vocab_size, shape.hidden_size)
-    shapes: Shapes = {EMBEDDING: table}
-    if shape.embedding_scale is not None:
-        shapes[EMBEDDING_SCALE] = (1,)
-    for name, size in megatron_layer_shapes(shape).items():
-        shapes[f"{LAYERS}{name}"] = (shape.num_layers, *size)
-    shapes |= _prefixed(FINAL_NORM, norm_shapes(shape, shape.hidden_size))
-    if not shape.tied:
-        shapes[OUTPUT] = table
-    return shapes
+def _norm(model: Model, size: int) -> Sizes:
+    if model.dyt is None:
+        return {"weight": (size,)}
+    sizes: Sizes = {"alpha": (1,), "weight": (size,)}
+    if model.dyt.bias:
+        sizes["bias"] = (size,)
+    if model.dyt.function == "erf":
+        sizes["shift"] = (1,)
+    return sizes
 
 
-def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
-    return {f"{prefix}{name}": size for name, size in shapes.items()}
+def _hf_sizes(model: Model, folded: Collection[str]) -> dict[str, Sizes]:
+    """The tensors of every row of NAMES in the export, before they are split."""
+    sizes, shape = megatron_sizes(model), model.hf_shape(folded)
+    if model.dyt is None:
+        sizes[EMBEDDING_SCALE] = {}
+    if not shape.tie_embeddings:
+        sizes[OUTPUT] = dict(sizes[EMBEDDING])
+    biased = {QKV: shape.qkv_bias, PROJ: shape.qkv_bias, FC1: shape.linear_bias, FC2: shape.linear_bias}
+    for row, has_bias in (biased | {OUTPUT: model.has_output_bias(folded)}).items():
+        if has_bias:
+            sizes[row]["bias"] = sizes[row]["weight"][:1]
+    for role, norm in FOLDS.values():
+        if role in folded:
+            sizes[norm] = {name: size for name, size in sizes[norm].items() if name in ("alpha", "shift")}
+    return sizes
+
+
+def hf_tensors(
+    model: Model, folded: Collection[str] = (), dtype: torch.dtype = torch.float32
+) -> dict[Module, dict[str, Tensor]]:
+    """The tensors of every module of the export by Hugging Face's names, on the meta device."""
+    sizes, found = _hf_sizes(model, folded), {}
+    for module in modules(model):
+        whole = {
+            name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes[module.row].items()
+        }
+        found[module] = _split_all(module, whole, model)
+    return found
+
+
+def _split_all(module: Module, tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    return {
+        hf_name: part
+        for name, tensor in tensors.items()
+        for hf_name, part in zip(module.hf_names(name), split(module.row, tensor, model.shape), strict=True)
+    }
 
 
 # --- to Hugging Face ------------------------------------------------------------------------------
 
 
-class Biases(NamedTuple):
-    """Which linear layers of the exported model have a bias; transformers knows no finer choice."""
-
-    attention: bool
-    mlp: bool
-    lm_head: bool
-
-
-def hf_biases(shape: LlamaShape, folded: Collection[str]) -> Biases:
-    """The biases of the export: Megatron's, and those that a folded DyT bias becomes."""
-    beta = shape.dyt is not None and shape.dyt.bias
-    return Biases(
-        attention=shape.qkv_bias or (beta and "attn" in folded),
-        mlp=shape.linear_bias or (beta and "ffn" in folded),
-        lm_head=beta and "final" in folded,
-    )
-
-
-def hf_parts(shape: LlamaShape, source: Source, folded: Collection[str] = ()) -> Iterator[Part]:
-    """The export's tensors, in the model's order.
+def exported(module: Module, model: Model, read: Read, folded: Collection[str] = ()) -> dict[str, Tensor]:
+    """What becomes of a module in the export, by Hugging Face's names.
 
     Args:
-        shape: `vocab_size` rows of the embedding and the output layer are taken.
-        source: Megatron's tensors, by the names of `megatron_shapes`.
+        model: its `vocab_size` rows of the embedding and the output layer are taken.
+        read: gives Megatron's tensors.
         folded: roles (attn, ffn, final) whose DyT weight and bias go into the linear layer behind them.
             The weight multiplies that layer's columns; the bias b becomes its bias W b.
     """
-    biases = hf_biases(shape, folded)
-    yield _embedding(shape, source)
-    for layer in range(shape.num_layers):
-        yield from _layer(_LayerSource(source, layer), shape, folded, biases, f"model.layers.{layer}.")
-    yield _norm(source, shape, FINAL_NORM, "model.norm.", shape.hidden_size, "final" in folded)
-    if not shape.tied or _unties(shape):
-        yield _output(shape, source, folded, biases)
-
-
-def hf_shapes(shape: LlamaShape, folded: Collection[str] = ()) -> Shapes:
-    """Names and shapes of the tensors that `hf_parts` makes."""
-    parts = hf_parts(shape, _NoSource(), folded)
-    return {name: size for part in parts for name, size in part.shapes.items()}
-
-
-class _NoSource:
-    """Shapes are known without a value."""
-
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        raise AssertionError(f"{key} was read for its shape")
-
-
-def _unties(shape: LlamaShape) -> bool:
-    """Whether folding the embedding scale away splits a shared embedding into two."""
-    return shape.tied and shape.dyt is None and shape.embedding_scale is not None
-
-
-def hf_tied(shape: LlamaShape) -> bool:
-    """Whether the export's output layer is its embedding."""
-    return shape.tied and not _unties(shape)
-
-
-class _LayerSource(NamedTuple):
-    source: Source
-    layer: int
-
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        return self.source.read(f"{LAYERS}{key}", self.layer)
-
-
-def _embedding(shape: LlamaShape, source: Source) -> Part:
-    name = "model.embed_tokens."
-    shapes: Shapes = {f"{name}weight": (shape.vocab_size, shape.hidden_size)}
-    if shape.dyt is not None and shape.embedding_scale is not None:
-        shapes[f"{name}scale"] = (1,)
-
-    def make() -> dict[str, Tensor]:
-        table = source.read(EMBEDDING)[: shape.vocab_size]
-        if shape.embedding_scale is None:
-            return {f"{name}weight": table}
-        scale = source.read(EMBEDDING_SCALE)
-        if shape.dyt is None:
-            # LLaMA has no such scalar. Rounded as Megatron rounds the scaled embedding's output.
-            return {f"{name}weight": (table * scale.float()).to(table.dtype)}
-        return {f"{name}weight": table, f"{name}scale": scale}
-
-    return Part(shapes, make)
-
-
-def _output(shape: LlamaShape, source: Source, folded: Collection[str], biases: Biases) -> Part:
-    shapes: Shapes = {"lm_head.weight": (shape.vocab_size, shape.hidden_size)}
-    if biases.lm_head:
-        shapes["lm_head.bias"] = (shape.vocab_size,)
-
-    def make() -> dict[str, Tensor]:
-        weight: Tensor = source.read(EMBEDDING if shape.tied else OUTPUT)[: shape.vocab_size]
-        bias = None
-        if "final" in folded:
-            weight, bias = _fold(source, FINAL_NORM, shape, weight, None)
-        return _named("lm_head", weight, bias)
-
-    return Part(shapes, make)
-
-
-def _layer(
-    source: _LayerSource, shape: LlamaShape, folded: Collection[str], biases: Biases, name: str
-) -> Iterator[Part]:
-    for role, theirs, ours in layer_norms(shape):
-        size = shape.head_dim if role == "qk" else shape.hidden_size
-        yield _norm(source, shape, theirs, f"{name}{ours}", size, role in folded)
-    yield _qkv(source, shape, "attn" in folded, biases.attention, f"{name}self_attn.")
-    yield _linear(source, shape, PROJ, f"{name}self_attn.o_proj", biases.attention)
-    yield _gate_up(source, shape, "ffn" in folded, biases.mlp, f"{name}mlp.")
-    yield _linear(source, shape, FC2, f"{name}mlp.down_proj", biases.mlp)
-
-
-def _norm(source: Source, shape: LlamaShape, theirs: str, ours: str, size: int, folded: bool) -> Part:
-    kept = {
-        name: length
-        for name, length in norm_shapes(shape, size).items()
-        if not (folded and name in ("weight", "bias"))
-    }
-    return Part(
-        _prefixed(ours, kept), lambda: {f"{ours}{name}": source.read(f"{theirs}{name}") for name in kept}
-    )
-
-
-def _qkv(source: Source, shape: LlamaShape, folded: bool, bias: bool, name: str) -> Part:
-    query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    rows = {"q_proj": query, "k_proj": keys, "v_proj": keys}
-
-    def make() -> dict[str, Tensor]:
-        linear = _read_linear(source, shape, QKV, folded, shape.qkv_bias, bias)
-        parts = [split_qkv(tensor, shape) for tensor in linear]
-        return _merged(_named(f"{name}{proj}", *tensors) for proj, *tensors in zip(rows, *parts, strict=True))
-
-    return Part(_linear_shapes(name, rows, shape.hidden_size, bias), make)
-
-
-def _gate_up(source: Source, shape: LlamaShape, folded: bool, bias: bool, name: str) -> Part:
-    rows = {"gate_proj": shape.ffn_size, "up_proj": shape.ffn_size}
-
-    def make() -> dict[str, Tensor]:
-        linear = _read_linear(source, shape, FC1, folded, shape.linear_bias, bias)
-        parts = [tensor.chunk(2) for tensor in linear]
-        return _merged(_named(f"{name}{proj}", *tensors) for proj, *tensors in zip(rows, *parts, strict=True))
-
-    return Part(_linear_shapes(name, rows, shape.hidden_size, bias), make)
-
-
-def _linear(source: Source, shape: LlamaShape, theirs: str, ours: str, bias: bool) -> Part:
-    rows, columns = megatron_layer_shapes(shape)[f"{theirs}weight"]
-    shapes = _linear_shapes("", {ours: rows}, columns, bias)
-    return Part(
-        shapes,
-        lambda: _named(ours, *_read_linear(source, shape, theirs, False, shape.linear_bias, bias)),
-    )
-
-
-def _read_linear(
-    source: Source, shape: LlamaShape, prefix: str, folded: bool, has_bias: bool, wants_bias: bool
-) -> list[Tensor]:
-    """[weight] or [weight, bias] of a linear layer, with the norm in front of it folded in."""
-    weight = source.read(f"{prefix}weight")
-    bias = source.read(f"{prefix}bias") if has_bias else None
-    if folded:
-        weight, bias = _fold(source, f"{prefix}layer_norm_", shape, weight, bias)
-    if bias is None and wants_bias:
-        bias = weight.new_zeros(weight.shape[0])
-    return [weight] if bias is None else [weight, bias]
-
-
-def _fold(
-    source: Source, norm: str, shape: LlamaShape, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    beta = source.read(f"{norm}bias") if shape.dyt is not None and shape.dyt.bias else None
-    return fold_norm(weight, bias, source.read(f"{norm}weight"), beta)
+    row, layer = module
+    sizes, wanted = megatron_sizes(model), _hf_sizes(model, folded)[row]
+    source = EMBEDDING if row == OUTPUT and model.shape.tie_embeddings else row
+    tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
+    if source in (EMBEDDING, OUTPUT) and tensors:
+        tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
+    if row == EMBEDDING and model.dyt is None and model.embedding_scale is not None:
+        # LLaMA has no such scalar. Rounded as Megatron rounds the scaled embedding's output.
+        table, scale = tensors["weight"], read(f"{EMBEDDING_SCALE}scale", None)
+        tensors["weight"] = (table * scale.float()).to(table.dtype)
+    role, norm = FOLDS.get(row, ("", ""))
+    if role in folded:
+        affine = [read(norm + name, layer) for name in ("weight", "bias") if name in sizes[norm]]
+        tensors |= fold_norm(tensors["weight"], tensors.get("bias"), *affine)
+    for name in wanted.keys() - tensors.keys():  # A bias that only transformers wants.
+        tensors[name] = torch.zeros(wanted[name])
+    return _split_all(module, tensors, model)
 
 
 def fold_norm(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) in fp32 of the linear layer that does to t what this one does to gamma * t + beta.
+    weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None = None
+) -> dict[str, Tensor]:
+    """In fp32 the linear layer that does to t what this one does to gamma * t + beta.
 
     Shapes: weight (out, in), bias (out,), gamma and beta (in,).
     """
     wide = weight.float()
+    folded = {"weight": wide * gamma.float()}
     if beta is not None:
         moved = wide @ beta.float()
-        bias = moved if bias is None else moved + bias.float()
-    return wide * gamma.float(), bias
+        folded["bias"] = moved if bias is None else moved + bias.float()
+    return folded
+
+
+# --- to Megatron ----------------------------------------------------------------------------------
+
+
+def imported(module: Module, name: str, model: Model, read: Callable[[str], Tensor]) -> Tensor:
+    """Megatron's tensor `name` of a module, from what `read` gives by Hugging Face's names.
+
+    Rows of the vocabulary that Hugging Face does not have are 0.
+    """
+    tensor = join(module.row, [read(hf_name) for hf_name in module.hf_names(name)], model.shape)
+    if module.row in (EMBEDDING, OUTPUT):
+        return torch.nn.functional.pad(tensor, (0, 0, 0, model.shape.vocab_size - len(tensor)))
+    return tensor
+
+
+# --- tensors that Megatron has in one -------------------------------------------------------------
+
+
+def split(row: str, tensor: Tensor, shape: LlamaShape) -> tuple[Tensor, ...]:
+    """Hugging Face's tensors in one of Megatron's, in the order of `NAMES[row]`."""
+    if row == QKV:
+        return split_qkv(tensor, shape)
+    return tensor.chunk(len(NAMES[row]))
+
+
+def join(row: str, parts: list[Tensor], shape: LlamaShape) -> Tensor:
+    """The inverse of `split`."""
+    if row == QKV:
+        q, k, v = parts
+        return join_qkv(q, k, v, shape)
+    return torch.cat(parts)
 
 
 def split_qkv(qkv: Tensor, shape: LlamaShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's rows of linear_qkv, (queries of the group, key, value) for each query group, as q, k, v.
+    """Megatron's linear_qkv (Q + 2K, ...) as q (Q, ...), k (K, ...) and v (K, ...).
 
-    Rows within a head keep their order: both use the rotary embedding that pairs its halves.
+    Q and K are shape.query_size and key_size. Megatron has for each query group its queries, key, value. Rows
+    within a head keep their order: both sides use the rotary embedding that pairs a head's halves.
     """
-    per_group = shape.heads // shape.kv_heads
+    per_group = shape.num_attention_heads // shape.num_query_groups
     rest = qkv.shape[1:]
-    groups = qkv.view(shape.kv_heads, per_group + 2, shape.head_dim, *rest)
+    groups = qkv.view(shape.num_query_groups, per_group + 2, shape.head_dim, *rest)
     q, k, v = groups[:, :per_group], groups[:, -2], groups[:, -1]
     return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
 
@@ -322,24 +248,6 @@ def split_qkv(qkv: Tensor, shape: LlamaShape) -> tuple[Tensor, Tensor, Tensor]:
 def join_qkv(q: Tensor, k: Tensor, v: Tensor, shape: LlamaShape) -> Tensor:
     """The inverse of `split_qkv`."""
     rest = q.shape[1:]
-    queries = q.view(shape.kv_heads, -1, shape.head_dim, *rest)
-    keys, values = (t.view(shape.kv_heads, 1, shape.head_dim, *rest) for t in (k, v))
+    queries = q.view(shape.num_query_groups, -1, shape.head_dim, *rest)
+    keys, values = (t.view(shape.num_query_groups, 1, shape.head_dim, *rest) for t in (k, v))
     return torch.cat((queries, keys, values), dim=1).reshape(-1, *rest)
-
-
-def _linear_shapes(prefix: str, rows: dict[str, int], columns: int, bias: bool) -> Shapes:
-    shapes: Shapes = {}
-    for name, count in rows.items():
-        shapes[f"{prefix}{name}.weight"] = (count, columns)
-        if bias:
-            shapes[f"{prefix}{name}.bias"] = (count,)
-    return shapes
-
-
-def _named(name: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
-    named = {f"{name}.weight": weight}
-    return named if bias is None else named | {f"{name}.bias": bias}
-
-
-def _merged(dicts: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor for part in dicts for name, tensor in part.items()}

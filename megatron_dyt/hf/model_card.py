@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_dyt.hf.config import MODELING_FILE
-from megatron_dyt.hf.mapping import hf_tied
-from megatron_dyt.hf.shape import LlamaShape
+from megatron_dyt.hf.model import MODELING_FILE, Model
 from megatron_dyt.version import __version__
 
 # What a folded role's weight went into.
@@ -16,8 +14,7 @@ _BEHIND = {"attn": "q, k, v", "ffn": "gate, up", "final": "lm_head"}
 
 
 def model_card(
-    shape: LlamaShape,
-    *,
+    model: Model,
     parameters: int,
     dtype: torch.dtype,
     iteration: int,
@@ -25,25 +22,26 @@ def model_card(
     has_tokenizer: bool,
 ) -> str:
     """Markdown: what the model is, how to load it, what the export changed."""
+    shape = model.shape
     facts = {
         "parameters": f"{parameters:,}",
         "layers, hidden, heads / key-value heads": f"{shape.num_layers}, {shape.hidden_size}, "
-        f"{shape.heads} / {shape.kv_heads}",
-        "vocabulary, positions": f"{shape.vocab_size}, {shape.max_positions}",
-        "norm": _norm(shape),
+        f"{shape.num_attention_heads} / {shape.num_query_groups}",
+        "vocabulary, positions": f"{shape.vocab_size}, {shape.seq_length}",
+        "norm": _norm(model),
         "dtype": str(dtype).removeprefix("torch."),
         "training iteration": str(iteration),
         "exported by": f"megatron_dyt {__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    notes = "".join(f"\n- {note}" for note in _notes(shape, folded, has_tokenizer))
-    tags = "tags: [dynamic-tanh]\n" if shape.dyt else ""
+    notes = "".join(f"\n- {note}" for note in _notes(model, folded, has_tokenizer))
+    tags = "tags: [dynamic-tanh]\n" if model.dyt else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 {tags}---
 
-# {"LLaMA with Dynamic Tanh" if shape.dyt else "LLaMA"}
+# {"LLaMA with Dynamic Tanh" if model.dyt else "LLaMA"}
 
 A base language model, trained with Megatron-Core and exported from its checkpoint.
 
@@ -52,21 +50,21 @@ A base language model, trained with Megatron-Core and exported from its checkpoi
 {table}
 
 ```python
-{_usage(shape, has_tokenizer)}
+{_usage(model, has_tokenizer)}
 ```
 {notes}
 """
 
 
-def _norm(shape: LlamaShape) -> str:
-    if shape.dyt is None:
-        return f"RMSNorm, epsilon {shape.norm_eps:g}"
-    bias = " and bias" if shape.dyt.bias else ""
-    return f"Dynamic Tanh ({shape.dyt.function}), with weight{bias}; arXiv 2503.10622"
+def _norm(model: Model) -> str:
+    if model.dyt is None:
+        return f"RMSNorm, epsilon {model.shape.norm_epsilon:g}"
+    bias = " and bias" if model.dyt.bias else ""
+    return f"Dynamic Tanh ({model.dyt.function}), with weight{bias}; arXiv 2503.10622"
 
 
-def _usage(shape: LlamaShape, has_tokenizer: bool) -> str:
-    trust = ", trust_remote_code=True" if shape.dyt else ""
+def _usage(model: Model, has_tokenizer: bool) -> str:
+    trust = ", trust_remote_code=True" if model.dyt else ""
     lines = [f'model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trust})']
     names = "AutoModelForCausalLM"
     if has_tokenizer:
@@ -75,14 +73,14 @@ def _usage(shape: LlamaShape, has_tokenizer: bool) -> str:
     return "\n".join([f"from transformers import {names}", "", *lines])
 
 
-def _notes(shape: LlamaShape, folded: Sequence[str], has_tokenizer: bool) -> list[str]:
+def _notes(model: Model, folded: Sequence[str], has_tokenizer: bool) -> list[str]:
     notes = []
-    if shape.dyt is not None:
+    if model.dyt is not None:
         notes.append(f"`{MODELING_FILE}` holds the model's code; it needs torch and transformers alone.")
     for role in folded:
         notes.append(f"The weight of the DyT in front of {_BEHIND[role]} is folded into {_BEHIND[role]}.")
-    if shape.dyt is None and shape.embedding_scale is not None:
-        untied = "" if hf_tied(shape) == shape.tied else ", and the output layer is no longer shared with it"
+    if model.dyt is None and model.embedding_scale is not None:
+        untied = ", and the output layer is no longer shared with it" if model.shape.tie_embeddings else ""
         notes.append(f"The learned scale of the embedding is multiplied into it{untied}.")
     if not has_tokenizer:
         notes.append("There is no tokenizer here: the run had none, or it was left out.")

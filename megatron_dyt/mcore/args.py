@@ -10,7 +10,7 @@ import argparse
 import functools
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -27,9 +27,12 @@ from megatron_dyt.config import (
     parse_embedding_scale,
 )
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import handshake
+from megatron_dyt.mcore import handshake, recipe_flags
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.ops.backends import choose_implementation
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class _Unset(float):
@@ -39,7 +42,7 @@ class _Unset(float):
 def wrap_add_arguments(
     original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
 ) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """`arguments.add_megatron_arguments` with DyT among the norms and a group of DyT flags."""
+    """`arguments.add_megatron_arguments` with DyT among the norms and the plugin's flags."""
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -48,9 +51,10 @@ def wrap_add_arguments(
         norm.choices = [*(norm.choices or ()), NORMALIZATION]
         init_std = parser.get_default("init_method_std")
         parser.set_defaults(init_method_std=_Unset(init_std))
-        group = parser.add_argument_group(title="dynamic tanh (megatron_dyt)")
-        for setting in SETTINGS:
-            group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))
+        for title, settings in (("dynamic tanh", SETTINGS), ("recipe", recipe_flags.SETTINGS)):
+            group = parser.add_argument_group(title=f"{title} (megatron_dyt)")
+            for setting in settings:
+                group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))
         return parser
 
     return add_megatron_arguments
@@ -70,14 +74,15 @@ def _how(setting: Setting) -> dict[str, Any]:
         return {"action": "store_true" if setting.default is False else argparse.BooleanOptionalAction}
     if setting.choices:
         return {"choices": setting.choices}
+    # What is a word or a number stays text here.
     return {"type": setting.kind if isinstance(setting.kind, type) else str, "metavar": setting.metavar}
 
 
-def wrap_validate(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_validate[R](original: Callable[..., R]) -> Callable[..., R]:
     """`arguments.validate_args` preceded by ours; then all ranks compare what they run."""
 
     @functools.wraps(original)
-    def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    def validate_args(args: Namespace, *rest: object, **kwargs: object) -> R:
         try:
             validate(args)
             result = original(args, *rest, **kwargs)
@@ -127,7 +132,7 @@ def _resolve(args: Namespace) -> None:
     args.dyt_on_bad_alpha = args.dyt_on_bad_alpha or "stop"
 
 
-def validate_other_norm(settings: Any) -> None:
+def validate_other_norm(settings: Namespace | TransformerConfig) -> None:
     """Check the settings of args, or of a config with `DyTFields`, whose norm is not DyT.
 
     Raises:
@@ -157,7 +162,7 @@ def validate_other_norm(settings: Any) -> None:
         )
 
 
-def checked_config(settings: Any) -> DyTConfig:
+def checked_config(settings: Namespace | TransformerConfig) -> DyTConfig:
     """The DyTConfig that args, or a config with `DyTFields`, ask for.
 
     Raises:
@@ -189,11 +194,11 @@ def _check_backend(backend: str) -> None:
         raise UserError(f"--dyt-backend {backend}: {error}") from error
 
 
-def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_load_args[R](original: Callable[..., R]) -> Callable[..., R]:
     """`checkpointing.load_args_from_checkpoint` that restores the DyT flags as well."""
 
     @functools.wraps(original)
-    def load_args_from_checkpoint(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    def load_args_from_checkpoint(args: Namespace, *rest: object, **kwargs: object) -> R:
         asked_for_dyt = is_dyt(args)
         result = original(args, *rest, **kwargs)
         if isinstance(result, tuple):
@@ -228,6 +233,7 @@ def restore(args: Namespace, saved: Namespace) -> None:
         check_choice("the checkpoint's dyt_preset", args.dyt_preset, get_args(Preset))
 
 
-def _comparable(name: str, value: Any) -> Any:
-    is_rule = name.endswith("embedding_scale") and value is not None
-    return parse_embedding_scale(value) if is_rule else value
+def _comparable(name: str, value: str | float | None) -> str | float | None:
+    if value is None or not name.endswith("embedding_scale"):
+        return value
+    return parse_embedding_scale(value)

@@ -24,7 +24,7 @@ from megatron_dyt.mcore import ranks
 from megatron_dyt.parsed_args import parsed_args
 
 if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.mapping import ShardedBase
+    from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from torch.distributed import ProcessGroup
@@ -37,11 +37,13 @@ DEFAULT_STRICTNESS = "assume_ok_unexpected"
 SHOWN = 4
 
 
-def wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_load[R](original: Callable[..., R]) -> Callable[..., R]:
     """`dist_checkpointing.load` that first compares the model's keys with the checkpoint's."""
 
     @functools.wraps(original)
-    def load(sharded_state_dict: dict[str, Any], checkpoint_dir: Directory, *args: Any, **kwargs: Any) -> Any:
+    def load(
+        sharded_state_dict: ShardedStateDict, checkpoint_dir: Directory, *args: object, **kwargs: Any
+    ) -> R:
         group = kwargs.get("process_group")
         model_keys = gather(model_tensor_keys(sharded_state_dict), group)
         if model_keys:
@@ -130,7 +132,7 @@ def checkpoint_tensor_keys(checkpoint_dir: Directory) -> set[str]:
 def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:
     """An error of one rank, so no `DamagedCheckpoint`, on which all ranks agree."""
     # CheckpointException holds one failure per rank that had one.
-    failures: dict[int, Any] = getattr(error, "failures", {})
+    failures: dict[int, tuple[BaseException, object]] = getattr(error, "failures", {})
     cause = next((failure[0] for failure in failures.values()), error)
     text = " ".join(str(cause).split()) or "no message"
     what = f"the checkpoint {checkpoint_dir} cannot be read ({type(cause).__name__}: {text})."
@@ -211,7 +213,7 @@ def _some(keys: set[str]) -> str:
 # --- the distributed optimizer's state ------------------------------------------------------------------
 
 
-def wrap_sharded_state(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_sharded_state[R](original: Callable[..., R]) -> Callable[..., R]:
     """`DistributedOptimizer.sharded_param_state_fully_reshardable` with places that leave padding out.
 
     For `--dist-ckpt-optim-fully-reshardable` Megatron joins the buckets of its gradient buffer without the
@@ -223,7 +225,7 @@ def wrap_sharded_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(original)
-    def sharded_state(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
+    def sharded_state(self: DistributedOptimizer, *args: object, **kwargs: object) -> R:
         with _places_without_padding(self.buffers):
             return original(self, *args, **kwargs)
 

@@ -58,7 +58,7 @@ class EmbeddingScale(nn.Module):
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
+        metadata: dict[str, object] | None = None,
     ) -> ShardedStateDict:
         """What Megatron saves: the parameter, whole on every rank; a copy says that it is one."""
         from megatron.core.transformer.utils import (
@@ -87,7 +87,9 @@ class EmbeddingScale(nn.Module):
 def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     """`LanguageModelEmbedding.__init__` that adds the scale when the config asks for one."""
 
-    def __init__(self: LanguageModelEmbedding, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: LanguageModelEmbedding, config: TransformerConfig, *args: object, **kwargs: object
+    ) -> None:
         original(self, config, *args, **kwargs)
         initial = initial_embedding_scale(config)
         if initial is None:
@@ -104,7 +106,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 def wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`LanguageModelEmbedding.forward` whose output is scaled when there is a scale."""
 
-    def forward(self: LanguageModelEmbedding, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: LanguageModelEmbedding, *args: object, **kwargs: object) -> torch.Tensor:
         output = original(self, *args, **kwargs)
         scale = getattr(self, "embedding_scale", None)
         return output if scale is None else scale(output)

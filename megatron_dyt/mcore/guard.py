@@ -33,6 +33,7 @@ from megatron_dyt.mcore.norm_sites import Site, find_sites, global_name, unwrap
 if TYPE_CHECKING:
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
     from megatron.core.rerun_state_machine import RerunStateMachine
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +56,24 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something bad at a place: `depth` is the layer's number, 0 the embedding; a bad value is a cause."""
+    """Something bad at a place.
+
+    Attributes:
+        depth: the layer's number, 0 for the embedding, _END behind the last layer.
+        text: such as "layer 3 attn decoder.layers.2.input_layernorm.alpha (gradient)".
+        cause: a bad value, of which bad gradients are the result.
+    """
 
     depth: int
     text: str
     cause: bool = False
+
+    @classmethod
+    def at(cls, layer: int | None, role: str, name: str, what: str = "", cause: bool = False) -> Finding:
+        """`what` is bad of the parameter or module `name`, which belongs to a layer or to none."""
+        words = ("" if layer is None else f"layer {layer}", role, name, what)
+        depth = layer if layer is not None else 0 if name.startswith("embedding") else _END
+        return cls(depth, " ".join(filter(None, words)), cause)
 
 
 class Guard:
@@ -186,16 +200,13 @@ class Guard:
         bad = [(site, was, now) for site, was, now, turned in changes if turned]
         found = gather(
             [
-                Finding(
-                    _depth(site.name, site.layer),
-                    f"{_where(site.layer, site.module.role)}{site.name} has alpha {now:.4g}, was {was:.4g}",
-                )
-                for site, was, now in bad
+                Finding.at(s.layer, s.module.role, s.name, f"has alpha {now:.4g}, was {was:.4g}")
+                for s, was, now in bad
             ]
         )
         fatal = any(not math.isfinite(now) for _, _, now in bad)
         what = f"{self._when()}an update made alpha <= 0 or not finite: {merge(found)}"
-        if self.on_bad_alpha == "stop" or any(gather([fatal])):
+        if self.on_bad_alpha == "stop" or any(ranks.gather(fatal)):
             raise TrainingFault(
                 f"{what} Nothing of it was saved. Go on from the last checkpoint with a smaller --lr or a "
                 "longer warm-up; --dyt-on-bad-alpha report goes on where alpha is finite."
@@ -213,8 +224,7 @@ class Guard:
             kinds = {"value": parameter, "gradient": _gradient(parameter)}
             bad = [kind for kind, tensor in kinds.items() if tensor is not None and not _finite(tensor)]
             if bad:
-                text = f"{_where(layer, role)}{name} ({' and '.join(bad)})"
-                found.append(Finding(_depth(name, layer), text, "value" in bad))
+                found.append(Finding.at(layer, role, name, f"({' and '.join(bad)})", cause="value" in bad))
         return found[::-1]
 
     def watch_inputs(self, on: bool) -> None:
@@ -227,8 +237,7 @@ class Guard:
 
     def _check_input(self, site: Site, _module: DyTNorm, x: Tensor) -> None:
         if not _finite(x):
-            text = f"{_where(site.layer, site.module.role)}{site.name}"
-            self.bad_inputs.append(Finding(_depth(site.name, site.layer), text))
+            self.bad_inputs.append(Finding.at(site.layer, site.module.role, site.name))
 
     def where_everywhere(self) -> str:
         """What is not finite on any rank; all ranks must call it."""
@@ -274,15 +283,6 @@ def _finite(tensor: Tensor) -> bool:
 def _part(name: str) -> str:
     """The role that a DyT in front of this parameter's layer has."""
     return "attn" if "attention." in name else "ffn" if "mlp." in name else ""
-
-
-def _where(layer: int | None, role: str) -> str:
-    """ "layer 3 attn " in front of a name, or what there is of it."""
-    return "".join(f"{word} " for word in ("" if layer is None else f"layer {layer}", role) if word)
-
-
-def _depth(name: str, layer: int | None) -> int:
-    return layer if layer is not None else 0 if name.startswith("embedding") else _END
 
 
 def gather[T](items: list[T]) -> dict[T, list[int]]:
@@ -337,7 +337,7 @@ def _guard_of(chunks: list[nn.Module], optimizer: Optimizer | None) -> Guard | N
     from megatron.training import get_args
 
     args = get_args()
-    config: Any = unwrap(chunks[0]).config
+    config: TransformerConfig = unwrap(chunks[0]).config
     if not is_dyt(config) or optimizer is None:
         return None
     if getattr(args, "optimizer_cuda_graph", False):
@@ -352,14 +352,14 @@ def _guard_of(chunks: list[nn.Module], optimizer: Optimizer | None) -> Guard | N
     )
 
 
-def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_train_step[**P, R: tuple[object, ...]](original: Callable[P, R]) -> Callable[P, R]:
     """`training.train_step` that says where, when Megatron's own check stops the run.
 
     Megatron raises on the rank that sees it, or has all ranks leave for a rerun elsewhere.
     """
 
     @functools.wraps(original)
-    def train_step(*args: Any, **kwargs: Any) -> Any:
+    def train_step(*args: P.args, **kwargs: P.kwargs) -> R:
         if _active is None:
             return original(*args, **kwargs)
         try:
@@ -380,7 +380,7 @@ def wrap_rerun(original: Callable[..., bool]) -> Callable[..., bool]:
     """`RerunStateMachine.should_run_forward_backward` that has inputs watched in a rerun."""
 
     @functools.wraps(original)
-    def should_run_forward_backward(self: RerunStateMachine, *args: Any, **kwargs: Any) -> bool:
+    def should_run_forward_backward(self: RerunStateMachine, *args: object, **kwargs: object) -> bool:
         run = original(self, *args, **kwargs)
         if _active is not None and _active.rerunning != (again := run and _is_second_run(self)):
             _active.watch_inputs(again)

@@ -29,10 +29,7 @@ def _on(*names: str) -> Callable[[object], bool]:
 
 LIMITS = (
     Limit(
-        "fused_residual_rmsnorm",
-        "it is an RMSNorm kernel",
-        "Remove the flag.",
-        _on("fused_residual_rmsnorm"),
+        "fused_residual_rmsnorm", "it is an RMSNorm kernel", "Remove the flag.", _on("fused_residual_rmsnorm")
     ),
     Limit(
         "layernorm_zero_centered_gamma (--apply-layernorm-1p)",

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def wrap_post_init(
-    original: Callable[[TransformerConfig], None],
-) -> Callable[[TransformerConfig], None]:
+def wrap_post_init(original: Callable[[TransformerConfig], None]) -> Callable[[TransformerConfig], None]:
     """`TransformerConfig.__post_init__` that attaches `config.dyt`.
 
     Idempotent: Megatron Bridge calls it repeatedly.

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.embedding import EmbeddingScale
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 _log = logging.getLogger(__name__)
 
@@ -269,7 +272,7 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     from megatron.training import get_args
 
     args = get_args()
-    config: Any = unwrap(chunks[0]).config
+    config: TransformerConfig = unwrap(chunks[0]).config
     # In a model of several parts, such as LLaVA, one of them may be DyT.
     if not is_dyt(config) and not find_sites(chunks):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from torch import Tensor, nn
 
@@ -167,11 +167,13 @@ class FreedOutput:
         self.y = self.x = None
 
 
-def wrap_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_checkpoint[R](original: Callable[..., R]) -> Callable[..., R | NormOutput]:
     """`CheckpointWithoutOutput.checkpoint`, which calls a DyTNorm as it is."""
 
     @functools.wraps(original)
-    def checkpoint(self: CheckpointWithoutOutput, run_function: Callable[..., Any], *args: Any) -> Any:
+    def checkpoint(
+        self: CheckpointWithoutOutput, run_function: Callable[..., R], *args: Tensor
+    ) -> R | NormOutput:
         if not (isinstance(run_function, DyTNorm) and run_function.refills):
             return original(self, run_function, *args)
         output: NormOutput = run_function(*args)

@@ -63,7 +63,7 @@ def is_norm(value: object) -> bool:
     return class_name(value) in NORM_CLASSES
 
 
-def class_name(value: Any) -> str:
+def class_name(value: object) -> str:
     """Name of the class that a slot builds: it holds a class, a ModuleSpec or a `functools.partial`."""
     if isinstance(value, functools.partial):
         value = value.func
@@ -129,13 +129,15 @@ VISION_NORMS = ("ln_pre_impl", "ln_post_impl")
 T5_BLOCKS = ("transformer_encoder_layer_spec", "transformer_decoder_layer_spec")
 
 
-def wrap_norm_class(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_norm_class[N](original: Callable[..., N]) -> Callable[..., N | DyTNorm]:
     """The norm class that a module's code calls by name: it builds DyT when the config's norm is DyT.
 
     For the final norm of a hybrid stack and the norm of BERT's language model head.
     """
 
-    def build(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> Any:
+    def build(
+        config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: object
+    ) -> N | DyTNorm:
         if is_dyt(config):
             return DyTNorm(config, hidden_size, eps, role="final")
         return original(config=config, hidden_size=hidden_size, eps=eps, **options)
@@ -155,7 +157,7 @@ def wrap_vision_init(original: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def __init__(self: CLIPViTModel | RADIOViTModel, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: CLIPViTModel | RADIOViTModel, *args: object, **kwargs: object) -> None:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         config = given.arguments["transformer_config"]
@@ -192,7 +194,7 @@ def wrap_t5_init(original: Callable[..., None]) -> Callable[..., None]:
         return spec
 
     @functools.wraps(original)
-    def __init__(self: T5Model, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: T5Model, *args: object, **kwargs: object) -> None:
         given = signature.bind(self, *args, **kwargs)
         if is_dyt(given.arguments["config"]):
             given.arguments |= {name: filled(given.arguments[name]) for name in T5_BLOCKS}
@@ -258,7 +260,7 @@ class KeptRMSNorm:
     """
 
     def __new__(
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, norm: Callable[..., Any]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, norm: Callable[..., nn.Module]
     ) -> Any:
         """The norm, built for a copy of the config whose normalization is RMSNorm."""
         config = copy.copy(config)
@@ -299,7 +301,7 @@ def wrap_block_init(original: Callable[..., None]) -> Callable[..., None]:
     """`TransformerBlock.__init__` that searches what a DyT block was built of."""
 
     @functools.wraps(original)
-    def __init__(self: nn.Module, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: nn.Module, config: TransformerConfig, *args: object, **kwargs: object) -> None:
         original(self, config, *args, **kwargs)
         if is_dyt(config):
             check_built(self, "decoder")
@@ -307,11 +309,11 @@ def wrap_block_init(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def wrap_norm_new(original: Callable[..., Any]) -> Any:
+def wrap_norm_new[N](original: Callable[..., N]) -> staticmethod[..., N]:
     """`__new__` of a norm class that refuses to build for a DyT config."""
 
     @functools.wraps(original)
-    def __new__(cls: type, config: object, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls: type, config: object, *args: object, **kwargs: object) -> N:
         if is_dyt(config):
             _refuse(cls.__name__)
         return original(cls, config, *args, **kwargs)
@@ -323,7 +325,7 @@ def wrap_norm_init(original: Callable[..., None]) -> Callable[..., None]:
     """`__init__` of apex's norm or TE's fused norm-linear that refuses DyT configs."""
 
     @functools.wraps(original)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
         if is_dyt(kwargs.get("config", args[0] if args else None)):
             _refuse(type(self).__name__)
         original(self, *args, **kwargs)
@@ -346,7 +348,7 @@ def wrap_multimodal_init(original: Callable[..., None]) -> Callable[..., None]:
     """`LLaVAModel.__init__` that logs which parts keep the norm of their own config."""
 
     @functools.wraps(original)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)
         log_other_norms(self)
 

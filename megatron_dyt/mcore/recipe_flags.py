@@ -11,11 +11,11 @@ The defaults are Megatron's behaviour, and nothing is touched without the flags.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from megatron_dyt.config import Setting
 from megatron_dyt.parsed_args import parsed_args
 
 if TYPE_CHECKING:
@@ -23,43 +23,31 @@ if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-WEIGHT_DECAY_ON = ("matrices", "all")
-OUTPUT_INIT = ("depth-scaled", "plain")
-WARMUP_STYLES = ("linear", "quadratic")
-
-
-def wrap_add_arguments(
-    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
-) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """`arguments.add_megatron_arguments` with the three flags."""
-
-    @functools.wraps(original)
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        group = parser.add_argument_group(title="recipe (megatron_dyt)")
-        group.add_argument(
-            "--weight-decay-on",
-            choices=WEIGHT_DECAY_ON,
-            default=WEIGHT_DECAY_ON[0],
-            help="Parameters that weight decay applies to: matrices (Megatron's way: no biases and no 1-D "
-            "parameters) or all (the paper's code).",
-        )
-        group.add_argument(
-            "--output-init",
-            choices=OUTPUT_INIT,
-            default=OUTPUT_INIT[0],
-            help="Initial std of the output layers of attention and MLP: depth-scaled (Megatron's way: "
-            "divided by sqrt(2 * layers)) or plain, as the other layers (the paper's code).",
-        )
-        group.add_argument(
-            "--lr-warmup-style",
-            choices=WARMUP_STYLES,
-            default=WARMUP_STYLES[0],
-            help="Form of the learning rate's warmup. Default: linear, Megatron's.",
-        )
-        return parser
-
-    return add_megatron_arguments
+SETTINGS = (
+    Setting(
+        "weight_decay_on",
+        "Parameters that weight decay applies to: matrices (Megatron's way: no biases and no 1-D "
+        "parameters) or all (the paper's code).",
+        Literal["matrices", "all"],
+        default="matrices",
+        needs_dyt=False,
+    ),
+    Setting(
+        "output_init",
+        "Initial std of the output layers of attention and MLP: depth-scaled (Megatron's way: "
+        "divided by sqrt(2 * layers)) or plain, as the other layers (the paper's code).",
+        Literal["depth-scaled", "plain"],
+        default="depth-scaled",
+        needs_dyt=False,
+    ),
+    Setting(
+        "lr_warmup_style",
+        "Form of the learning rate's warmup. Default: linear, Megatron's.",
+        Literal["linear", "quadratic"],
+        default="linear",
+        needs_dyt=False,
+    ),
+)
 
 
 def wrap_config_overrides(
@@ -68,7 +56,7 @@ def wrap_config_overrides(
     """`optimizer.get_standard_config_overrides` without the groups that get no weight decay."""
 
     @functools.wraps(original)
-    def get_standard_config_overrides(*args: Any, **kwargs: Any) -> dict[ParamKey, ParamGroupOverride]:
+    def get_standard_config_overrides(*args: object, **kwargs: object) -> dict[ParamKey, ParamGroupOverride]:
         overrides = original(*args, **kwargs)
         if getattr(parsed_args(), "weight_decay_on", None) != "all":
             return overrides
@@ -98,7 +86,7 @@ def wrap_get_lr(original: Callable[..., float]) -> Callable[..., float]:
     """`OptimizerParamScheduler.get_lr` with the quadratic warmup."""
 
     @functools.wraps(original)
-    def get_lr(self: OptimizerParamScheduler, param_group: dict[str, Any]) -> float:
+    def get_lr(self: OptimizerParamScheduler, param_group: dict[str, object]) -> float:
         rate = original(self, param_group)
         quadratic = getattr(parsed_args(), "lr_warmup_style", None) == "quadratic"
         if not quadratic or self.num_steps >= self.lr_warmup_steps:

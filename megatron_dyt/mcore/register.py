@@ -62,9 +62,7 @@ CORE = (
         recipe_flags.wrap_post_init,
     ),
     Seam(
-        "megatron.core.optimizer_param_scheduler",
-        "OptimizerParamScheduler.get_lr",
-        recipe_flags.wrap_get_lr,
+        "megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler.get_lr", recipe_flags.wrap_get_lr
     ),
     Seam(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
     Seam(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
@@ -75,17 +73,9 @@ CORE = (
         embedding.wrap_allreduce,
     ),
     Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm_sites.wrap_norm_new),
-    Seam(
-        "megatron.core.fusions.fused_layer_norm",
-        "FusedLayerNorm.__init__",
-        norm_sites.wrap_norm_init,
-    ),
+    Seam("megatron.core.fusions.fused_layer_norm", "FusedLayerNorm.__init__", norm_sites.wrap_norm_init),
     Seam(_RANDOM, "CheckpointWithoutOutput.checkpoint", norm.wrap_checkpoint),
-    Seam(
-        _RANDOM,
-        "CheckpointWithoutOutput.discard_output_and_register_recompute",
-        norm.wrap_discard,
-    ),
+    Seam(_RANDOM, "CheckpointWithoutOutput.discard_output_and_register_recompute", norm.wrap_discard),
     Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
     Seam(
         "megatron.core.optimizer.distrib_optimizer",
@@ -93,9 +83,7 @@ CORE = (
         checkpoint.wrap_sharded_state,
     ),
     Seam(
-        "megatron.core.rerun_state_machine",
-        "RerunStateMachine.should_run_forward_backward",
-        guard.wrap_rerun,
+        "megatron.core.rerun_state_machine", "RerunStateMachine.should_run_forward_backward", guard.wrap_rerun
     ),
 )
 
@@ -116,22 +104,13 @@ TRANSFORMER_ENGINE = (
 
 TRAINING = (
     Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
-    Seam("megatron.training.arguments", "add_megatron_arguments", recipe_flags.wrap_add_arguments),
     Seam("megatron.training.arguments", "add_megatron_arguments", metrics_writer.wrap_add_arguments),
     Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
-    Seam(
-        "megatron.training.checkpointing",
-        "load_args_from_checkpoint",
-        damage.wrap_load_args,
-    ),
+    Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
     Seam("megatron.training.training", "load_checkpoint", damage.wrap_load_checkpoint),
     Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", damage.wrap_delete),
-    Seam(
-        "megatron.training.training",
-        "get_standard_config_overrides",
-        recipe_flags.wrap_config_overrides,
-    ),
+    Seam("megatron.training.training", "get_standard_config_overrides", recipe_flags.wrap_config_overrides),
     Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
     Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
     Seam("megatron.training.training", "setup_model_and_optimizer", guard.wrap_setup),

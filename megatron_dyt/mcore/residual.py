@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def spec_changes(
     layer: ModuleSpec,
     parts: TransformerLayerSubmodules,
     name_of: Callable[[object], str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What to change in a layer's submodules so that DyT and the residual stream are fused.
 
     Args:

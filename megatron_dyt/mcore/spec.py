@@ -78,7 +78,7 @@ def _rewritten[Parts](
     original: Callable[..., Parts], rewrite: Callable[[TransformerConfig, Parts], Parts]
 ) -> Callable[..., Parts]:
     @functools.wraps(original)
-    def get_submodules(config: TransformerConfig, spec: Spec, *args: Any, **kwargs: Any) -> Parts:
+    def get_submodules(config: TransformerConfig, spec: Spec, *args: object, **kwargs: object) -> Parts:
         block = original(config, spec, *args, **kwargs)
         return rewrite(config, block) if is_dyt(config) else block
 
@@ -93,8 +93,8 @@ def wrap_stack_init(original: Callable[..., None]) -> Callable[..., None]:
         self: HybridStack,
         config: TransformerConfig,
         submodules: HybridStackSubmodules,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         if not is_dyt(config):
             original(self, config, submodules, *args, **kwargs)
@@ -138,7 +138,7 @@ def rewrite_block(config: TransformerConfig, block: TransformerBlockSubmodules) 
         UserError: a layer or a norm that this version cannot turn into DyT.
     """
     # A spec repeated for every layer stays one object, as Megatron had it.
-    done: dict[int, Any] = {}
+    done: dict[int, ModuleSpec] = {}
     layers = []
     for layer in block.layer_specs or []:
         if id(layer) not in done:

@@ -20,6 +20,8 @@ from megatron_dyt.ops.reference import FUNCTIONS
 
 # alpha * median|x| from 0.01, where f is a straight line, to 100, where it is a step.
 DECADES = 2
+# First a quarter of a decade apart; each round after that looks 4 times as closely around the best, so the
+# last one's are 0.2 % of alpha apart.
 COARSE, FINE, ROUNDS = 17, 9, 5
 
 

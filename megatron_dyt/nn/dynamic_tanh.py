@@ -1,13 +1,13 @@
 """Dynamic Tanh as a torch module."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_dyt.ops import dyt, dyt_fork, dyt_residual, recompute_dyt
 from megatron_dyt.ops.backends import BACKENDS
+from megatron_dyt.ops.dyt import Options
 from megatron_dyt.ops.reference import FUNCTIONS
 
 
@@ -103,7 +103,7 @@ class DynamicTanh(nn.Module):
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.alpha, self.weight, self.bias
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> Options:
         return {"function": self.function, "shift": self.shift, "backend": self.backend}
 
     def extra_repr(self) -> str:

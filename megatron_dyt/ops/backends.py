@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.ops import cpu_dyt, reference
+from megatron_dyt.ops.parameters import Parameters
 
 BACKENDS = ("auto", "triton", "torch")
 
 
 class Implementation(NamedTuple):
-    """Code for one backend, with the signatures of the functions of these names in `triton_dyt`.
+    """Code for one backend.
 
-    `forward` takes a contiguous tensor to write y into as an optional last argument.
+    Attributes:
+        backend: what a caller names to have it.
+        supports: whether it runs for this device, function, and dtype of x.
+        forward: (x, parameters, out=None): `reference.dyt_forward`, contiguous; in `out`, which is, if given.
+        residual_forward: (x, residual, parameters): forward of x + residual, and x + residual, contiguous.
+        backward: (dy, x, parameters, needs, dsum): `reference.dyt_backward`, with `dsum`, if any, added to
+            dx. Those gradients of x, alpha, weight, bias and shift that `needs` asks for, in this order.
     """
 
     backend: str
@@ -25,15 +32,14 @@ class Implementation(NamedTuple):
     forward: Callable[..., Tensor]
     residual_forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., list[Tensor]]
-    fp8_forward: Callable[..., Tensor]
 
 
 def _add_first(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """residual_forward of an implementation that has no kernel for it."""
 
-    def residual_forward(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def residual_forward(x: Tensor, residual: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         total = torch.add(x, residual).contiguous()
-        return forward(total, *rest), total
+        return forward(total, parameters), total
 
     return residual_forward
 
@@ -41,9 +47,10 @@ def _add_first(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Te
 def _add_last(backward: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """backward of an implementation that does not know `dsum`."""
 
-    def backward_with_sum(*args: Any) -> list[Tensor]:
-        *rest, needs, dsum = args
-        gradients = backward(*rest, needs)
+    def backward_with_sum(
+        dy: Tensor, x: Tensor, parameters: Parameters, needs: Sequence[bool], dsum: Tensor | None
+    ) -> list[Tensor]:
+        gradients = backward(dy, x, parameters, tuple(needs))
         if dsum is not None and needs[0]:
             gradients[0] += dsum
         return gradients
@@ -51,46 +58,17 @@ def _add_last(backward: Callable[..., list[Tensor]]) -> Callable[..., list[Tenso
     return backward_with_sum
 
 
-def _reference_forward(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    y = reference.dyt_forward(x, alpha, weight, bias, function=function, shift=shift)
+def _reference_forward(x: Tensor, parameters: Parameters, out: Tensor | None = None) -> Tensor:
+    y = reference.dyt_forward(x, *parameters)
     return y.contiguous() if out is None else out.copy_(y)
 
 
 def _reference_backward(
-    dy: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    function: str,
-    needs: Sequence[bool],
+    dy: Tensor, x: Tensor, parameters: Parameters, needs: tuple[bool, ...]
 ) -> list[Tensor]:
-    dx, *parameter_gradients = reference.dyt_backward(
-        dy, x, alpha, weight, has_bias=needs[3], function=function, shift=shift
-    )
-    return needed_gradients((dx.contiguous(), *parameter_gradients), needs)
-
-
-def _reference_fp8_forward(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    scale: Tensor,
-) -> Tensor:
-    wide = x.to(reference.compute_dtype(x))
-    y = reference.dyt_forward(wide, alpha, weight, bias, function=function, shift=shift)
-    return (y * scale).to(torch.float8_e4m3fn).contiguous()
+    alpha, weight, _, shift, function = parameters
+    dx, *of_parameters = reference.dyt_backward(dy, x, alpha, weight, shift, function, has_bias=needs[3])
+    return needed_gradients((dx.contiguous(), *of_parameters), needs)
 
 
 def _in_triton(name: str) -> Callable[..., Any]:
@@ -116,23 +94,8 @@ def _compiled_forward(*args: Any) -> Tensor:
 
 
 def _compiled_backward(*args: Any) -> list[Tensor]:
-    *tensors, needs = args
-    gradients: list[Tensor] = compiled(_reference_backward)(*tensors, tuple(needs))
+    gradients: list[Tensor] = compiled(_reference_backward)(*args)
     return gradients
-
-
-def _compiled_fp8_forward(*args: Any) -> Tensor:
-    y8: Tensor = compiled(_reference_fp8_forward)(*args)
-    return y8
-
-
-def _triton_fp8_forward(x: Tensor, *rest: Any) -> Tensor:
-    """The kernel, where the device can write FP8; torch.compile has it in software elsewhere."""
-    from megatron_dyt.ops import triton_dyt
-
-    if triton_dyt.has_fp8(x.device):
-        return triton_dyt.fp8_forward(x, *rest)
-    return _compiled_fp8_forward(x, *rest)
 
 
 @functools.cache
@@ -172,12 +135,7 @@ def _runs_cpu_kernels(device: torch.device, function: str, dtype: torch.dtype) -
 # Triton kernels run interpreted, so there they come after the code made for it.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cpu": Implementation(
-        "torch",
-        _runs_cpu_kernels,
-        cpu_dyt.forward,
-        cpu_dyt.residual_forward,
-        cpu_dyt.backward,
-        _reference_fp8_forward,
+        "torch", _runs_cpu_kernels, cpu_dyt.forward, cpu_dyt.residual_forward, cpu_dyt.backward
     ),
     "triton": Implementation(
         "triton",
@@ -185,7 +143,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _in_triton("forward"),
         _in_triton("residual_forward"),
         _in_triton("backward"),
-        _triton_fp8_forward,
     ),
     # Inductor makes Triton kernels of the functions and dtypes that ours do not have.
     "compiled": Implementation(
@@ -194,7 +151,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _compiled_forward,
         _add_first(_compiled_forward),
         _add_last(_compiled_backward),
-        _compiled_fp8_forward,
     ),
     "reference": Implementation(
         "torch",
@@ -202,7 +158,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _reference_forward,
         _add_first(_reference_forward),
         _add_last(_reference_backward),
-        _reference_fp8_forward,
     ),
 }
 
@@ -245,7 +200,7 @@ def _warn_without_kernels(device_type: str) -> None:
     warnings.warn(
         f"{missing}, so DyT runs as plain torch code, several times slower; {remedy}, or give "
         "backend='torch' to say that this is meant",
-        stacklevel=4,
+        stacklevel=5,  # who calls `dyt`, past it, `_prepare` and `choose_implementation`
     )
 
 

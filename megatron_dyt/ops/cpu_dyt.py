@@ -12,18 +12,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dyt.ops.parameters import Parameters
+
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 LIBRARY = SOURCE.with_suffix(".so")
 
 FUNCTIONS = ("tanh", "erf")  # by their numbers in the library
 DTYPES = (torch.float32, torch.bfloat16)
 
-# As many as PyTorch's own operators want for each thread.
+# A thread for every so many elements: where PyTorch's own operators start another one
+# (at::internal::GRAIN_SIZE). Below, waking a thread takes longer than its share of the work.
 _ELEMENTS_PER_THREAD = 1 << 15
-# Blocks of rows are dealt to threads. In backward each has partial sums of its own.
+# Blocks of rows are dealt to threads; their numbers do not depend on that of threads, so neither do results.
+# Forward: several per thread on any machine, so that no thread waits long for the last one.
 _FORWARD_BLOCKS = 256
+# Backward: each block has partial sums of its own, 32 bytes per column. In 32 rows of fp32 it moves 384 bytes
+# of x, dy and dx per column, so the sums stay below a tenth of that. 64 blocks are enough for 64 cores.
 _BACKWARD_BLOCKS, _MIN_BLOCK_ROWS = 64, 32
-_SUMS = 4
+_SUMS = 4  # SUMS of the library: for dalpha, dweight, dbias and dshift
 
 
 # Matrices whose rows may be apart, and the field that says how far.
@@ -60,13 +66,18 @@ IS_BUILT = _library is not None  # by itself, as torch.compile traces what reads
 
 def _in_memory(t: Tensor) -> Tensor:
     """`t` with the values that its memory has: not negated lazily, not PyTorch's zeros without memory."""
-    return t.clone() if t._is_zerotensor() else t.resolve_neg()
+    if t._is_zerotensor():
+        return t.clone()
+    return t.resolve_neg() if t.is_neg() else t
 
 
-def _rows(t: Tensor, hidden: int) -> Tensor:
-    """`t` as (rows, hidden) with adjacent columns; a copy only where its strides do not allow a view."""
+def _rows(t: Tensor, hidden: int) -> tuple[Tensor, int]:
+    """`t` with adjacent columns, and the stride of its rows; a copy only where its strides allow no view."""
+    if t.is_contiguous():  # Most are; asking is cheaper than a view.
+        return _in_memory(t), hidden
     rows = _in_memory(t.reshape(-1, hidden))
-    return rows if rows.stride(1) == 1 or hidden == 1 else rows.contiguous()
+    rows = rows if rows.stride(1) == 1 or hidden == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def _vector(t: Tensor) -> Tensor:
@@ -83,125 +94,60 @@ def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _call(
-    kernel: str,
-    x: Tensor,
-    alpha: Tensor,
-    shift: Tensor | None,
-    function: str,
-    blocks: int,
-    **tensors: Tensor | None,
-) -> None:
-    """Run a kernel on `x` and the tensors of these names in `struct call`, of (rows, hidden) or vectors.
-
-    The caller holds references to all of them until this returns.
-    """
-    rows, hidden = x.shape
+def _call(kernel: str, x: Tensor, parameters: Parameters, blocks: int, **tensors: Tensor | None) -> None:
+    """Run a kernel on x and on the tensors of these names in `struct call`."""
+    hidden = x.shape[-1]
+    alpha, weight, bias, shift, function = parameters
+    vectors = {"weight": _vector(weight), "bias": None if bias is None else _vector(bias)}
+    held = {"x": x, **vectors, **tensors}  # Until the kernel has run.
     fields: dict[str, float] = {
-        "rows": rows,
+        "rows": x.numel() // hidden,
         "hidden": hidden,
         "blocks": blocks,
-        "threads": max(1, min(torch.get_num_threads(), rows * hidden // _ELEMENTS_PER_THREAD)),
+        "threads": max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD)),
         "function": FUNCTIONS.index(function),
         "is_bf16": x.dtype == torch.bfloat16,
         "alpha": alpha.item(),
         "shift": 0.0 if shift is None else shift.item(),
     }
-    for name, tensor in (("x", x), *tensors.items()):
-        if tensor is not None:
-            fields[name] = address = tensor.data_ptr()
-            if not address and tensor.numel():
-                raise RuntimeError(f"the memory of {name} has been freed; DyT cannot read or write it")
-            if name in _STRIDES:
-                fields[_STRIDES[name]] = tensor.stride(0)
+    for name, tensor in held.items():
+        if tensor is None:
+            continue
+        if name in _STRIDES:
+            tensor, fields[_STRIDES[name]] = _rows(_as(tensor, x.dtype), hidden)
+            held[name] = tensor
+        fields[name] = address = tensor.data_ptr()
+        if not address and tensor.numel():
+            raise RuntimeError(f"the memory of {name} has been freed; DyT cannot read or write it")
     getattr(_library, kernel)(ctypes.byref(_Call(**fields)))
 
 
-def forward(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`reference.dyt_forward` for CPU tensors of these DTYPES; the result, or `out`, is contiguous."""
-    hidden = x.shape[-1]
+def forward(x: Tensor, parameters: Parameters, out: Tensor | None = None) -> Tensor:
+    """See `backends.Implementation`, as for the others; x has one of these DTYPES."""
     y = _new(x) if out is None else out
-    w, b = _vector(weight), None if bias is None else _vector(bias)
-    _call("dyt_forward", _rows(x, hidden), alpha, shift, function, _FORWARD_BLOCKS, weight=w, bias=b, y=y)
+    _call("dyt_forward", x, parameters, _FORWARD_BLOCKS, y=y)
     return y
 
 
-def residual_forward(
-    x: Tensor,
-    residual: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-) -> tuple[Tensor, Tensor]:
-    """`reference.dyt_residual_forward` for CPU tensors; both results are contiguous."""
+def residual_forward(x: Tensor, residual: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
     if x.dtype != residual.dtype:
         total = torch.add(x, residual).contiguous()
-        return forward(total, alpha, weight, bias, shift, function), total
-    hidden = x.shape[-1]
+        return forward(total, parameters), total
     y, total = _new(x), _new(x)
-    w, b = _vector(weight), None if bias is None else _vector(bias)
-    r = _rows(residual, hidden)
-    _call(
-        "dyt_forward",
-        _rows(x, hidden),
-        alpha,
-        shift,
-        function,
-        _FORWARD_BLOCKS,
-        residual=r,
-        weight=w,
-        bias=b,
-        y=y,
-        sum=total,
-    )
+    _call("dyt_forward", x, parameters, _FORWARD_BLOCKS, residual=residual, y=y, sum=total)
     return y, total
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    function: str,
-    needs: Sequence[bool],
-    dsum: Tensor | None = None,
+    dy: Tensor, x: Tensor, parameters: Parameters, needs: Sequence[bool], dsum: Tensor | None = None
 ) -> list[Tensor]:
-    """`reference.dyt_backward` for CPU tensors, with `dsum` added to dx.
-
-    Returns, in this order, those gradients of x, alpha, weight, bias and shift that `needs` asks for.
-    """
-    hidden = x.shape[-1]
-    rows = _rows(x, hidden)
+    alpha, weight, _, shift, _ = parameters
     names = ("dx", "dalpha", "dweight", "dbias", "dshift")
     likes = (x, alpha, weight, weight, alpha if shift is None else shift)
     wanted = [(name, like) for name, like, needed in zip(names, likes, needs, strict=True) if needed]
     gradients = {name: _new(like, x.dtype if name == "dx" else torch.float32) for name, like in wanted}
-    upstream, w = _rows(_as(dy, x.dtype), hidden), _vector(weight)
-    other = None if dsum is None else _rows(_as(dsum, x.dtype), hidden)
-    blocks = max(1, min(_BACKWARD_BLOCKS, len(rows) // _MIN_BLOCK_ROWS))
-    partials = w.new_empty((blocks, _SUMS, hidden), dtype=torch.float64)
-    _call(
-        "dyt_backward",
-        rows,
-        alpha,
-        shift,
-        function,
-        blocks,
-        dy=upstream,
-        dsum=other,
-        weight=w,
-        partials=partials,
-        **gradients,
-    )
+    hidden = x.shape[-1]
+    blocks = max(1, min(_BACKWARD_BLOCKS, x.numel() // hidden // _MIN_BLOCK_ROWS))
+    partials = torch.empty((blocks, _SUMS, hidden), dtype=torch.float64, device="cpu")
+    _call("dyt_backward", x, parameters, blocks, dy=dy, dsum=dsum, partials=partials, **gradients)
     return [_as(gradients[name], like.dtype) for name, like in wanted]

@@ -1,23 +1,48 @@
 """The functions of DyT to call: `dyt`, `dyt_residual`, `dyt_fork`, and `recompute_dyt`."""
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
 from megatron_dyt.ops import reference
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, choose_implementation
-from megatron_dyt.ops.checks import check_function, check_tensors
 from megatron_dyt.ops.library import Dyt, DytResidual, Fork, is_observed, is_transformed
+from megatron_dyt.ops.parameters import Parameters
 
 
-def dyt(
+class Options(TypedDict, total=False):
+    """What all functions of this file take by name.
+
+    Attributes:
+        function: tanh (the default), erf, hardtanh, sigmoid, isru (z / sqrt(1 + z^2)) or identity.
+        shift: (1,), for erf and only for erf.
+        backend: "torch", "triton", or "auto" (the default) for the best that runs on x's device.
+    """
+
+    function: str
+    shift: Tensor | None
+    backend: str
+
+
+def _prepare(
     x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    residual: Tensor | None,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
     *,
     function: str = "tanh",
     shift: Tensor | None = None,
     backend: str = "auto",
+) -> tuple[Parameters, str]:
+    """The parameters, checked, and the name of the implementation; `tensors` are alpha, weight, bias."""
+    parameters = Parameters(*tensors, shift, function)
+    parameters.check(x, residual)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return parameters, choose_implementation(backend, x.device, function, dtype)
+
+
+def dyt(
+    x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Unpack[Options]
 ) -> Tensor:
     """Dynamic Tanh, weight * f(alpha * x + shift) + bias (arXiv 2503.10622; erf: arXiv 2512.10938).
 
@@ -26,9 +51,7 @@ def dyt(
         alpha: (1,).
         weight: (hidden,).
         bias: (hidden,) in weight's dtype, or None.
-        function: tanh, erf, hardtanh, sigmoid, isru (z / sqrt(1 + z^2)) or identity.
-        shift: (1,), for erf and only for erf.
-        backend: "torch", "triton", or "auto" for the best that runs on x's device.
+        options: function, shift, backend: see `Options`.
 
     Returns:
         y, contiguous, in x's shape and dtype. The math is fp32 (fp64 for fp64 x) whatever the
@@ -38,14 +61,11 @@ def dyt(
     Raises:
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
-    check_tensors(x, alpha, weight, bias, shift)
-    check_function(function, shift)
-    implementation = choose_implementation(backend, x.device, function, x.dtype)
+    parameters, implementation = _prepare(x, None, (alpha, weight, bias), **options)
     if is_transformed():
-        return reference.dyt_forward(x, alpha, weight, bias, function=function, shift=shift).contiguous()
-    observed = is_observed(x, alpha, weight, bias, shift)
-    call = torch.ops.megatron_dyt.dyt.default if observed else Dyt.apply
-    y: Tensor = call(x, alpha, weight, bias, shift, function, implementation)
+        return reference.dyt_forward(x, *parameters).contiguous()
+    call = torch.ops.megatron_dyt.dyt.default if is_observed(x, *parameters) else Dyt.apply
+    y: Tensor = call(x, *parameters, implementation)
     return y
 
 
@@ -55,10 +75,7 @@ def dyt_residual(
     alpha: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
-    function: str = "tanh",
-    shift: Tensor | None = None,
-    backend: str = "auto",
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]:
     """The sum of a residual branch, and DyT of it: (dyt(r), r) with r = x + residual.
 
@@ -68,7 +85,7 @@ def dyt_residual(
     Args:
         x: (..., hidden), as for `dyt`.
         residual: in x's shape and on its device, of any allowed dtype.
-        alpha, weight, bias, function, shift, backend: as for `dyt`.
+        alpha, weight, bias, options: as for `dyt`.
 
     Returns:
         y and r, contiguous, in x's shape and the dtype that x + residual has. y is DyT of r as rounded to
@@ -77,28 +94,18 @@ def dyt_residual(
     Raises:
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
-    check_tensors(x, alpha, weight, bias, shift, residual)
-    check_function(function, shift)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    implementation = choose_implementation(backend, x.device, function, dtype)
+    parameters, implementation = _prepare(x, residual, (alpha, weight, bias), **options)
     if is_transformed():
         total = (x + residual).contiguous()
-        return reference.dyt_forward(total, alpha, weight, bias, function=function, shift=shift), total
-    observed = is_observed(x, residual, alpha, weight, bias, shift)
+        return reference.dyt_forward(total, *parameters), total
+    observed = is_observed(x, residual, *parameters)
     call = torch.ops.megatron_dyt.dyt_residual.default if observed else DytResidual.apply
-    y, r = call(x, residual, alpha, weight, bias, shift, function, implementation)
+    y, r = call(x, residual, *parameters, implementation)
     return y, r
 
 
 def dyt_fork(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    function: str = "tanh",
-    shift: Tensor | None = None,
-    backend: str = "auto",
+    x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]:
     """(dyt(x), x) for an x that is needed twice, as where a residual branch begins.
 
@@ -108,11 +115,9 @@ def dyt_fork(
     Arguments and errors: as for `dyt`.
     """
     if not torch.is_grad_enabled() or is_transformed():
-        return dyt(x, alpha, weight, bias, function=function, shift=shift, backend=backend), x
-    check_tensors(x, alpha, weight, bias, shift)
-    check_function(function, shift)
-    implementation = choose_implementation(backend, x.device, function, x.dtype)
-    y, same = Fork.apply(x, alpha, weight, bias, shift, function, implementation)
+        return dyt(x, alpha, weight, bias, **options), x
+    parameters, implementation = _prepare(x, None, (alpha, weight, bias), **options)
+    y, same = Fork.apply(x, *parameters, implementation)
     return y, same
 
 
@@ -122,10 +127,7 @@ def recompute_dyt(
     alpha: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
-    function: str = "tanh",
-    shift: Tensor | None = None,
-    backend: str = "auto",
+    **options: Unpack[Options],
 ) -> None:
     """Give y, a result of `dyt(x, ...)` whose storage has been resized to 0, its memory and values back.
 
@@ -136,14 +138,14 @@ def recompute_dyt(
         y: contiguous, at the start of its storage, in x's shape; its dtype may be another one.
         x, alpha, ...: as they were for `dyt`.
     """
+    parameters, implementation = _prepare(x, None, (alpha, weight, bias), **options)
     storage = y.untyped_storage()
     storage.resize_(y.numel() * y.itemsize)
     with torch.no_grad():
-        implementation = choose_implementation(backend, x.device, function, x.dtype)
         # A tensor of its own on the same memory: writing to it is no change of y to autograd.
         alias = torch.empty(0, dtype=y.dtype, device=y.device).set_(storage, 0, y.shape, y.stride())
         forward = IMPLEMENTATIONS[implementation].forward
         if y.dtype == x.dtype:
-            forward(x, alpha, weight, bias, shift, function, alias)
+            forward(x, parameters, alias)
         else:
-            alias.copy_(forward(x, alpha, weight, bias, shift, function))
+            alias.copy_(forward(x, parameters))

@@ -81,9 +81,8 @@ def dyt_forward(
     alpha: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
-    function: str = "tanh",
     shift: Tensor | None = None,
+    function: str = "tanh",
 ) -> Tensor:
     """y = weight * f(alpha * x + shift) + bias, in x's shape and dtype.
 
@@ -101,10 +100,10 @@ def dyt_backward(
     x: Tensor,
     alpha: Tensor,
     weight: Tensor,
+    shift: Tensor | None = None,
+    function: str = "tanh",
     *,
     has_bias: bool,
-    function: str = "tanh",
-    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dx, dalpha, dweight, dbias or None, dshift or None) for the upstream gradient dy.
 
@@ -132,25 +131,6 @@ def dyt_backward(
     dbias = _sum_rows(dy).to(weight.dtype) if has_bias else None
     dshift = g.sum().reshape(1).to(shift.dtype) if shift is not None else None
     return dx, dalpha, dweight, dbias, dshift
-
-
-def dyt_residual_forward(
-    x: Tensor,
-    residual: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    function: str = "tanh",
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(DyT of r, r) with r = x + residual, rounded to the dtype that torch gives this sum.
-
-    With dr the gradient that reaches r by other ways than DyT, that of x and of residual is
-    dr + dyt_backward(dy, r, ...)[0].
-    """
-    total = x + residual
-    return dyt_forward(total, alpha, weight, bias, function=function, shift=shift), total
 
 
 def _sum_rows(t: Tensor) -> Tensor:

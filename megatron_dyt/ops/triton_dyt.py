@@ -13,12 +13,13 @@ from torch import Tensor
 
 from megatron_dyt.ops import triton_kernels as kernels
 from megatron_dyt.ops import triton_launch as launch
+from megatron_dyt.ops.parameters import Parameters
 
 FUNCTIONS = ("tanh", "erf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # How exact f(z) has to be: bits of the result's significand.
-_PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float8_e4m3fn: 8}
+_PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 def is_interpreted() -> bool:
@@ -26,80 +27,31 @@ def is_interpreted() -> bool:
     return not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 
 
-def forward(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`reference.dyt_forward` for functions in FUNCTIONS and dtypes in DTYPES; y, or `out`, is contiguous."""
+def forward(x: Tensor, parameters: Parameters, out: Tensor | None = None) -> Tensor:
+    """See `backends.Implementation`, as for the others; for functions in FUNCTIONS and dtypes in DTYPES."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    _launch_forward(x, None, alpha, weight, bias, shift, function, y, None)
+    _launch_forward(x, None, parameters, y, None)
     return y
 
 
-def residual_forward(
-    x: Tensor,
-    residual: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-) -> tuple[Tensor, Tensor]:
-    """`reference.dyt_residual_forward`: (y, x + residual), both contiguous."""
+def residual_forward(x: Tensor, residual: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, residual.dtype)
     y, total = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
-    _launch_forward(x, residual, alpha, weight, bias, shift, function, y, total)
+    _launch_forward(x, residual, parameters, y, total)
     return y, total
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether the kernels can write FP8 there: the interpreter, and NVIDIA from Ada and Hopper on."""
-    if device.type == "cpu":
-        return is_interpreted()
-    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def fp8_forward(
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    scale: Tensor,
-) -> Tensor:
-    """scale * DyT(x), rounded once, to float8_e4m3fn; scale is (1,) in fp32."""
-    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    _launch_forward(x, None, alpha, weight, bias, shift, function, y, None, scale)
-    return y
-
-
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    function: str,
-    needs: Sequence[bool],
-    dsum: Tensor | None = None,
+    dy: Tensor, x: Tensor, parameters: Parameters, needs: Sequence[bool], dsum: Tensor | None = None
 ) -> list[Tensor]:
-    """`reference.dyt_backward`, plus dsum on dx. Deterministic: sums have one order, and no atomics.
-
-    Returns, in this order, those gradients of x, alpha, weight, bias and shift that `needs` asks for.
-    """
-    likes = (x, alpha, weight, weight, shift)
+    """Deterministic: sums have one order, and no atomics."""
+    alpha, weight, _, shift, _ = parameters
     outputs = [
         torch.empty(like.shape, dtype=like.dtype, device=like.device) if needed and like is not None else None
-        for like, needed in zip(likes, needs, strict=True)
+        for like, needed in zip((x, alpha, weight, weight, shift), needs, strict=True)
     ]
     if x.numel() > 0:
-        _launch_backward(dy, x, alpha, weight, shift, function, dsum, outputs)
+        _launch_backward(dy, x, parameters, dsum, outputs)
     else:
         for output in outputs:
             if output is not None:
@@ -126,25 +78,17 @@ def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _launch_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    alpha: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    function: str,
-    y: Tensor,
-    total: Tensor | None,
-    scale: Tensor | None = None,
+    x: Tensor, residual: Tensor | None, parameters: Parameters, y: Tensor, total: Tensor | None
 ) -> None:
     if x.numel() == 0:
         return
+    alpha, weight, bias, shift, function = parameters
     x = _as_rows(x)
     residual = None if residual is None else _as_rows(residual)
     rows, hidden = x.shape
     chip = launch.chip_of(x.device)
-    # Of what is computed with: y is narrower in FP8, wider than x beside a wider residual.
-    tile = launch.forward_tile(chip, rows, hidden, max(x.itemsize, y.itemsize))
+    # y is wider than x beside a wider residual.
+    tile = launch.forward_tile(chip, rows, hidden, y.itemsize)
     unit = _stride_unit(x, residual)
     grid = (launch.ceil_div(rows, tile.block_m) * launch.ceil_div(hidden, tile.block_n),)
     with _on_device_of(x):
@@ -155,7 +99,6 @@ def _launch_forward(
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
             shift,
-            scale,
             y,
             total,
             rows,
@@ -175,13 +118,11 @@ def _launch_forward(
 def _launch_backward(
     dy: Tensor,
     x: Tensor,
-    alpha: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    function: str,
+    parameters: Parameters,
     dsum: Tensor | None,
     outputs: Sequence[Tensor | None],
 ) -> None:
+    alpha, weight, _, shift, function = parameters
     dx, d_alpha, d_weight, d_bias, d_shift = outputs
     x, dy = _as_rows(x), _as_rows(dy)
     dsum = None if dsum is None or dx is None else _as_rows(dsum)

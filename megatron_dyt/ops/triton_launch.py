@@ -11,14 +11,22 @@ from typing import NamedTuple
 
 import torch
 
-# Widest tile of columns. Narrow rows are stacked instead, so that a tile always keeps every thread busy.
+# What one access of 16 bytes by each of 4 * 32 threads covers in 2-byte elements, the widest tile of columns.
+# Narrow rows are stacked instead, so that a tile always keeps every thread busy.
 _MAX_BLOCK_N = 1024
-# A row program adds 16 bytes of partial sums a column (written, then read) to the 8 or so of each of its
+# Columns that a tile may waste: lanes that do nothing cost as much issue time as others.
+_MAX_WASTE = 1.05
+# Narrowest tile that is tried for wide rows: 256 bytes of 2-byte elements, two cache lines.
+_MIN_BLOCK_N = 128
+# A row program adds 16 bytes of partial sums per column (written, then read) to the 8 or so of each of its
 # rows, mostly in L2. It gets at least this many rows.
 _MIN_ROWS_PER_PROGRAM = 16
-# Forward tiles become smaller until there are this many programs for each processor.
+# Forward tiles become smaller until there are this many programs per processor: with fewer, processors that
+# get one program less than others would idle for a quarter of the time or more.
 _MIN_PROGRAMS_PER_PROCESSOR = 4
 
+# The finalize kernel's tile: 32 columns are a cache line of fp32, and give 128 programs at hidden 4096, about
+# one per processor. 32 rows of partial sums are 8 independent loads for each of the 128 threads of 4 warps.
 FINALIZE_BLOCK_P = 32
 FINALIZE_BLOCK_N = 32
 FINALIZE_WARPS = 4
@@ -52,7 +60,10 @@ class Plan(NamedTuple):
 
 
 # (family, bytes of an element) -> plan. An NVIDIA SM has 65536 registers: 3 * 128 threads may have 168 each,
-# 4 * 128 threads 128. An AMD SIMD has 512 a lane, and a program of 4 waves puts one on each SIMD.
+# 4 * 128 threads 128. An AMD SIMD has 512 per lane, and a program of 4 waves puts one on each SIMD.
+# 4 warps: one for each of an SM's or CU's four schedulers. 4 accesses in flight per thread and operand: of 3
+# programs * 128 threads * 4 accesses * 16 bytes * 3 operands, 73 KB, an H200 needs 23 KB per SM to hide its
+# memory's latency (700 ns). Where it says 2, the programs that shall be resident leave no registers for 4.
 PLANS: dict[tuple[str, int], Plan] = {
     ("sm80", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
     ("sm80", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
@@ -76,6 +87,7 @@ def chip_of(device: torch.device) -> Chip:
     warp_size = getattr(properties, "warp_size", 64 if torch.version.hip else 32)
     if torch.version.hip:
         return Chip("gfx9", properties.multi_processor_count, warp_size, ptx=False)
+    # Chips before Ampere and of later generations get the nearest row that there is.
     families = dict.fromkeys(range(9), "sm80") | {9: "sm90"}
     family = families.get(properties.major, "sm100")
     return Chip(family, properties.multi_processor_count, warp_size, ptx=True)
@@ -103,11 +115,11 @@ def next_power_of_2(n: int) -> int:
 
 
 def _block_n(hidden: int, limit: int) -> int:
-    """The widest power of two up to `limit` that wastes at most 5 % of its columns, else the least."""
+    """The widest power of two up to `limit` that wastes few columns, else the one that wastes least."""
     widest = min(limit, next_power_of_2(hidden))
-    candidates = [widest >> i for i in range(4) if widest >> i >= min(widest, 128)]
+    candidates = [widest >> i for i in range(4) if widest >> i >= min(widest, _MIN_BLOCK_N)]
     padded = {n: ceil_div(hidden, n) * n for n in candidates}
-    good = [n for n in candidates if padded[n] <= 1.05 * hidden]
+    good = [n for n in candidates if padded[n] <= _MAX_WASTE * hidden]
     return good[0] if good else min(candidates, key=lambda n: padded[n])
 
 
@@ -129,7 +141,7 @@ def backward_tile(chip: Chip, hidden: int, itemsize: int, stride_unit: int, func
     plan = PLANS[chip.family, itemsize]
     elements = plan.warps * chip.warp_size * (16 // itemsize)
     block_n = _block_n(hidden, min(_MAX_BLOCK_N, elements))
-    # Rows that take several accesses for 16 bytes have as many in flight without unrolling.
+    # Rows that lie so that 16 bytes take several accesses have as many in flight without unrolling.
     aligned = stride_unit * itemsize >= 16
     unroll = plan.erf if function == "erf" else plan.tanh
     return Tile(unroll if aligned else 1, elements // block_n, block_n, plan.warps)

@@ -44,11 +44,11 @@ def layer_parameters(recipe: Recipe, tp: int) -> int:
     """Parameters of one transformer layer on a tensor parallel rank, two DyT included."""
     hidden = recipe.hidden_size
     # With fewer query groups than ranks, ranks share one.
-    groups = max(1, recipe.num_query_groups // tp)
-    qkv = hidden * (hidden // tp + 2 * groups * recipe.head_dim)
-    return (
-        qkv + hidden * hidden // tp + 3 * hidden * recipe.ffn_hidden_size // tp + 2 * norm_parameters(recipe)
-    )
+    keys = max(1, recipe.num_query_groups // tp) * recipe.head_dim
+    qkv = hidden * (recipe.query_size // tp + 2 * keys)
+    output = recipe.query_size * hidden // tp
+    mlp = 3 * hidden * recipe.ffn_hidden_size // tp
+    return qkv + output + mlp + 2 * norm_parameters(recipe)
 
 
 def norm_parameters(recipe: Recipe) -> int:
@@ -90,17 +90,18 @@ def layer_activations(recipe: Recipe, layout: Layout) -> float:
     """Bytes that a layer keeps for the backward pass of one micro-batch, on one rank.
 
     What autograd saves with Transformer Engine's attention and Megatron's SwiGLU fusion (both the defaults on
-    GPUs), no biases, no dropout. Elements per token, where h is the hidden, k the key-value and f the FFN's
-    width, each split over the tensor parallel ranks (sequence parallel where TP does not split it):
+    GPUs), no biases, no dropout. Elements per token, where h is the width of the hidden states, q of queries,
+    k of keys and of values, f of the FFN, each split over the tensor parallel ranks (sequence parallel where
+    TP does not split it):
 
     | saved by | tensor | elements |
     |---|---|---|
     | DyT before attention | the layer's input, the residual stream | h |
     | qkv linear layer | its input, DyT's output | h |
-    | attention | q and k after RoPE, v, made contiguous; q, k, v before that are gone | h + 2k |
-    | attention | its output, and one fp32 per head, the softmax statistics | h |
+    | attention | q and k after RoPE, v, made contiguous; q, k, v before that are gone | q + 2k |
+    | attention | its output, and one fp32 per head, the softmax statistics | q |
     | output linear layer | its input: attention's output; with flash-attn and more than one sequence per \
-      micro-batch a copy of it, [s, b, h] of [b, s, h] (cuDNN's attention writes [s, b, h] itself) | 0 or h |
+      micro-batch a copy of it, [s, b, q] of [b, s, q] (cuDNN's attention writes [s, b, q] itself) | 0 or q |
     | DyT before the MLP | the sum of residual and attention | h |
     | gate and up linear layer | its input, DyT's output | h |
     | SwiGLU, fused | its input, gate and up | 2f |
@@ -116,7 +117,7 @@ def layer_activations(recipe: Recipe, layout: Layout) -> float:
     if layout.recompute == "full":
         return BF16 * tokens * hidden / layout.tp
     outputs = 1 if layout.micro_batch == 1 else 2
-    elements = 4 * hidden + (hidden + 2 * recipe.key_size) + outputs * hidden
+    elements = 4 * hidden + (recipe.query_size + 2 * recipe.key_size) + outputs * recipe.query_size
     if layout.recompute == "selective":
         elements -= 2 * hidden  # Both outputs of DyT are computed again, and the MLP inside.
     else:

@@ -86,7 +86,7 @@ def flops_per_token(recipe: Recipe) -> float:
     if not recipe.tie_embeddings:
         matrices -= recipe.vocab_size * recipe.hidden_size  # Looking up an embedding is no product.
     # Scores and weighted values take 12 L s h, of which the causal mask leaves half.
-    attention = 6 * recipe.num_layers * recipe.seq_length * recipe.hidden_size
+    attention = 6 * recipe.num_layers * recipe.seq_length * recipe.query_size
     return 6.0 * matrices + attention
 
 

@@ -25,9 +25,8 @@ ALIGNMENT = 64
 # mcore/guard.py: two flags of 4 bytes, reduced over all ranks.
 GUARD_BYTES = 8
 
-SIZES = ("7b", "13b", "34b", "70b")
 MAX_RANKS = 4096
-# Layouts shown: tensor x pipeline x data parallel ranks.
+# Recipe -> layouts shown: tensor x pipeline x data parallel ranks.
 SHOWN = {
     "7b": ((1, 1, 8), (2, 1, 256), (2, 1, 2048)),
     "13b": ((2, 1, 32), (2, 2, 128), (4, 2, 512)),
@@ -146,12 +145,12 @@ def worst(recipe: Recipe, tp: int, pp: int, dp: int) -> tuple[Added, float]:
     return most, most.parameters / (stage_parameters(recipe, layout, index) - most.parameters)
 
 
-def layouts(recipe: Recipe, ranks: int = MAX_RANKS) -> Iterator[tuple[int, int, int]]:
-    """Every TP x PP x DP of powers of two with at most `ranks` ranks that the model can be split into."""
-    powers = [2**i for i in range(int(math.log2(ranks)) + 1)]
-    for tp in (power for power in powers if power <= 8):
+def layouts(recipe: Recipe) -> Iterator[tuple[int, int, int]]:
+    """Every TP x PP x DP of powers of two with at most `MAX_RANKS` ranks that the model can be split into."""
+    powers = [2**i for i in range(int(math.log2(MAX_RANKS)) + 1)]
+    for tp in (1, 2, 4, 8):
         for pp in (power for power in powers if recipe.num_layers % power == 0):
-            yield from ((tp, pp, dp) for dp in powers if tp * pp * dp <= ranks)
+            yield from ((tp, pp, dp) for dp in powers if tp * pp * dp <= MAX_RANKS)
 
 
 def report() -> str:
@@ -161,35 +160,33 @@ def report() -> str:
         "| Parameter gather (DP) | Norm gradients (TP) | Guard (all) | Collectives |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in SIZES:
-        for tp, pp, dp in SHOWN[size]:
+    for size, shown in SHOWN.items():
+        for tp, pp, dp in shown:
             most, share = worst(load(size), tp, pp, dp)
             lines.append(
                 f"| {size.upper()} | {tp} × {pp} × {dp} | {tp * pp * dp} | {most.parameters} | {share:.1e} | "
                 f"+{most.reduction:,} B | +{most.gather:,} B | +{most.sequence:,} B | +{most.guard} B | "
                 f"+{most.collectives} |"
             )
-    lines += ["", *_extremes()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _extremes()])
 
 
-def _extremes() -> Iterator[str]:
-    tried = 0
-    found = []
-    for size in SIZES:
-        recipe = load(size)
-        for layout in layouts(recipe):
-            tried += 1
-            most, share = worst(recipe, *layout)
-            found.append((most.total, share, most.collectives, size, layout))
-    total, _, _, size, (tp, pp, dp) = max(found)
-    share = max(each[1] for each in found)
-    calls = max(each[2] for each in found)
-    yield (
-        f"Over all {tried} layouts of powers of two (TP to 8, up to {MAX_RANKS:,} ranks) of these sizes, no "
-        f"rank hands more than {total:,} B per step more to its collectives ({size.upper()}, TP {tp}, "
-        f"PP {pp}, DP {dp}), no rank has more than {share:.1e} of its parameters more, and no step has more "
-        f"than {calls} collective more."
+def _extremes() -> str:
+    """The most of everything, over all layouts of all sizes shown."""
+    found = [
+        (*worst(recipe, *layout), recipe.name, layout)
+        for recipe in map(load, SHOWN)
+        for layout in layouts(recipe)
+    ]
+    # Of equals the largest layout.
+    most, _, size, (tp, pp, dp) = max(found, key=lambda each: (each[0].total, *each[1:]))
+    share = max(share for _, share, _, _ in found)
+    calls = max(counted.collectives for counted, _, _, _ in found)
+    return (
+        f"Over all {len(found)} layouts of powers of two (TP to 8, up to {MAX_RANKS:,} ranks) of these "
+        f"sizes, no rank hands more than {most.total:,} B per step more to its collectives ({size.upper()}, "
+        f"TP {tp}, PP {pp}, DP {dp}), no rank has more than {share:.1e} of its parameters more, and no step "
+        f"has more than {calls} collective more."
     )
 
 

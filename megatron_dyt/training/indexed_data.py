@@ -24,7 +24,8 @@ _DTYPES = {
 }
 # Magic, version, dtype code, number of sequences, number of document boundaries.
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
-# What is looked at of a dataset: all of it where it is not longer than that many pieces together.
+# What is looked at of a dataset: all of it where it is not longer than that many pieces together. 65,536 ids
+# find a tokenizer of other data (one id too large in a thousand) and take no time.
 _PIECES, _PIECE_TOKENS = 16, 4096
 
 
@@ -68,6 +69,7 @@ def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
             )
     if sequences == 0:
         raise UserError(f"{index} describes a dataset without documents: prepare it again")
+    # int32 [sequences]: the ids of each.
     lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
     return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
 
@@ -125,7 +127,7 @@ def _highest(data: Path, dtype: np.dtype[Any]) -> tuple[int, int, int, int]:
     total = data.stat().st_size // dtype.itemsize
     if total == 0:
         return -1, 0, 0, 0
-    tokens = np.memmap(data, dtype, "r", shape=(total,))
+    tokens = np.memmap(data, dtype, "r", shape=(total,))  # [total]
     pieces = [(0, total)]
     if total > _PIECES * _PIECE_TOKENS:
         # Evenly from the first tokens to the last.

@@ -186,7 +186,8 @@ def get_unpacked_batch(
 ) -> dict[str, Any]:
     """In 0.17 and 0.18 this rank's part of the next micro-batch, on a rank that needs its tokens.
 
-    int64 [batch, sequence]: tokens, labels, position_ids; None for what this stage does not need.
+    tokens, labels and position_ids are int64 [sequences of the micro-batch, tokens of a sequence on this
+    rank], loss_mask is fp32 of that shape; None is what this stage does not need.
     """
     if compat.has("batch_in_core"):
         return _get_batch_by_core(data_iterator, has_mtp)

@@ -1,8 +1,11 @@
 """The one door: its commands exist, are handed their arguments, and end as errors.run_main says."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import click
 import pytest
@@ -10,6 +13,8 @@ from click.testing import CliRunner
 
 from megatron_dyt import cli
 from megatron_dyt.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -76,3 +81,31 @@ def test_help_recipes_and_plans_import_no_torch() -> None:
     commands += [["recipe", "7b"], ["plan", "--model", "70b", "--nodes", "128"], ["scaling"]]
     script = WITHOUT_TORCH.format(commands=commands)
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@click.command()
+def needs_a_package() -> None:
+    importlib.import_module("package_of_an_extra.part")
+
+
+@click.command()
+def needs_a_file() -> None:
+    importlib.import_module("megatron_dyt.not_there")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "eval", (f"{__name__}:needs_a_package", ""))
+    error = CliRunner().invoke(cli.main, ["eval"]).exception
+    assert isinstance(error, UserError)
+    assert str(error) == "megatron-dyt eval needs package_of_an_extra: pip install 'megatron-dyt[eval]'"
+
+
+def test_a_module_missing_from_the_wheel_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "eval", (f"{__name__}:needs_a_file", ""))
+    assert isinstance(CliRunner().invoke(cli.main, ["eval"]).exception, ModuleNotFoundError)
+
+
+def test_extras_are_those_of_the_metadata() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {extra for extras in cli.EXTRAS.values() for extra in extras.split(",")} <= set(declared)
+    assert set(cli.EXTRAS) <= set(cli.COMMANDS)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from megatron_dyt import cpu
+from megatron_dyt import cli, cpu
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.lm import MegatronDyTLM
 from megatron_dyt.evaluation.task_loading import load_tasks
-from megatron_dyt.hf import export
 
 from .conftest import SEQUENCE, TEXT, Trained
 from .task_data import write_all
@@ -57,7 +56,8 @@ def test_same_as_the_export_in_lm_eval_s_hf(
     tokens = lm.generator.generate(prompts, max_new=8, max_length=SEQUENCE, done=done)
 
     output = tmp_path / "export"
-    export.main(["--load", str(saved.directory), "--output", str(output)])
+    words = ["export", "--load", str(saved.directory), "--output", str(output)]
+    cli.main.main(words, standalone_mode=False)
     cpu.disable()  # Under it transformers cannot load a model.
     theirs = hf(output)
     for one, other in zip(ours, theirs.loglikelihood(requests), strict=True):

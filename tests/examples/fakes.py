@@ -57,9 +57,9 @@ case "$*" in
 esac
 """
 
-# python: this one, but for dry runs, whose arguments go to $FAKE_HOME/dry-run.
+# python: this one, but for dry runs, whose arguments go to $FAKE_HOME/dry-run; they end with $FAKE_DRY_RUN.
 NO_DRY_RUN = f"""#!/usr/bin/env bash
-if [ "$3" = dry-run ]; then shift 3; printf '%q ' "$@" > "$FAKE_HOME/dry-run"; exit; fi
+if [ "$3" = dry-run ]; then shift 3; printf '%q ' "$@" > "$FAKE_HOME/dry-run"; exit "${{FAKE_DRY_RUN:-0}}"; fi
 exec {sys.executable} "$@"
 """
 

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dyt.errors import UserError
+from megatron_dyt.recipes import load, names
+from megatron_dyt.recipes.layout import Cluster
+from megatron_dyt.recipes.plan import Speeds, ranked
 from tests.recipes.test_dry_run import forget
 
 from . import fakes
@@ -47,8 +51,6 @@ def run(script: str, *flags: str, **settings: str) -> subprocess.CompletedProces
 
 
 def test_every_recipe_has_a_script() -> None:
-    from megatron_dyt.recipes import names
-
     assert set(SCRIPTS) == set(names())
     for name in SCRIPTS:
         assert f"MODEL={name} " in (ROOT / f"examples/llama/{name}.sh").read_text()
@@ -87,33 +89,29 @@ def looked_at(script: str, home: Path, *flags: str, **settings: str) -> tuple[st
     return result.stdout, asked[: asked.index("--")], asked[asked.index("--") + 1 :]
 
 
-@pytest.mark.parametrize(
-    ("name", "nodes", "norm", "billions"),
-    [
-        ("7b", 64, "DyT", "6.74B"),
-        ("13b", 64, "DyT", "13.02B"),
-        ("34b", 128, "DyT", "33.74B"),
-        ("70b", 128, "DyT", "68.98B"),
-        ("125m", 1, "RMSNorm", "0.13B"),
-    ],
-)
-def test_look_first_prints_the_plan_and_flags_that_megatron_takes(
-    name: str,
-    nodes: int,
-    norm: str,
-    billions: str,
-    tmp_path: Path,
-    forget: None,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("name", "norm"), [*((name, "DyT") for name in SCRIPTS), ("70b", "RMSNorm")])
+def test_look_first_prints_the_plan_and_what_would_run(name: str, norm: str, tmp_path: Path) -> None:
+    recipe, cluster = load(name), Cluster(128, 8, 80e9)
+    layout = ranked(recipe, cluster, Speeds())[0].layout
+    text, asked, flags = looked_at(name, tmp_path, "--seed", "7", NODES="128", NORM=norm)
+    assert f"layout: {layout.describe()}" in text
+    assert " days at 40% MFU" in text
+    assert shlex.split(text.splitlines()[-1]) == flags
+    planned = [*recipe.flags(norm), *layout.flags()]
+    assert flags[: len(planned)] == planned
+    assert flags[-2:] == ["--seed", "7"]
+    assert ("--dyt-stats-interval" in flags) == (norm == "DyT")
+    assert asked == ["--nodes", "128", "--gpus-per-node", "8", "--vocab-size", "32000"]
+
+
+@pytest.mark.parametrize("norm", ["DyT", "RMSNorm"])
+def test_megatron_takes_the_scripts_flags(
+    norm: str, tmp_path: Path, forget: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from megatron_dyt.recipes import dry_run
 
-    text, asked, flags = looked_at(name, tmp_path, "--seed", "7", NODES=str(nodes), NORM=norm)
-    for part in ("layout: TP ", " days at 40% MFU", "--seed 7", f"--normalization {norm}"):
-        assert part in text
-    assert shlex.split(text.splitlines()[-1]) == flags
-    assert asked == ["--nodes", str(nodes), "--gpus-per-node", "8", "--vocab-size", "32000"]
-    assert f"({billions})" in "\n".join(dry_run.run(flags, 8 * nodes, 32000))
+    _, _, flags = looked_at("125m", tmp_path, NORM=norm)
+    assert "padded vocabulary 32000" in "\n".join(dry_run.run(flags, 8, 32000))
     assert "Megatron warns" not in capsys.readouterr().out  # It would say that asynchronous saves are off.
 
 
@@ -161,20 +159,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"TRAIN_DATA": str(prefix), "VALID_DATA": str(prefix), "TOKENIZER_MODEL": str(model)}
 
 
-def test_truncated_data_are_refused_before_anything_starts(tmp_path: Path, data: dict[str, str]) -> None:
+@pytest.mark.parametrize("looking", [{}, {"PLAN_ONLY": "1"}], ids=["training", "looking"])
+def test_nothing_starts_after_a_dry_run_that_failed(
+    looking: dict[str, str], tmp_path: Path, data: dict[str, str]
+) -> None:
+    """Which is given the files to check, as they are part of what can be wrong."""
+    settings = data | {"OUT": str(tmp_path / "run"), "FAKE_DRY_RUN": "2"} | fakes.dry_run(tmp_path)
+    result = run("125m", **settings, **looking)
+    assert result.returncode == 2
+    assert not (tmp_path / "run").exists()
+    asked = shlex.split((tmp_path / "dry-run").read_text())
+    assert asked[4:7] == ["--files", "--tokenizer-model", data["TOKENIZER_MODEL"]]
+
+
+def test_truncated_data_are_found_by_the_dry_run(tmp_path: Path, data: dict[str, str], forget: None) -> None:
+    from megatron_dyt.recipes import dry_run
+
     for suffix in (".idx", ".bin"):
         shutil.copy(data["TRAIN_DATA"] + suffix, tmp_path / f"data{suffix}")
     os.truncate(tmp_path / "data.bin", 1000)
-    places = {"VALID_DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "run")}
-    settings = data | places | {"GPUS_PER_NODE": "2"}
-    result = run("125m", *SMALL.split(), **settings)
-    assert result.returncode == 2
-    assert "data.bin has 1000 bytes" in result.stderr
-    assert not (tmp_path / "run").exists()
-    # Looking first has the dry run check the same files.
-    _, asked, flags = looked_at("125m", tmp_path, **settings)
-    assert asked[-3:] == ["--files", "--tokenizer-model", data["TOKENIZER_MODEL"]]
-    assert flags[flags.index("--valid-data-path") + 1] == str(tmp_path / "data")
+    settings = data | {"VALID_DATA": str(tmp_path / "data")}
+    _, asked, flags = looked_at("125m", tmp_path, *SMALL.split(), **settings, GPUS_PER_NODE="2")
+    with pytest.raises(UserError, match=r"data\.bin has 1000 bytes"):
+        dry_run.run(flags, 2, dry_run.tokenizer_entries(asked[-1]), files=True)
 
 
 @pytest.mark.slow
@@ -189,6 +196,7 @@ def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data
         "SAVE_INTERVAL": "100000",
         "MEGATRON_DYT_DEVICE": "cpu",
     }
+    settings |= fakes.dry_run(tmp_path)
     small = [*SMALL.split(), "--override-opt_param-scheduler"]
     job = fakes.slurm(tmp_path) | {"SLURM_JOB_NUM_NODES": "1", "MASTER_PORT": free_port()}
     job["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -196,7 +204,7 @@ def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data
     with log.open("w") as file:
         process = subprocess.Popen(
             ["bash", "examples/llama/125m.sh", *small, "--train-iters", "100000"],
-            **{"cwd": ROOT, "env": environment(**settings, **job), "stdout": file},
+            **{"cwd": ROOT, "env": environment(**(settings | job)), "stdout": file},
             stderr=subprocess.STDOUT,
         )
     deadline = time.monotonic() + 300
@@ -213,9 +221,6 @@ def test_a_training_is_stopped_by_slurm_and_goes_on_by_hand(tmp_path: Path, data
     assert saved >= 3
     assert f"requeued, it resumes from step {saved}" in log.read_text()
 
-    assert "dry run: fine" in log.read_text()
-
-    settings |= fakes.dry_run(tmp_path)  # Once is enough.
     second = run("125m", *small, "--train-iters", str(saved + 2), **settings)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     steps = [f"iteration {step:8}/{saved + 2:8}" in second.stdout for step in range(1, saved + 3)]

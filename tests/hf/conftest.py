@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 from argparse import Namespace
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt import cli
 from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.data import train_tokenizer
+from megatron_dyt.hf.export import Export, export
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
 PADDED = 64
@@ -32,6 +35,11 @@ class Saved:
     args: Namespace
     checkpoint: Checkpoint
 
+    def export(self, output: Path, **options: Any) -> Path:
+        """`output`, with the export in it."""
+        export(Export(self.checkpoint, self.args, output, **options))
+        return output
+
     def logits(self) -> torch.Tensor:
         """fp32 (2, POSITIONS, PADDED) of Megatron on TOKENS."""
         positions = torch.arange(POSITIONS).expand(2, POSITIONS)
@@ -41,25 +49,44 @@ class Saved:
         return logits
 
 
+def command(*words: str | Path) -> None:
+    """`megatron-dyt WORDS`, in this process; its errors are raised."""
+    cli.main.main([str(word) for word in words], standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def saved_models() -> dict[str, Saved]:
+    """What `save_gpt` has saved in this module, by its arguments."""
+    return {}
+
+
 @pytest.fixture
 def save_gpt(
     make_config: Callable[..., Any],  # noqa: F811
     build_gpt: Callable[..., Any],  # noqa: F811
-    tmp_path: Path,
+    saved_models: dict[str, Saved],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Saved]:
     """`save_gpt("DyT", dyt=..., model={...}, args={...}, **config)`: a model with random values, saved.
 
-    `model` are options of the GPTModel, `args` more of the run's arguments, `name` the directory's name.
+    `model` are options of the GPTModel, `args` more of the run's arguments. The same model is saved once in a
+    module; the arguments that are returned may be changed, its files may not.
     """
 
-    def save(
-        normalization: str = "DyT",
+    def save(normalization: str = "DyT", **options: Any) -> Saved:
+        key = repr((normalization, options))
+        if key not in saved_models:
+            saved_models[key] = build_and_save(normalization, **options)
+        saved = saved_models[key]
+        return dataclasses.replace(saved, args=copy.copy(saved.args))
+
+    def build_and_save(
+        normalization: str,
         *,
         dyt: Any = None,
         scale: str | None = None,
         model: dict[str, Any] | None = None,
         args: dict[str, Any] | None = None,
-        name: str = "checkpoint",
         **overrides: Any,
     ) -> Saved:
         from megatron.core import dist_checkpointing
@@ -72,7 +99,7 @@ def save_gpt(
         built = build_gpt(config, **(model or {}))
         randomize(built)
         stored = run_arguments(config, model or {}, args or {})
-        root = tmp_path / name
+        root = tmp_path_factory.mktemp("checkpoint")
         directory = root / "iter_0000007"
         directory.mkdir(parents=True)
         (root / "latest_checkpointed_iteration.txt").write_text("7")

@@ -17,13 +17,12 @@ from megatron_dyt.checkpoints.saved_args import find_checkpoint, saved_args
 from megatron_dyt.errors import UserError
 from megatron_dyt.hf import convert as module
 from megatron_dyt.hf import register_auto_classes
-from megatron_dyt.hf.convert import main
+from megatron_dyt.hf.directory import SafetensorsReader
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.import_model import import_model
-from megatron_dyt.hf.safetensors_io import SafetensorsReader
 from megatron_dyt.hf.tokenizer import write_tokenizer
 
-from .conftest import TEXT
+from .conftest import TEXT, command
 from .test_import_model import TOKENS, hf_directory
 
 SEQUENCES, LENGTH = 6, 20
@@ -47,9 +46,9 @@ def llama(tmp_path: Path, tokenizer_model: Path) -> Callable[..., Any]:
     return make
 
 
-def command(home: Path, *more: str) -> list[str]:
-    paths = ["--load", str(home / "hf"), "--output", str(home / "dyt"), "--text", str(home / "text.txt")]
-    return [*paths, "--sequences", str(SEQUENCES), "--length", str(LENGTH), *more]
+def convert(home: Path, *more: str) -> None:
+    paths = ["--load", home / "hf", "--output", home / "dyt", "--text", home / "text.txt"]
+    command("convert", *paths, "--sequences", str(SEQUENCES), "--length", str(LENGTH), *more)
 
 
 def calibration(tokenizer_model: Path) -> torch.Tensor:
@@ -74,7 +73,7 @@ def test_the_directory_is_the_converted_model(
         plain = copy.deepcopy(model)
         convert_norms(plain)
         uncalibrated = plain(TOKENS).logits
-    main(command(tmp_path, *([] if bias else ["--no-bias"]), "--max-shard-size", "20KB"))
+    convert(tmp_path, *([] if bias else ["--no-bias"]), "--max-shard-size", "20KB")
     report = convert_norms(model, calibration(tokenizer_model), bias=bias)
     register_auto_classes()
     loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "dyt"))
@@ -96,7 +95,7 @@ def test_the_directory_is_the_converted_model(
 
 def test_it_goes_into_megatron_and_back(llama: Callable[..., Any], tmp_path: Path) -> None:
     llama()
-    main(command(tmp_path))
+    convert(tmp_path)
     import_model(tmp_path / "dyt", tmp_path / "megatron")
     checkpoint = find_checkpoint(str(tmp_path / "megatron"))
     export(Export(checkpoint, saved_args(checkpoint), tmp_path / "again"))
@@ -122,7 +121,7 @@ def test_what_cannot_be_converted(
     for weights in (tmp_path / "hf").glob("*.safetensors"):
         weights.unlink()  # Said before they are read.
     with pytest.raises(UserError, match=message):
-        main(command(tmp_path, *more))
+        convert(tmp_path, *more)
     assert not (tmp_path / "dyt").exists()
 
 
@@ -140,7 +139,7 @@ def test_other_models(
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=message):
-        main(command(tmp_path))
+        convert(tmp_path)
 
 
 def test_a_failure_leaves_nothing(
@@ -149,5 +148,5 @@ def test_a_failure_leaves_nothing(
     llama()
     monkeypatch.setattr(module, "_card", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        main(command(tmp_path))
+        convert(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "text.txt"}

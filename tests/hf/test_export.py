@@ -10,24 +10,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 from megatron_dyt.checkpoints.torch_dist import LazyTensor, TorchDistReader, write_torch_dist
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
-from megatron_dyt.hf import export as export_module
-from megatron_dyt.hf.export import Export, _size, export, main
+from megatron_dyt.hf import export as module
+from megatron_dyt.hf.directory import SafetensorsReader
 
-from .conftest import TOKENS, Saved, hf_logits, hf_model
+from .conftest import TOKENS, Saved, command, hf_logits, hf_model
 
 Save = Callable[..., Saved]
 TOLERANCE = 1e-5
 
 
-def exported(saved: Saved, output: Path, **options: Any) -> Path:
-    export(Export(saved.checkpoint, saved.args, output, **options))
-    return output
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -54,13 +55,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("fold", [False, True])
-def test_dyt_logits(save_gpt: Save, tmp_path: Path, variant: str, fold: bool) -> None:
+def test_dyt_logits(save_gpt: Save, tmp_path: Path, variant: str) -> None:
     saved = save_gpt("DyT", **VARIANTS[variant])
-    ours = hf_logits(exported(saved, tmp_path / "out", fold_weight=fold))
     theirs = saved.logits()
-    assert theirs.std() > 0.1
-    assert (ours - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
+    assert_close(hf_logits(saved.export(tmp_path / "out")), theirs)
+    assert_close(hf_logits(saved.export(tmp_path / "folded", fold_weight=True)), theirs)
 
 
 RMS_VARIANTS: dict[str, dict[str, Any]] = {
@@ -74,17 +73,16 @@ RMS_VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", RMS_VARIANTS)
 def test_rmsnorm_logits_as_plain_llama(save_gpt: Save, tmp_path: Path, variant: str) -> None:
     saved = save_gpt("RMSNorm", **RMS_VARIANTS[variant])
-    output = exported(saved, tmp_path / "out")
+    output = saved.export(tmp_path / "out")
     config = json.loads((output / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert not list(output.glob("*.py"))
-    theirs = saved.logits()
-    assert (hf_logits(output) - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
+    assert_close(hf_logits(output), saved.logits())
 
 
 def test_folding_removes_the_weights(save_gpt: Save, tmp_path: Path) -> None:
     saved = save_gpt("DyT", dyt=DyTConfig.unit(32, bias=True), qk_layernorm=True)
-    names = tensor_names(exported(saved, tmp_path / "out", fold_weight=True))
+    names = tensor_names(saved.export(tmp_path / "out", fold_weight=True))
     norms = {name for name in names if "norm" in name and not name.endswith("alpha")}
     # Between queries or keys and their product is no linear layer.
     assert norms
@@ -95,41 +93,32 @@ def test_folding_removes_the_weights(save_gpt: Save, tmp_path: Path) -> None:
 
 def test_shared_output_layer_is_not_folded_into(save_gpt: Save, tmp_path: Path) -> None:
     saved = save_gpt("DyT", model={"tied": True})
-    output = exported(saved, tmp_path / "out", fold_weight=True)
+    output = saved.export(tmp_path / "out", fold_weight=True)
     assert "model.norm.weight" in tensor_names(output)
     assert json.loads((output / "config.json").read_text())["dyt_folded"] == ["attn", "ffn"]
 
 
 def tensor_names(output: Path) -> set[str]:
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for path in output.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names |= set(file.keys())
-    return names
+    return set(SafetensorsReader(output).shapes)
 
 
 def test_shards_and_dtype(save_gpt: Save, tmp_path: Path) -> None:
     saved = save_gpt("DyT")
-    whole = exported(saved, tmp_path / "whole")
-    output = exported(saved, tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=10_000)
+    whole = SafetensorsReader(saved.export(tmp_path / "whole"))
+    output = saved.export(tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=10_000)
+    shards = SafetensorsReader(output)
+    for name in whole.shapes:
+        assert torch.equal(shards.read(name), whole.read(name).bfloat16()), name
     files = sorted(output.glob("*.safetensors"))
     assert len(files) > 3
-    # A file is full, or holds a single tensor.
+    assert max(path.stat().st_size for path in files) < 10_000 + 2_000  # and a header
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {path.name for path in files}
-    assert set(index["weight_map"]) == tensor_names(whole)
-    assert index["metadata"]["total_size"] * 2 == (
-        (whole / "model.safetensors").stat().st_size - header_bytes(whole / "model.safetensors")
-    )
+    assert set(index["weight_map"]) == set(whole.shapes)
+    assert index["metadata"]["total_size"] == 2 * sum(whole.read(name).numel() for name in whole.shapes)
     ours, theirs = hf_logits(output, dtype="auto"), saved.logits()
     assert ours.dtype == torch.bfloat16
     assert 1e-4 < (ours.float() - theirs).abs().max() / theirs.abs().max() < 0.05
-
-
-def header_bytes(path: Path) -> int:
-    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
 def test_layers_stored_one_by_one(save_gpt: Save, tmp_path: Path) -> None:
@@ -146,35 +135,25 @@ def test_layers_stored_one_by_one(save_gpt: Save, tmp_path: Path) -> None:
     directory = tmp_path / "single" / "iter_0000007"
     write_torch_dist(directory, tensors, {"args": saved.args})
     single = replace(saved, checkpoint=replace(saved.checkpoint, directory=directory))
-    ours = hf_logits(exported(single, tmp_path / "out"))
-    assert torch.equal(ours, hf_logits(exported(saved, tmp_path / "usual")))
+    ours = hf_logits(single.export(tmp_path / "out"))
+    assert torch.equal(ours, hf_logits(saved.export(tmp_path / "usual")))
 
 
 # --- the whole command ----------------------------------------------------------------------------
 
 
+def with_tokenizer(model: Path, **more: Any) -> dict[str, Any]:
+    """Arguments of a run with a SentencePiece tokenizer."""
+    return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model)} | more
+
+
 def test_command_with_tokenizer(
     save_gpt: Save, tmp_path: Path, tokenizer_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run with 64 padded tokens and a tokenizer of 350 is refused, and one that fits is exported."""
-    named: dict[str, Any] = {
-        "tokenizer_type": "SentencePieceTokenizer",
-        "tokenizer_model": str(tokenizer_model),
-    }
-    saved = save_gpt("DyT", args=named)
+    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
+    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
     output = tmp_path / "new" / "out"
-    argv = ["--load", str(saved.checkpoint.root), "--output", str(output)]
-    with pytest.raises(UserError, match=r"has 350 tokens, but the model in .* at most 64"):
-        main(argv)
-    with pytest.raises(SystemExit):
-        main([*argv, "--no-tokenizer", "--no-bos"])
-    assert "which --no-tokenizer leaves out" in capsys.readouterr().err
-    assert not output.exists()
-    assert list(output.parent.iterdir()) == []
-
-    named["padded_vocab_size"] = 384
-    saved = save_gpt("DyT", args=named, model={"vocab_size": 384}, name="right")
-    main(["--load", str(saved.checkpoint.root), "--output", str(output), "--max-shard-size", "40KB"])
+    command("export", "--load", saved.checkpoint.root, "--output", output, "--max-shard-size", "40KB")
     assert "exported" in capsys.readouterr().out
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "generation_config.json", "README.md", "modeling_llama_dyt.py"} <= names
@@ -182,23 +161,36 @@ def test_command_with_tokenizer(
     assert "model.safetensors.index.json" in names
     config = json.loads((output / "config.json").read_text())
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (350, 1, 2)
-    theirs = saved.logits()[..., :350]
-    assert (hf_logits(output) - theirs).abs().max() < TOLERANCE * max(1, float(theirs.abs().max()))
+    assert_close(hf_logits(output), saved.logits()[..., :350])
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
     assert "| vocabulary, positions | 350, 16 |" in (output / "README.md").read_text()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    save_gpt: Save, tmp_path: Path, tokenizer_model: Path
+) -> None:
+    saved = save_gpt("DyT", args=with_tokenizer(tokenizer_model))
+    words = ["export", "--load", saved.checkpoint.root, "--output", tmp_path / "new" / "out"]
+    with pytest.raises(UserError, match=r"has 350 tokens, but the model in .* at most 64"):
+        command(*words)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_options_that_contradict_each_other(tmp_path: Path) -> None:
+    words = ["export", "--load", tmp_path, "--output", tmp_path / "out"]
+    with pytest.raises(click.UsageError, match="which --no-tokenizer leaves out"):
+        command(*words, "--no-tokenizer", "--no-bos")
+    with pytest.raises(click.UsageError, match="give a size such as"):
+        command(*words, "--max-shard-size", "5GiB")
 
 
 def test_transformers_uses_an_export_as_its_own(
     save_gpt: Save, tmp_path: Path, tokenizer_model: Path
 ) -> None:
     """Shards, dtype on load, SDPA, the key-value cache, and a generation that ends at the tokenizer's EOS."""
-    named: dict[str, Any] = {
-        "tokenizer_type": "SentencePieceTokenizer",
-        "tokenizer_model": str(tokenizer_model),
-        "padded_vocab_size": 384,
-    }
-    saved = save_gpt("DyT", args=named, model={"vocab_size": 384})
-    output = exported(saved, tmp_path / "out", max_shard_bytes=40_000)
+    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
+    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
+    output = saved.export(tmp_path / "out", max_shard_bytes=40_000)
     assert len(list(output.glob("*.safetensors"))) > 1
 
     half = hf_model(output, torch_dtype=torch.bfloat16)
@@ -225,10 +217,10 @@ def test_transformers_uses_an_export_as_its_own(
 
 def test_failure_leaves_nothing(save_gpt: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save_gpt("DyT")
-    monkeypatch.setattr(export_module, "write_shards", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(module, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        exported(saved, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+        saved.export(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_in_use(save_gpt: Save, tmp_path: Path) -> None:
@@ -236,7 +228,7 @@ def test_output_in_use(save_gpt: Save, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match=r"--output .*out is a directory that is not empty"):
-        exported(saved, tmp_path / "out")
+        saved.export(tmp_path / "out")
     assert (tmp_path / "out" / "mine").exists()
 
 
@@ -244,7 +236,7 @@ def test_no_room(save_gpt: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     saved = save_gpt("DyT")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9_000, 0, 9_000))
     with pytest.raises(UserError, match=r"are needed and 0\.0 GB are free"):
-        exported(saved, tmp_path / "out")
+        saved.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -268,16 +260,9 @@ def test_tensors_that_the_arguments_do_not_describe(
     for name, value in changed.items():
         setattr(saved.args, name, value)
     with pytest.raises(UserError, match=message):
-        exported(saved, tmp_path / "out")
+        saved.export(tmp_path / "out")
 
 
 def test_rmsnorm_cannot_be_folded(save_gpt: Save, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--fold-weight is for DyT"):
-        exported(save_gpt("RMSNorm"), tmp_path / "out", fold_weight=True)
-
-
-def test_size() -> None:
-    assert [_size(text) for text in ("5GB", "500 mb", "12")] == [5 * 10**9, 500 * 10**6, 12]
-    for wrong in ("5GiB", "0GB", "-1", "big"):
-        with pytest.raises(Exception, match="give a size such as"):
-            _size(wrong)
+        save_gpt("RMSNorm").export(tmp_path / "out", fold_weight=True)

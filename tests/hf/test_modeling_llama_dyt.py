@@ -164,7 +164,7 @@ def test_registered_and_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, dynamic_module_utils
 
     from megatron_dyt.hf import register_auto_classes
-    from megatron_dyt.hf.config import MODELING_FILE
+    from megatron_dyt.hf.model import MODELING_FILE
 
     register_auto_classes()
     register_auto_classes()

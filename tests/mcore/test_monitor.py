@@ -71,10 +71,7 @@ def test_a_site_far_from_the_range_that_trains_is_warned_about(
 
 @pytest.mark.parametrize(("gain", "warns"), [(0.16, True), (1.28, False), (9.0, True)])
 def test_fading_linear_layers_are_warned_about(
-    make_monitor: Callable[..., Any],
-    gain: float,
-    warns: bool,
-    start_lines: StartLines,
+    make_monitor: Callable[..., Any], gain: float, warns: bool, start_lines: StartLines
 ) -> None:
     watch, _ = make_monitor(gain=gain)
     assert any("std*sqrt(hidden)" in line for line in start_lines(watch)) is warns
@@ -161,9 +158,7 @@ def test_the_training_log_seam_finds_the_iteration(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_resumed_run_is_not_told_to_change_its_start(
-    make_monitor: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    start_lines: StartLines,
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], start_lines: StartLines
 ) -> None:
     watch, model = make_monitor()
     with torch.no_grad():
@@ -186,9 +181,7 @@ def test_evaluation_is_not_recorded(
 
 
 def test_the_embedding_scale_is_read_where_it_is_whole(
-    make_monitor: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    start_lines: StartLines,
+    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], start_lines: StartLines
 ) -> None:
     """Between two steps a rank of Megatron-FSDP may have nothing of it."""
     watch, model = make_monitor()

@@ -91,9 +91,7 @@ def test_sites_are_listed_in_order(make_config: Callable[..., Any], build_gpt: C
 
 
 def test_gradients_reach_every_dyt_parameter(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
 ) -> None:
     config = make_config(qk_layernorm=True)
     config.dyt = DyTConfig.unit(32, bias=True)
@@ -105,9 +103,7 @@ def test_gradients_reach_every_dyt_parameter(
 
 
 def test_alphas_gradient_is_the_slope_of_the_loss(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
+    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
 ) -> None:
     model = build_gpt(make_config()).double()
     loss_of(model).backward()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.ops import cpu_dyt, dyt, dyt_residual
+from megatron_dyt.ops.parameters import Parameters
 from megatron_dyt.ops.reference import dyt_backward, dyt_forward
 
 NAMES = ("x", "alpha", "weight", "bias", "shift")
@@ -54,9 +55,21 @@ def make_inputs(
     return {name: t.to(device).requires_grad_() for name, t in inputs.items()}
 
 
+def split(inputs: dict[str, Tensor], function: str = "tanh") -> tuple[Tensor, Parameters]:
+    """x, and what else is in the inputs."""
+    alpha, weight = inputs["alpha"], inputs["weight"]
+    return inputs["x"], Parameters(alpha, weight, inputs.get("bias"), inputs.get("shift"), function)
+
+
+def unit(columns: int, function: str = "tanh", *, device: str = "cpu") -> Parameters:
+    """Parameters with which DyT is the function itself."""
+    one, weight = torch.ones(1, device=device), torch.ones(columns, device=device)
+    return Parameters(one, weight, None, torch.zeros_like(one) if function == "erf" else None, function)
+
+
 def call(inputs: dict[str, Tensor], function: str = "tanh", **options: Any) -> Tensor:
-    positional = (inputs["x"], inputs["alpha"], inputs["weight"], inputs.get("bias"))
-    return dyt(*positional, function=function, shift=inputs.get("shift"), **options)
+    x, (alpha, weight, bias, shift, _) = split(inputs, function)
+    return dyt(x, alpha, weight, bias, function=function, shift=shift, **options)
 
 
 def upstream(y: Tensor) -> Tensor:
@@ -66,18 +79,10 @@ def upstream(y: Tensor) -> Tensor:
 
 def exact(inputs: dict[str, Tensor], dy: Tensor, function: str) -> tuple[Tensor, dict[str, Tensor]]:
     """y and the gradients by name from the reference in fp64."""
-    t = {name: tensor.detach().double() for name, tensor in inputs.items()}
-    shift = t.get("shift")
-    y = dyt_forward(t["x"], t["alpha"], t["weight"], t.get("bias"), function=function, shift=shift)
-    gradients = dyt_backward(
-        dy.double(),
-        t["x"],
-        t["alpha"],
-        t["weight"],
-        has_bias="bias" in t,
-        function=function,
-        shift=shift,
-    )
+    x, parameters = split({name: t.detach().double() for name, t in inputs.items()}, function)
+    alpha, weight, bias, shift, _ = parameters
+    y = dyt_forward(x, *parameters)
+    gradients = dyt_backward(dy.double(), x, alpha, weight, shift, function, has_bias=bias is not None)
     return y, {n: g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
 
 
@@ -125,10 +130,8 @@ def add_residual(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) ->
 
 
 def call_residual(inputs: dict[str, Tensor], function: str = "tanh", **options: Any) -> tuple[Tensor, Tensor]:
-    positional = (inputs[name] for name in ("x", "residual", "alpha", "weight"))
-    return dyt_residual(
-        *positional, inputs.get("bias"), function=function, shift=inputs.get("shift"), **options
-    )
+    x, (alpha, weight, bias, shift, _) = split(inputs, function)
+    return dyt_residual(x, inputs["residual"], alpha, weight, bias, function=function, shift=shift, **options)
 
 
 def check_residual_against_exact(
@@ -162,3 +165,17 @@ def check_residual_against_exact(
     for name, gradient in gradients.items():
         assert gradient.dtype == inputs[name].dtype
         assert_near(gradient, expected[name], tolerance[gradient.dtype], f"d{name}", slack)
+
+
+def check_operations(inputs: dict[str, Tensor], function: str, implementation: str) -> None:
+    """torch.library.opcheck of all operations, without and with a residual or its gradient."""
+    x, parameters = split(inputs, function)
+    residual = x.detach().flip(0).requires_grad_()
+    operations = torch.ops.megatron_dyt
+    torch.library.opcheck(operations.dyt.default, (x, *parameters, implementation))
+    torch.library.opcheck(operations.dyt_residual.default, (x, residual, *parameters, implementation))
+    plain = Parameters(*(t.detach() if isinstance(t, Tensor) else t for t in parameters))
+    needs = [True] * 3 + [parameters.bias is not None, parameters.shift is not None]
+    for dsum in (None, upstream(x)):
+        args = (upstream(x), x.detach(), *plain._replace(bias=None), implementation, needs, dsum)
+        torch.library.opcheck(operations.dyt_backward.default, args)

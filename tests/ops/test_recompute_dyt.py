@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.ops import backends, dyt, recompute_dyt
-from tests.ops.cases import CPU_IMPLEMENTATIONS, make_inputs, needs_cpu_kernels, upstream
-
-
-def options(inputs: dict[str, Tensor], function: str) -> dict[str, object]:
-    return {"function": function, "shift": inputs.get("shift")}
+from tests.ops.cases import CPU_IMPLEMENTATIONS, call, make_inputs, needs_cpu_kernels, split, upstream
 
 
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
@@ -23,11 +19,11 @@ def test_values_come_back_bit_for_bit(
     module = importlib.import_module("megatron_dyt.ops.dyt")
     monkeypatch.setattr(module, "choose_implementation", lambda *args: implementation)
     inputs = make_inputs((70, 24), function=function, dtype=dtype)
-    x, alpha, weight, bias = (inputs[n] for n in ("x", "alpha", "weight", "bias"))
-    y = dyt(x, alpha, weight, bias, **options(inputs, function))
+    y = call(inputs, function)
     view, before, version = y.view(7, 10, 24)[2:], y.clone(), y._version
     y.untyped_storage().resize_(0)
-    recompute_dyt(y, x, alpha, weight, bias, **options(inputs, function))
+    x, (alpha, weight, bias, shift, _) = split(inputs, function)
+    recompute_dyt(y, x, alpha, weight, bias, function=function, shift=shift)
     assert torch.equal(y, before)
     assert torch.equal(view, before.view(7, 10, 24)[2:])
     assert y._version == version

@@ -1,10 +1,13 @@
 """The chosen layout fits, is about the fastest, and what cannot be planned is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import load
 from megatron_dyt.recipes.layout import Cluster
+from megatron_dyt.recipes.memory import checkpoint_bytes
 from megatron_dyt.recipes.plan import UNSURE, Speeds, days, flops_per_token, ranked
 
 SPEEDS = Speeds()
@@ -20,6 +23,26 @@ def test_the_best_plan(name: str, nodes: int) -> None:
     assert best.step <= (1 + UNSURE) * min(plan.step for plan in plans)
     equal = [plan for plan in plans if plan.step <= (1 + UNSURE) * min(each.step for each in plans)]
     assert best.memory.total == min(plan.memory.total for plan in equal)
+
+
+def rows_of_the_page() -> list[list[str]]:
+    page = Path(__file__).resolve().parents[2] / "docs" / "pretraining.md"
+    table = page.read_text().split("## What it costs")[1].split("\n\n")[2]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("row", rows_of_the_page(), ids=lambda row: " ".join(row[:2]))
+def test_the_page_has_what_is_planned(row: list[str]) -> None:
+    model, gpus, layout, memory, duration, hours, checkpoint = row
+    recipe, count = load(model.lower()), int(gpus.replace(",", ""))
+    best = ranked(recipe, Cluster(count // 8, 8, 80e9), SPEEDS)[0]
+    chunks = f" x {best.layout.vpp} virtual" if best.layout.vpp > 1 else ""
+    sizes = (("TP", best.layout.tp, ""), ("PP", best.layout.pp, chunks), ("DP", best.layout.dp, ""))
+    assert layout == ", ".join(f"{name} {size}{more}" for name, size, more in sizes if size > 1)
+    assert memory == f"{best.memory.total / 1e9:.0f}"
+    needed = days(recipe, count, 0.4, SPEEDS.peak)
+    assert (duration, hours) == (f"{needed:.1f}", f"{24 * needed * count:,.0f}")
+    assert checkpoint == f"{checkpoint_bytes(recipe) / 1e9:.0f} GB"
 
 
 def test_less_memory_makes_it_split_or_recompute_more() -> None:

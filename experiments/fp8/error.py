@@ -1,4 +1,4 @@
-"""Error of DyT's FP8 output beside Transformer Engine's scaling recipes: python benchmarks/fp8_error.py
+"""Error of DyT's FP8 output beside Transformer Engine's scaling recipes: python experiments/fp8/error.py
 
 The recipes are emulated from their documentation (`transformer_engine.common.recipe`): TE needs a GPU:
 
@@ -12,17 +12,15 @@ Activations have channels of very different scale, some tokens far above the oth
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fp8 import FP8, FP8_MAX, dyt_fp8
 from torch import Tensor
 
-from megatron_dyt.ops import dyt, dyt_fp8
+from megatron_dyt.ops import dyt
 
-FP8 = torch.float8_e4m3fn
-MAX = torch.finfo(FP8).max
 HISTORY = 1024
 
 Quantizer = Callable[[Tensor], Tensor]
@@ -30,7 +28,7 @@ Quantizer = Callable[[Tensor], Tensor]
 
 def cast(y: Tensor, scale: Tensor | float) -> Tensor:
     """y through FP8 and back, saturating as TE's cast does."""
-    return (y * scale).clamp(-MAX, MAX).to(FP8).float() / scale
+    return (y * scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).float() / scale
 
 
 class Delayed:
@@ -40,14 +38,14 @@ class Delayed:
         self.history: list[Tensor] = []
 
     def __call__(self, y: Tensor) -> Tensor:
-        scale = MAX / torch.stack(self.history[-HISTORY:]).max() if self.history else 1.0
+        scale = FP8_MAX / torch.stack(self.history[-HISTORY:]).max() if self.history else 1.0
         self.history.append(y.abs().max())
         return cast(y, scale)
 
 
 def current(y: Tensor) -> Tensor:
     """Current scaling."""
-    return cast(y, MAX / y.abs().max())
+    return cast(y, FP8_MAX / y.abs().max())
 
 
 class Run:
@@ -120,9 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, values in summary(found).items():
         print(f"| {name} | {' | '.join(f'{value:.4f}' for value in values.values())} |")
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, args.json)
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An output directory is complete or absent."""
+"""A directory that is written is complete or absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.hf.output_directory import check_free, check_space, whole_directory
+from megatron_dyt.hf.directory import check_free, check_space, size_in_bytes, whole_directory
 
 
 def test_takes_its_name_at_the_end(tmp_path: Path) -> None:
@@ -51,3 +51,10 @@ def test_space(tmp_path: Path) -> None:
     check_space("--output", tmp_path / "deep" / "er", 1)
     with pytest.raises(UserError, match="GB are needed"):
         check_space("--output", tmp_path / "deep" / "er", 10**18)
+
+
+def test_size() -> None:
+    assert [size_in_bytes(text) for text in ("5GB", "500 mb", "12")] == [5 * 10**9, 500 * 10**6, 12]
+    for wrong in ("5GiB", "0GB", "-1", "big"):
+        with pytest.raises(ValueError, match="give a size such as"):
+            size_in_bytes(wrong)

@@ -1,0 +1,162 @@
+"""Directories of models: complete or absent, and the safetensors files in one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dyt.atomic import partial_path
+from megatron_dyt.errors import UserError, describe
+
+INDEX = "model.safetensors.index.json"
+# A conversion holds one file's tensors in memory. Smaller files are many: a 70B has 70 of these in bf16.
+MAX_SHARD_BYTES = 2 * 10**9
+LOG_SECONDS = 10  # from one line of progress to the next, where nobody watches
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB; ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
+    if not match or int(match[1]) == 0:
+        raise ValueError(f"{text!r} given; give a size such as 500MB or 5GB")
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]
+
+
+def check_free(flag: str, directory: Path) -> None:
+    """Raise UserError unless `directory` (given with `flag`) does not exist or is empty."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        kind = "is a directory that is not empty" if directory.is_dir() else "exists"
+        raise UserError(f"{flag} {directory} {kind}; give a new directory, or remove it first")
+
+
+def check_space(flag: str, directory: Path, needed: int) -> None:
+    """Raise UserError unless the file system of `directory` has `needed` bytes free."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{flag} {directory}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free there. "
+            "Free space, or write elsewhere"
+        )
+
+
+@contextlib.contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `directory` that takes its name when the block ends well.
+
+    It vanishes when the block fails; what a killed process left of it is removed by the next one.
+    """
+    partial = partial_path(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        # Replaces an empty directory.
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_config(load: Path) -> dict[str, Any]:
+    """The config.json of the Hugging Face model that was given as --load.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        config: dict[str, Any] = json.loads((load / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--load {load}: no readable config.json there ({describe(error)}). Give a Hugging Face model's "
+            "directory"
+        ) from error
+    return config
+
+
+def write_tensors(
+    directory: Path,
+    planned: Mapping[str, Tensor],
+    make: Callable[[Sequence[str]], dict[str, Tensor]],
+    max_bytes: int,
+) -> None:
+    """Write safetensors files, and their index where there are several; one file's tensors are in memory.
+
+    Args:
+        planned: every tensor by name, on the meta device.
+        make: the tensors of these names, contiguous.
+        max_bytes: of a file's tensors; a larger tensor has a file of its own.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    # Not its twin for torch, which takes the size of a view for that of the tensor it is a view of.
+    split = split_state_dict_into_shards_factory(
+        dict(planned),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    on_terminal = sys.stderr.isatty()
+    seconds = 0.1 if on_terminal else LOG_SECONDS
+    files = tqdm(
+        split.filename_to_tensors.items(),
+        unit="file",
+        mininterval=seconds,
+        delay=seconds,
+        leave=not on_terminal,
+    )
+    for file, names in files:
+        # The metadata that transformers expects of a file of PyTorch tensors.
+        save_file(make(names), directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class SafetensorsReader:
+    """The tensors of a directory's safetensors files, by name.
+
+    Attributes:
+        shapes: of every tensor.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import safe_open
+
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{directory} holds no *.safetensors file; only that format is read")
+        self._open = contextlib.ExitStack()
+        self._file_of: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            try:
+                file = self._open.enter_context(safe_open(path, framework="pt"))
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    self._file_of[name] = file
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            except Exception as error:
+                raise UserError(f"{path} cannot be read ({describe(error)}). Copy it again") from error
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        self._open.close()
