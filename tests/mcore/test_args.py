@@ -10,6 +10,8 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import args as args_module
 from megatron_dyt.mcore.model_config import initial_embedding_scale
 
+Make = Callable[..., Any]
+
 REQUIRED = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 32"
 
 
@@ -28,14 +30,12 @@ def parse(training_loop: None, world: None) -> Callable[..., argparse.Namespace]
     return run
 
 
-def test_dyt_is_a_norm_and_others_stay(parse: Callable[..., Any]) -> None:
+def test_dyt_is_a_norm_and_others_stay(parse: Make) -> None:
     assert parse("--normalization DyT").normalization == "DyT"
     assert parse("--normalization RMSNorm").normalization == "RMSNorm"
 
 
-def test_an_unknown_norm_is_refused_with_the_choices(
-    parse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_norm_is_refused_with_the_choices(parse: Make, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse("--normalization DTY")
     assert end.value.code == 2
@@ -44,7 +44,7 @@ def test_an_unknown_norm_is_refused_with_the_choices(
     assert "DyT" in message.split("choose from")[1]
 
 
-def test_the_paper_is_the_default_and_is_resolved_to_numbers(parse: Callable[..., Any]) -> None:
+def test_the_paper_is_the_default_and_is_resolved_to_numbers(parse: Make) -> None:
     args = parse("--normalization DyT")
     assert args.dyt_preset == "paper"
     assert (args.dyt_alpha_init_attn, args.dyt_alpha_init_ffn) == (1.0, 1.0)
@@ -55,14 +55,14 @@ def test_the_paper_is_the_default_and_is_resolved_to_numbers(parse: Callable[...
     assert type(args.init_method_std) is float
 
 
-def test_unit_sets_the_linear_layers_std_and_keeps_the_embeddings(parse: Callable[..., Any]) -> None:
+def test_unit_sets_the_linear_layers_std_and_keeps_the_embeddings(parse: Make) -> None:
     args = parse("--normalization DyT --dyt-preset unit")
     assert args.init_method_std == pytest.approx(1 / 8)
     assert args.embedding_init_method_std == 0.02
     assert type(args.embedding_init_method_std) is float
 
 
-def test_unit_leaves_what_the_user_gave(parse: Callable[..., Any]) -> None:
+def test_unit_leaves_what_the_user_gave(parse: Make) -> None:
     args = parse("--normalization DyT --dyt-preset unit --init-method-std 0.02")
     assert args.init_method_std == 0.02
     assert args.embedding_init_method_std is None
@@ -70,7 +70,7 @@ def test_unit_leaves_what_the_user_gave(parse: Callable[..., Any]) -> None:
     assert (args.init_method_std, args.embedding_init_method_std) == (pytest.approx(1 / 8), 0.5)
 
 
-def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
+def test_flags_override_the_preset(parse: Make) -> None:
     args = parse(
         "--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.7 --dyt-alpha-init-qk 2 "
         "--qk-layernorm --dyt-bias --dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch"
@@ -101,19 +101,19 @@ def test_flags_override_the_preset(parse: Callable[..., Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("norm", ["", "--normalization RMSNorm"])
-def test_dyt_flags_need_dyt(parse: Callable[..., Any], flags: str, norm: str) -> None:
+def test_dyt_flags_need_dyt(parse: Make, flags: str, norm: str) -> None:
     flag = flags.split()[0].replace("--no-dyt", "--dyt")
     with pytest.raises(UserError, match=f"{flag} given with --normalization .*need --normalization DyT"):
         parse(f"{norm} {flags}")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
-def test_a_bad_alpha_is_refused(parse: Callable[..., Any], value: str) -> None:
+def test_a_bad_alpha_is_refused(parse: Make, value: str) -> None:
     with pytest.raises(UserError, match=r"--dyt-alpha-init-ffn is .*finite and > 0"):
         parse(f"--normalization DyT --dyt-alpha-init-ffn={value}")
 
 
-def test_the_embedding_scale_of_other_norms(parse: Callable[..., Any]) -> None:
+def test_the_embedding_scale_of_other_norms(parse: Make) -> None:
     assert parse("--normalization RMSNorm --embedding-scale unit").embedding_scale == "unit"
     assert parse("--normalization RMSNorm --embedding-scale 2").embedding_scale == 2.0
     assert parse("--normalization RMSNorm").embedding_scale is None
@@ -121,27 +121,27 @@ def test_the_embedding_scale_of_other_norms(parse: Callable[..., Any]) -> None:
         parse("--normalization RMSNorm --embedding-scale big")
 
 
-def test_both_names_of_the_scale_must_agree(parse: Callable[..., Any]) -> None:
+def test_both_names_of_the_scale_must_agree(parse: Make) -> None:
     assert parse("--normalization DyT --embedding-scale 2").dyt_embedding_scale == 2.0
     with pytest.raises(UserError, match="are the same setting; give one of them"):
         parse("--normalization DyT --embedding-scale 2 --dyt-embedding-scale 3")
 
 
-def test_statistics_need_a_place_and_a_number(parse: Callable[..., Any]) -> None:
+def test_statistics_need_a_place_and_a_number(parse: Make) -> None:
     with pytest.raises(UserError, match="give --save too"):
         parse("--normalization DyT --dyt-stats-interval 5")
     with pytest.raises(UserError, match="is -1; give a number of steps"):
         parse("--normalization DyT --save x --dyt-stats-interval -1")
 
 
-def test_a_missing_width_is_named(parse: Callable[..., Any]) -> None:
+def test_a_missing_width_is_named(parse: Make) -> None:
     args = parse("--normalization DyT", validate=False)
     args.hidden_size = None
     with pytest.raises(UserError, match="--hidden-size is missing"):
         args_module.validate(args)
 
 
-def test_a_checkpoint_restores_every_model_setting(parse: Callable[..., Any]) -> None:
+def test_a_checkpoint_restores_every_model_setting(parse: Make) -> None:
     saved = parse("--normalization DyT --dyt-preset unit --dyt-alpha-init-ffn 0.3 --dyt-bias")
     args = parse("--normalization DyT --dyt-backend torch", validate=False)
     args_module.restore(args, saved)
@@ -151,7 +151,7 @@ def test_a_checkpoint_restores_every_model_setting(parse: Callable[..., Any]) ->
     assert args.dyt_backend == "torch"
 
 
-def test_a_checkpoint_of_another_norm_clears_dyt_flags(parse: Callable[..., Any]) -> None:
+def test_a_checkpoint_of_another_norm_clears_dyt_flags(parse: Make) -> None:
     args = parse("--normalization RMSNorm", validate=False)
     args_module.restore(args, SimpleNamespace(normalization="RMSNorm"))
     args_module.validate(args)
@@ -175,7 +175,7 @@ def test_a_parser_without_the_norm_flag_is_refused() -> None:
         wrapped(argparse.ArgumentParser())
 
 
-def test_core_users_get_the_papers_settings_or_their_own(make_config: Callable[..., Any]) -> None:
+def test_core_users_get_the_papers_settings_or_their_own(make_config: Make) -> None:
     config = make_config(hidden_size=4096, num_attention_heads=32)
     assert config.dyt == DyTConfig.paper(4096)
     assert initial_embedding_scale(config) == 64.0
@@ -186,7 +186,7 @@ def test_core_users_get_the_papers_settings_or_their_own(make_config: Callable[.
 
 
 def test_flags_reach_the_model_config(
-    parse: Callable[..., Any], make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    parse: Make, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.training import global_vars
 
@@ -195,18 +195,18 @@ def test_flags_reach_the_model_config(
     assert make_config().dyt == DyTConfig.unit(32, alpha_attn=0.9, alpha_qk=1.0)
 
 
-def test_stock_norms_get_nothing(make_config: Callable[..., Any]) -> None:
+def test_stock_norms_get_nothing(make_config: Make) -> None:
     config = make_config("RMSNorm")
     assert not hasattr(config, "dyt")
     assert initial_embedding_scale(config) is None
 
 
-def test_alpha_of_queries_and_keys_needs_a_norm_there(parse: Callable[..., Any]) -> None:
+def test_alpha_of_queries_and_keys_needs_a_norm_there(parse: Make) -> None:
     with pytest.raises(UserError, match="given without --qk-layernorm"):
         parse("--normalization DyT --dyt-alpha-init-qk 2")
 
 
-def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any]) -> None:
+def test_kernels_that_are_not_there_are_refused_at_once(parse: Make) -> None:
     with pytest.raises(UserError, match=r"--dyt-backend triton: .*use backend='auto' or 'torch'"):
         parse("--normalization DyT --dyt-backend triton")
 
@@ -214,18 +214,18 @@ def test_kernels_that_are_not_there_are_refused_at_once(parse: Callable[..., Any
 @pytest.mark.parametrize(
     ("flag", "fused"), [("", True), ("--dyt-fuse-residual", True), ("--no-dyt-fuse-residual", False)]
 )
-def test_residual_fusion_is_a_setting_of_the_model(parse: Callable[..., Any], flag: str, fused: bool) -> None:
+def test_residual_fusion_is_a_setting_of_the_model(parse: Make, flag: str, fused: bool) -> None:
     args = parse(f"--normalization DyT {flag}")
     assert args.dyt_fuse_residual is fused
     assert DyTConfig.from_args(args).fuse_residual is fused
 
 
-def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Callable[..., Any]) -> None:
+def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Make) -> None:
     with pytest.raises(UserError, match="cannot be combined with --mtp-num-layers"):
         parse("--normalization RMSNorm --embedding-scale unit --mtp-num-layers 1")
 
 
-def test_a_given_flag_that_contradicts_the_checkpoint_is_refused(parse: Callable[..., Any]) -> None:
+def test_a_given_flag_that_contradicts_the_checkpoint_is_refused(parse: Make) -> None:
     saved = parse("--normalization DyT --dyt-preset unit --dyt-embedding-scale 2")
     same = parse("--normalization DyT --dyt-embedding-scale 2.0", validate=False)
     args_module.restore(same, saved)
@@ -236,7 +236,7 @@ def test_a_given_flag_that_contradicts_the_checkpoint_is_refused(parse: Callable
         args_module.restore(other, saved)
 
 
-def test_dyt_asked_for_and_another_norm_in_the_checkpoint_is_refused(parse: Callable[..., Any]) -> None:
+def test_dyt_asked_for_and_another_norm_in_the_checkpoint_is_refused(parse: Make) -> None:
     def load(args: argparse.Namespace) -> tuple[argparse.Namespace, SimpleNamespace]:
         args.normalization = "RMSNorm"
         return args, SimpleNamespace(normalization="RMSNorm")

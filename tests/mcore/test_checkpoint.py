@@ -11,6 +11,8 @@ from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import checkpoint
 
+Make = Callable[..., Any]
+
 
 def load(model: Any, directory: Path, **options: Any) -> None:
     from megatron.core import dist_checkpointing
@@ -19,12 +21,7 @@ def load(model: Any, directory: Path, **options: Any) -> None:
     model.load_state_dict(state["model"])
 
 
-def test_a_dyt_model_comes_back(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    save_model: Callable[..., Any],
-    tmp_path: Path,
-) -> None:
+def test_a_dyt_model_comes_back(make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path) -> None:
     saved = build_gpt(make_config(qk_layernorm=True))
     with torch.no_grad():
         for parameter in saved.parameters():
@@ -38,11 +35,7 @@ def test_a_dyt_model_comes_back(
 
 @pytest.mark.parametrize("strict", ["assume_ok_unexpected", "log_all"])
 def test_an_rmsnorm_checkpoint_does_not_load_into_dyt(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    save_model: Callable[..., Any],
-    tmp_path: Path,
-    strict: str,
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path, strict: str
 ) -> None:
     save_model(build_gpt(make_config("RMSNorm")), tmp_path / "c")
     model = build_gpt(make_config())
@@ -54,11 +47,7 @@ def test_an_rmsnorm_checkpoint_does_not_load_into_dyt(
 
 @pytest.mark.parametrize("strict", ["assume_ok_unexpected", "ignore_all"])
 def test_a_dyt_checkpoint_does_not_load_into_rmsnorm(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    save_model: Callable[..., Any],
-    tmp_path: Path,
-    strict: str,
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path, strict: str
 ) -> None:
     save_model(build_gpt(make_config()), tmp_path / "c")
     with pytest.raises(UserError, match="holds a DyT model and this one is not") as error:
@@ -67,10 +56,7 @@ def test_a_dyt_checkpoint_does_not_load_into_rmsnorm(
 
 
 def test_other_dyt_settings_are_named(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    save_model: Callable[..., Any],
-    tmp_path: Path,
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path
 ) -> None:
     save_model(build_gpt(make_config()), tmp_path / "c")
     config = make_config()
@@ -80,10 +66,7 @@ def test_other_dyt_settings_are_named(
 
 
 def test_a_damaged_checkpoint_is_named(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    save_model: Callable[..., Any],
-    tmp_path: Path,
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path
 ) -> None:
     save_model(build_gpt(make_config()), tmp_path / "c")
     metadata = tmp_path / "c" / ".metadata"
@@ -93,10 +76,7 @@ def test_a_damaged_checkpoint_is_named(
 
 
 def test_a_cut_off_shard_is_named(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    save_model: Callable[..., Any],
-    tmp_path: Path,
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path
 ) -> None:
     save_model(build_gpt(make_config()), tmp_path / "c")
     for shard in (tmp_path / "c").glob("*.distcp"):
@@ -134,7 +114,7 @@ def test_loading_something_without_a_model_is_not_checked() -> None:
     assert list(checkpoint.model_tensor_keys([1])) == []
 
 
-def test_all_virtual_stages_count(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+def test_all_virtual_stages_count(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config())
     keys = set(checkpoint.model_tensor_keys({"model0": model.sharded_state_dict(), "model1": []}))
     assert "decoder.final_layernorm.alpha" in keys

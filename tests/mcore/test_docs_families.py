@@ -12,6 +12,8 @@ import pytest
 from megatron_dyt.mcore.norm_sites import KEPT, dyt_sites
 from tests import families
 
+Make = Callable[..., Any]
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 BUILT = ("t5", "bert", "radio")
 
@@ -55,23 +57,19 @@ def test_a_hybrid_of_local_layers_has_the_sites_of_the_table() -> None:
     assert sites(families.build("hybrid", families.config_for("hybrid"))) == expected
 
 
-def test_gpt_has_the_sites_of_the_table(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_gpt_has_the_sites_of_the_table(make_config: Make, build_gpt: Make) -> None:
     assert sites(build_gpt(make_config(qk_layernorm=True))) == table()["gpt"]
 
 
 @pytest.mark.needs("latent_attention_without_te")
-def test_latent_attention_has_the_sites_of_the_table(
-    make_latent_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_latent_attention_has_the_sites_of_the_table(make_latent_config: Make, build_gpt: Make) -> None:
     found = sites(build_gpt(make_latent_config(qk_layernorm=True, q_lora_rank=16)))
     without_qk = {site: role for site, role in table()["gpt"].items() if role != "qk"}
     assert found == without_qk | table()["gpt_mla"]
 
 
 def test_prediction_layers_have_the_sites_of_the_table(
-    make_config: Callable[..., Any], make_spec: Callable[..., Any], build_gpt: Callable[..., Any]
+    make_config: Make, make_spec: Make, build_gpt: Make
 ) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 

@@ -9,10 +9,10 @@ from megatron_dyt.config import DyTConfig
 from megatron_dyt.mcore import embedding
 from megatron_dyt.mcore.embedding import EmbeddingScale
 
+Make = Callable[..., Any]
 
-def test_scale_multiplies_the_embeddings_output(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+
+def test_scale_multiplies_the_embeddings_output(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config())
     tokens, positions = torch.tensor([[1, 2, 3]]), torch.arange(3)[None]
     output = model.embedding(tokens, positions)
@@ -25,7 +25,7 @@ def test_scale_multiplies_the_embeddings_output(
 
 @pytest.mark.parametrize(("rule", "expected"), [("sqrt", 32**0.5), ("unit", 50.0), (3.0, 3.0)])
 def test_initial_value_by_rule(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], rule: str | float, expected: float
+    make_config: Make, build_gpt: Make, rule: str | float, expected: float
 ) -> None:
     config = make_config()
     config.dyt = DyTConfig.unit(32, embedding_scale=rule)
@@ -34,23 +34,21 @@ def test_initial_value_by_rule(
     assert scale.item() == pytest.approx(expected)
 
 
-def test_none_has_no_parameter(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+def test_none_has_no_parameter(make_config: Make, build_gpt: Make) -> None:
     config = make_config()
     config.dyt = DyTConfig.unit(32, embedding_scale="none")
     model = build_gpt(config)
     assert not [name for name, _ in model.named_parameters() if "embedding_scale" in name]
 
 
-def test_stock_norms_have_no_scale_unless_asked(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_stock_norms_have_no_scale_unless_asked(make_config: Make, build_gpt: Make) -> None:
     config = make_config("RMSNorm")
     assert not hasattr(build_gpt(config).embedding, "embedding_scale")
     config.embedding_scale = 4.0
     assert build_gpt(config).embedding.embedding_scale.scale.item() == 4.0
 
 
-def test_only_the_first_stage_has_it(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+def test_only_the_first_stage_has_it(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config(), pre_process=False)
     assert not [name for name, _ in model.named_parameters() if "embedding_scale" in name]
 
@@ -60,7 +58,7 @@ def test_only_the_first_stage_has_it(make_config: Callable[..., Any], build_gpt:
     [(False, True, False), (True, True, True), (True, False, False)],
 )
 def test_gradient_is_partial_exactly_when_the_output_is_sharded(
-    make_config: Callable[..., Any], sequence_parallel: bool, scatter: bool, partial: bool
+    make_config: Make, sequence_parallel: bool, scatter: bool, partial: bool
 ) -> None:
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 
@@ -97,7 +95,7 @@ def two_stages(config: Any, mtp_num_layers: int | None = 1) -> Any:
 
 @pytest.mark.parametrize("pre_process", [True, False])
 def test_a_scale_that_two_stages_have_is_marked_as_megatron_marks_the_embedding(
-    make_config: Callable[..., Any], pre_process: bool
+    make_config: Make, pre_process: bool
 ) -> None:
     stage = SimpleNamespace(config=two_stages(make_config()), pre_process=pre_process)
     stage.embedding = SimpleNamespace(embedding_scale=EmbeddingScale(3.0))
@@ -109,7 +107,7 @@ def test_a_scale_that_two_stages_have_is_marked_as_megatron_marks_the_embedding(
     assert scale.sharded_state_dict("e.")["e.scale"].replica_id == (int(not pre_process), 0, 0)
 
 
-def test_a_scale_that_one_stage_has_is_not_marked(make_config: Callable[..., Any]) -> None:
+def test_a_scale_that_one_stage_has_is_not_marked(make_config: Make) -> None:
     for config in (make_config(mtp_num_layers=1), two_stages(make_config(), mtp_num_layers=None)):
         stage = SimpleNamespace(config=config, pre_process=True)
         stage.embedding = SimpleNamespace(embedding_scale=EmbeddingScale(3.0))
@@ -117,9 +115,7 @@ def test_a_scale_that_one_stage_has_is_not_marked(make_config: Callable[..., Any
         assert not hasattr(stage.embedding.embedding_scale.scale, "shared_embedding")
 
 
-def test_other_norms_without_a_scale_sum_nothing(
-    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_norms_without_a_scale_sum_nothing(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(embedding, "sum_copies", lambda *arguments: calls.append(arguments))
     allreduce = embedding.wrap_allreduce(lambda *arguments: None)

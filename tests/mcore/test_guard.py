@@ -15,6 +15,8 @@ from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore.guard import SHOWN, Finding, Guard, merge
 from megatron_dyt.patching import Patches, Replacement
 
+Make = Callable[..., Any]
+
 Run = Callable[..., SimpleNamespace]
 Harm = Callable[[Any], None]
 DYT = ["--normalization", "DyT", "--dyt-preset", "unit"]
@@ -29,7 +31,7 @@ def harm_in_step(request: pytest.FixtureRequest) -> Callable[..., None]:
     def start(step: int, harm: Harm) -> None:
         count = 0
 
-        def around(finalize: Callable[..., Any]) -> Callable[..., Any]:
+        def around(finalize: Callable[..., Any]) -> Make:
             def finish(model: Any, *args: Any, **options: Any) -> Any:
                 nonlocal count
                 answer = finalize(model, *args, **options)
@@ -186,7 +188,7 @@ def test_megatrons_own_check_gets_the_place_as_a_note(megatron_run: Run, tiny_ll
     )
 
 
-def spoiled_start(train: Callable[..., Any]) -> Callable[..., Any]:
+def spoiled_start(train: Callable[..., Any]) -> Make:
     def start(forward_step: Any, model: Any, *rest: Any, **options: Any) -> Any:
         with torch.no_grad():
             model[0].module.decoder.layers[0].pre_mlp_layernorm.weight[0] = math.nan
@@ -215,7 +217,7 @@ def test_megatrons_rerun_exit_names_the_place(
     assert line.endswith("The first input that was not: layer 2 attn decoder.layers.1.input_layernorm.")
 
 
-def spoiled_second_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+def spoiled_second_step(train_step: Callable[..., Any]) -> Make:
     count = 0
 
     def step(forward: Any, data: Any, model: Any, *rest: Any, **options: Any) -> Any:
@@ -265,9 +267,7 @@ def test_the_deepest_layer_comes_first_and_the_rest_is_counted() -> None:
     assert merge({}) == "Every single gradient is finite: their norm overflows."
 
 
-def test_alphas_are_followed_where_the_optimizer_has_them(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_alphas_are_followed_where_the_optimizer_has_them(make_config: Make, build_gpt: Make) -> None:
     """As with Megatron-FSDP: in the step the module gets other parameters, which hold anything by then."""
     model = build_gpt(make_config())
     site = model.decoder.final_layernorm

@@ -10,13 +10,14 @@ from megatron_dyt.config import DyTConfig
 from megatron_dyt.mcore import monitor
 from megatron_dyt.mcore.monitor import Monitor
 
+Make = Callable[..., Any]
+LossOf = Callable[[Any], torch.Tensor]
+
 StartLines = Callable[[Monitor], list[str]]
 
 
 @pytest.fixture
-def make_monitor(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> Callable[..., tuple[Monitor, Any]]:
+def make_monitor(make_config: Make, build_gpt: Make) -> Callable[..., tuple[Monitor, Any]]:
     def make(dyt: DyTConfig | None = None, gain: float = 1.0, **options: Any) -> tuple[Monitor, Any]:
         config = make_config()
         config.dyt = dyt or DyTConfig.unit(32)
@@ -27,9 +28,7 @@ def make_monitor(
 
 
 def test_start_up_logs_one_line_per_role_with_what_was_measured(
-    make_monitor: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    capsys: pytest.CaptureFixture[str],
+    make_monitor: Make, loss_of: LossOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch, model = make_monitor()
     watch.look()
@@ -54,11 +53,7 @@ def test_start_up_logs_one_line_per_role_with_what_was_measured(
 
 @pytest.mark.parametrize(("alpha", "warns"), [(0.001, True), (0.5, False), (30.0, True)])
 def test_a_site_far_from_the_range_that_trains_is_warned_about(
-    make_monitor: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    alpha: float,
-    warns: bool,
-    start_lines: StartLines,
+    make_monitor: Make, loss_of: LossOf, alpha: float, warns: bool, start_lines: StartLines
 ) -> None:
     watch, model = make_monitor(DyTConfig.unit(32, alpha_ffn=alpha))
     watch.look()
@@ -71,14 +66,14 @@ def test_a_site_far_from_the_range_that_trains_is_warned_about(
 
 @pytest.mark.parametrize(("gain", "warns"), [(0.16, True), (1.28, False), (9.0, True)])
 def test_fading_linear_layers_are_warned_about(
-    make_monitor: Callable[..., Any], gain: float, warns: bool, start_lines: StartLines
+    make_monitor: Make, gain: float, warns: bool, start_lines: StartLines
 ) -> None:
     watch, _ = make_monitor(gain=gain)
     assert any("std*sqrt(hidden)" in line for line in start_lines(watch)) is warns
 
 
 def test_statistics_are_those_of_the_step_before_its_update(
-    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], tmp_path: Path
+    make_monitor: Make, loss_of: LossOf, tmp_path: Path
 ) -> None:
     file = tmp_path / "save" / "dyt_stats.jsonl"
     watch, model = make_monitor(stats_file=str(file), interval=3)
@@ -103,9 +98,7 @@ def test_statistics_are_those_of_the_step_before_its_update(
     assert records[0]["embedding_scale"] == pytest.approx(50)
 
 
-def test_nothing_is_recorded_between_two_looks(
-    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], tmp_path: Path
-) -> None:
+def test_nothing_is_recorded_between_two_looks(make_monitor: Make, loss_of: LossOf, tmp_path: Path) -> None:
     watch, model = make_monitor(stats_file=str(tmp_path / "s"), interval=10)
     watch.look()
     loss_of(model)
@@ -118,10 +111,7 @@ def test_nothing_is_recorded_between_two_looks(
 
 
 def test_ranks_that_do_not_report_log_and_write_nothing(
-    make_monitor: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    make_monitor: Make, loss_of: LossOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch, model = make_monitor(stats_file=str(tmp_path / "s"), interval=1, reports=False)
     watch.look()
@@ -131,9 +121,7 @@ def test_ranks_that_do_not_report_log_and_write_nothing(
     assert not (tmp_path / "s").exists()
 
 
-def test_a_stage_without_embedding_has_no_scale(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_a_stage_without_embedding_has_no_scale(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config(), pre_process=False)
     assert monitor.find_embedding_scale([model]) is None
 
@@ -158,7 +146,7 @@ def test_the_training_log_seam_finds_the_iteration(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_resumed_run_is_not_told_to_change_its_start(
-    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], start_lines: StartLines
+    make_monitor: Make, loss_of: LossOf, start_lines: StartLines
 ) -> None:
     watch, model = make_monitor()
     with torch.no_grad():
@@ -170,9 +158,7 @@ def test_a_resumed_run_is_not_told_to_change_its_start(
     assert not [line for line in lines if "WARNING" in line]
 
 
-def test_evaluation_is_not_recorded(
-    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
-) -> None:
+def test_evaluation_is_not_recorded(make_monitor: Make, loss_of: LossOf) -> None:
     watch, model = make_monitor()
     watch.look()
     model.eval()
@@ -181,7 +167,7 @@ def test_evaluation_is_not_recorded(
 
 
 def test_the_embedding_scale_is_read_where_it_is_whole(
-    make_monitor: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor], start_lines: StartLines
+    make_monitor: Make, loss_of: LossOf, start_lines: StartLines
 ) -> None:
     """Between two steps a rank of Megatron-FSDP may have nothing of it."""
     watch, model = make_monitor()

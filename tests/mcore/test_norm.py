@@ -9,11 +9,14 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import dyt_sites
 
+Make = Callable[..., Any]
+LossOf = Callable[[Any], torch.Tensor]
+
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("function", ["tanh", "erf"])
 def test_every_parameter_says_whether_its_gradient_is_partial(
-    make_config: Callable[..., Any], sequence_parallel: bool, function: str
+    make_config: Make, sequence_parallel: bool, function: str
 ) -> None:
     config = make_config()
     config.dyt = DyTConfig.unit(32, bias=True, function=function)
@@ -25,7 +28,7 @@ def test_every_parameter_says_whether_its_gradient_is_partial(
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_an_averaged_norm_says_so_on_every_parameter(make_config: Callable[..., Any], averaged: bool) -> None:
+def test_an_averaged_norm_says_so_on_every_parameter(make_config: Make, averaged: bool) -> None:
     config = make_config()
     config.dyt = DyTConfig.unit(32, bias=True, function="erf")
     norm = DyTNorm(config, 32, role="qk", averaged=averaged)
@@ -34,7 +37,7 @@ def test_an_averaged_norm_says_so_on_every_parameter(make_config: Callable[..., 
 
 
 @pytest.mark.parametrize("role", ["attn", "ffn", "final", "qk"])
-def test_alpha_starts_at_its_roles_value(make_config: Callable[..., Any], role: str) -> None:
+def test_alpha_starts_at_its_roles_value(make_config: Make, role: str) -> None:
     config = make_config()
     config.dyt = DyTConfig.paper(32, alpha_attn=0.11, alpha_ffn=0.12, alpha_final=0.13, alpha_qk=0.14)
     expected = {"attn": 0.11, "ffn": 0.12, "final": 0.13, "qk": 0.14}[role]
@@ -45,14 +48,14 @@ def test_alpha_starts_at_its_roles_value(make_config: Callable[..., Any], role: 
     assert f"role={role}" in repr(norm)
 
 
-def test_parameters_have_megatrons_dtype(make_config: Callable[..., Any]) -> None:
+def test_parameters_have_megatrons_dtype(make_config: Make) -> None:
     config = make_config(params_dtype=torch.bfloat16)
     assert {p.dtype for p in DyTNorm(config, 8, role="attn").parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("fp32_residual", [False, True])
 def test_an_fp32_residual_stream_leaves_the_norm_in_the_parameters_dtype(
-    make_config: Callable[..., Any], fp32_residual: bool
+    make_config: Make, fp32_residual: bool
 ) -> None:
     """The linear layers behind it take nothing else."""
     config = make_config(params_dtype=torch.bfloat16, fp32_residual_connection=fp32_residual)
@@ -67,7 +70,7 @@ def test_an_fp32_residual_stream_leaves_the_norm_in_the_parameters_dtype(
     assert x.grad.dtype == torch.float32
 
 
-def test_forward_is_dyt_and_shows_its_input_to_a_probe(make_config: Callable[..., Any]) -> None:
+def test_forward_is_dyt_and_shows_its_input_to_a_probe(make_config: Make) -> None:
     norm = DyTNorm(make_config(), 32, role="attn")
     x = torch.randn(3, 2, 32)
     seen: list[Any] = []
@@ -76,12 +79,12 @@ def test_forward_is_dyt_and_shows_its_input_to_a_probe(make_config: Callable[...
     assert seen == [(norm, x)]
 
 
-def test_an_unknown_role_is_refused(make_config: Callable[..., Any]) -> None:
+def test_an_unknown_role_is_refused(make_config: Make) -> None:
     with pytest.raises(UserError, match="role is 'mlp'; allowed: attn, ffn, final, qk"):
         DyTNorm(make_config(), 8, role="mlp")  # type: ignore[arg-type]
 
 
-def test_sites_are_listed_in_order(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+def test_sites_are_listed_in_order(make_config: Make, build_gpt: Make) -> None:
     names = [name for name, _ in dyt_sites(build_gpt(make_config(num_layers=1)))]
     assert names == [
         "decoder.layers.0.input_layernorm",
@@ -90,9 +93,7 @@ def test_sites_are_listed_in_order(make_config: Callable[..., Any], build_gpt: C
     ]
 
 
-def test_gradients_reach_every_dyt_parameter(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
-) -> None:
+def test_gradients_reach_every_dyt_parameter(make_config: Make, build_gpt: Make, loss_of: LossOf) -> None:
     config = make_config(qk_layernorm=True)
     config.dyt = DyTConfig.unit(32, bias=True)
     model = build_gpt(config)
@@ -103,7 +104,7 @@ def test_gradients_reach_every_dyt_parameter(
 
 
 def test_alphas_gradient_is_the_slope_of_the_loss(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
+    make_config: Make, build_gpt: Make, loss_of: LossOf
 ) -> None:
     model = build_gpt(make_config()).double()
     loss_of(model).backward()

@@ -12,14 +12,15 @@ from megatron_dyt.config import DyTConfig
 from megatron_dyt.mcore import norm
 from megatron_dyt.mcore.norm import DyTNorm
 
+Make = Callable[..., Any]
+LossOf = Callable[[Any], torch.Tensor]
+
 Run = tuple[torch.Tensor, dict[str, torch.Tensor]]
 LAYERNORM = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
 
 
 @pytest.fixture
-def run(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
-) -> Callable[..., Run]:
+def run(make_config: Make, build_gpt: Make, loss_of: LossOf) -> Callable[..., Run]:
     """Loss and gradients of a small GPT."""
 
     def train(fuse: bool, dtype: torch.dtype = torch.float32, **overrides: Any) -> Run:
@@ -70,9 +71,7 @@ def test_gradients_are_those_without_recomputation(
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_a_graph_that_is_retained_can_be_used_again(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], fuse: bool
-) -> None:
+def test_a_graph_that_is_retained_can_be_used_again(make_config: Make, build_gpt: Make, fuse: bool) -> None:
     config = make_config(**LAYERNORM)
     config.dyt = DyTConfig.unit(32, bias=True, fuse_residual=fuse)
     model = build_gpt(config)
@@ -87,7 +86,7 @@ def test_a_graph_that_is_retained_can_be_used_again(
 
 
 def test_evaluation_frees_the_outputs_and_holds_nothing(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
+    make_config: Make, build_gpt: Make, loss_of: LossOf
 ) -> None:
     model = build_gpt(make_config(**LAYERNORM)).eval()
     plain = build_gpt(make_config()).eval()
@@ -100,9 +99,7 @@ def test_evaluation_frees_the_outputs_and_holds_nothing(
 
 
 @pytest.mark.parametrize("settings", [{"cuda_graph_impl": "local"}, {"cpu_offloading": True}], ids=str)
-def test_with_graphs_and_offloading_megatron_does_it(
-    make_config: Callable[..., Any], settings: dict[str, Any]
-) -> None:
+def test_with_graphs_and_offloading_megatron_does_it(make_config: Make, settings: dict[str, Any]) -> None:
     config = make_config()
     assert DyTNorm(config, 32, role="attn").refills
     for name, value in settings.items():
@@ -110,7 +107,7 @@ def test_with_graphs_and_offloading_megatron_does_it(
     assert not DyTNorm(config, 32, role="attn").refills
 
 
-def test_other_functions_are_megatrons(make_config: Callable[..., Any]) -> None:
+def test_other_functions_are_megatrons(make_config: Make) -> None:
     calls: list[Any] = []
     checkpoint = norm.wrap_checkpoint(lambda *args: calls.append(args) or "result")
     discard = norm.wrap_discard(lambda *args: calls.append(args))

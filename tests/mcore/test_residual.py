@@ -17,6 +17,9 @@ from megatron_dyt.mcore.norm_sites import dyt_sites
 from megatron_dyt.nn import dynamic_tanh
 from tests import families
 
+Make = Callable[..., Any]
+LossOf = Callable[[Any], torch.Tensor]
+
 pytestmark = pytest.mark.needs("sum_from_norm")
 
 Run = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -27,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each of the two fused operations was called."""
     counter: Counter[str] = Counter()
 
-    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(original: Make) -> Make:
         def call(*args: Any, **options: Any) -> Any:
             counter[original.__name__] += 1
             return original(*args, **options)
@@ -39,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counter
 
 
-def loss_and_gradients(model: Any, loss_of: Callable[[Any], torch.Tensor]) -> Run:
+def loss_and_gradients(model: Any, loss_of: LossOf) -> Run:
     model.train()
     torch.manual_seed(3)
     loss = loss_of(model)
@@ -59,11 +62,7 @@ def assert_equal(fused: Run, plain: Run, dtype: torch.dtype = torch.float32) -> 
 
 @pytest.fixture
 def run(
-    make_config: Callable[..., Any],
-    make_spec: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
+    make_config: Make, make_spec: Make, build_gpt: Make, loss_of: LossOf, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Run]:
     """Loss and gradients of a small GPT, with or without fusion."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -146,10 +145,7 @@ def test_other_families_too(
 
 
 def test_evaluation_is_fused_too(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    calls: Counter[str],
+    make_config: Make, build_gpt: Make, loss_of: LossOf, calls: Counter[str]
 ) -> None:
     losses = []
     for fuse in (False, True):
@@ -163,9 +159,9 @@ def test_evaluation_is_fused_too(
 
 
 def test_it_is_on_unless_asked_not_to(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
+    make_config: Make,
+    build_gpt: Make,
+    loss_of: LossOf,
     calls: Counter[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -174,9 +170,7 @@ def test_it_is_on_unless_asked_not_to(
     assert "fuse" not in capsys.readouterr().out
 
 
-def test_probe_sees_the_sum(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
-) -> None:
+def test_probe_sees_the_sum(make_config: Make, build_gpt: Make, loss_of: LossOf) -> None:
     seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for fuse, inputs in seen.items():
         config = make_config()
@@ -206,7 +200,7 @@ OBSTACLES = [
 
 
 @pytest.fixture
-def configured(make_config: Callable[..., Any]) -> Callable[..., Any]:
+def configured(make_config: Make) -> Make:
     """A config with settings put past Megatron's own checks of what goes with what."""
 
     def make(**settings: Any) -> Any:
@@ -221,7 +215,7 @@ def configured(make_config: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(("reason", "settings"), OBSTACLES, ids=[str(s) for _, s in OBSTACLES])
 def test_what_stands_in_its_way(
-    configured: Callable[..., Any], make_spec: Callable[..., Any], reason: str, settings: dict[str, Any]
+    configured: Make, make_spec: Make, reason: str, settings: dict[str, Any]
 ) -> None:
     layer = make_spec(configured())
     assert residual.obstacles(configured(), layer) == []
@@ -229,9 +223,7 @@ def test_what_stands_in_its_way(
 
 
 @pytest.mark.parametrize("scope", [[], ["full"], [SimpleNamespace(name="full_iteration")]], ids=str)
-def test_cuda_graphs_of_whole_layers_do_not(
-    configured: Callable[..., Any], make_spec: Callable[..., Any], scope: list[Any]
-) -> None:
+def test_cuda_graphs_of_whole_layers_do_not(configured: Make, make_spec: Make, scope: list[Any]) -> None:
     config = configured(**GRAPHS, cuda_graph_modules=scope, cuda_graph_scope=scope)
     assert residual.obstacles(config, make_spec(config)) == []
 
@@ -241,7 +233,7 @@ METHODS = ("forward", "_forward_attention", "_forward_mlp", "_forward_pre_mlp_la
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_class_that_handles_norms_itself_is_left_alone(
-    configured: Callable[..., Any], make_spec: Callable[..., Any], method: str
+    configured: Make, make_spec: Make, method: str
 ) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -251,9 +243,7 @@ def test_a_layer_class_that_handles_norms_itself_is_left_alone(
         assert residual.obstacles(configured(), layer) == ["the layer class OwnLayer"]
 
 
-def test_other_subclasses_and_other_modules_are_told_apart(
-    configured: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_other_subclasses_and_other_modules_are_told_apart(configured: Make, make_spec: Make) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     class Subclass(TransformerLayer):
@@ -279,8 +269,8 @@ def test_other_subclasses_and_other_modules_are_told_apart(
     ],
 )
 def test_it_says_once_why_it_is_off(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
+    make_config: Make,
+    build_gpt: Make,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     since: bool,
@@ -298,7 +288,7 @@ def test_it_says_once_why_it_is_off(
     assert said.endswith("The results are the same.")
 
 
-def test_a_bias_or_dropout_is_megatrons_business(make_config: Callable[..., Any]) -> None:
+def test_a_bias_or_dropout_is_megatrons_business(make_config: Make) -> None:
     x, bias, stream = torch.randn(2, 1, 4), torch.randn(4), torch.randn(2, 1, 4)
     add = residual.deferred_bias_dropout_add
     assert torch.equal(add(True, False)((x, bias), stream, 0.0), x + bias + stream)
@@ -314,7 +304,7 @@ def test_a_bias_or_dropout_is_megatrons_business(make_config: Callable[..., Any]
         assert terms[1] is stream
 
 
-def test_the_sum_has_the_dtype_of_the_residual_stream(make_config: Callable[..., Any]) -> None:
+def test_the_sum_has_the_dtype_of_the_residual_stream(make_config: Make) -> None:
     """Megatron casts what is added to it; the kernel would take the wider of the two."""
     x, stream = torch.randn(2, 1, 4), torch.randn(2, 1, 4, dtype=torch.bfloat16)
     add = residual.deferred_bias_dropout_add(True, False)
@@ -323,10 +313,7 @@ def test_the_sum_has_the_dtype_of_the_residual_stream(make_config: Callable[...,
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_the_output_of_attention_is_gone_while_the_mlp_runs(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    fuse: bool,
+    make_config: Make, build_gpt: Make, loss_of: LossOf, fuse: bool
 ) -> None:
     """Nothing needs it after the add, so no frame of Megatron's layer may hold it: that is peak memory."""
     config = make_config()
@@ -354,7 +341,7 @@ def test_other_code_that_gets_the_sum_is_told_what_to_do() -> None:
         total.take()
 
 
-def test_megatrons_spec_is_not_changed(make_config: Callable[..., Any]) -> None:
+def test_megatrons_spec_is_not_changed(make_config: Make) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from megatron_dyt.mcore import spec as spec_module
@@ -371,7 +358,7 @@ def test_megatrons_spec_is_not_changed(make_config: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("returns_residual", [False, True])
-def test_norm_gives_output_and_residual(make_config: Callable[..., Any], returns_residual: bool) -> None:
+def test_norm_gives_output_and_residual(make_config: Make, returns_residual: bool) -> None:
     norm = DyTNorm(make_config(), 32, role="ffn", returns_residual=returns_residual)
     assert norm.returns_residual == returns_residual
     x, stream = torch.randn(3, 2, 32), torch.randn(3, 2, 32)

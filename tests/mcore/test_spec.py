@@ -14,6 +14,8 @@ from megatron_dyt.mcore import spec as spec_module
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import dyt_sites
 
+Make = Callable[..., Any]
+
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -27,9 +29,7 @@ def stock_norms(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qk", [False, True])
-def test_every_norm_site_is_dyt(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], qk: bool, tied: bool
-) -> None:
+def test_every_norm_site_is_dyt(make_config: Make, build_gpt: Make, qk: bool, tied: bool) -> None:
     model = build_gpt(make_config(qk_layernorm=qk), tied=tied)
     assert stock_norms(model) == []
     expected = {"attn": 2, "ffn": 2, "final": 1} | ({"qk": 4} if qk else {})
@@ -39,7 +39,7 @@ def test_every_norm_site_is_dyt(
     assert roles(rms) == {}
 
 
-def test_each_site_has_its_role(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+def test_each_site_has_its_role(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config(qk_layernorm=True))
     layer = model.decoder.layers[1]
     assert layer.input_layernorm.role == "attn"
@@ -49,16 +49,14 @@ def test_each_site_has_its_role(make_config: Callable[..., Any], build_gpt: Call
     assert model.decoder.final_layernorm.role == "final"
 
 
-def test_moe_layers_are_covered(make_config: Callable[..., Any], build_gpt: Callable[..., Any]) -> None:
+def test_moe_layers_are_covered(make_config: Make, build_gpt: Make) -> None:
     config = make_config(num_moe_experts=2, moe_router_topk=2, moe_shared_expert_intermediate_size=32)
     model = build_gpt(config)
     assert stock_norms(model) == []
     assert roles(model) == {"attn": 2, "ffn": 2, "final": 1}
 
 
-def test_megatrons_spec_is_not_changed(
-    make_config: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_megatrons_spec_is_not_changed(make_config: Make, make_spec: Make) -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = make_config(qk_layernorm=True)
@@ -74,9 +72,7 @@ def test_megatrons_spec_is_not_changed(
     assert rewritten.layer_specs[0] is rewritten.layer_specs[1]
 
 
-def test_rewriting_twice_changes_nothing_more(
-    make_config: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_rewriting_twice_changes_nothing_more(make_config: Make, make_spec: Make) -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = make_config()
@@ -95,11 +91,7 @@ def te_spec(config: Any) -> Any:
 
 @pytest.mark.parametrize("qk", [False, True])
 def test_transformer_engine_spec_is_unfused(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    te_stubs: Any,
-    qk: bool,
+    make_config: Make, build_gpt: Make, loss_of: Callable[[Any], torch.Tensor], te_stubs: Any, qk: bool
 ) -> None:
     config = make_config(qk_layernorm=qk)
     model = build_gpt(config, spec=te_spec(config))
@@ -115,7 +107,7 @@ def test_transformer_engine_spec_is_unfused(
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("qk", [False, True], ids=["", "qk"])
 def test_local_and_transformer_engine_checkpoints_have_the_same_keys(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any], te_stubs: Any, qk: bool, moe: bool
+    make_config: Make, build_gpt: Make, te_stubs: Any, qk: bool, moe: bool
 ) -> None:
     from megatron_dyt.mcore.checkpoint import model_tensor_keys
 
@@ -132,16 +124,14 @@ def test_local_and_transformer_engine_checkpoints_have_the_same_keys(
     assert {key for key in keys[0] if "norm" in key} == expected
 
 
-def test_te_moe_keeps_its_mlp(make_config: Callable[..., Any], te_stubs: Any) -> None:
+def test_te_moe_keeps_its_mlp(make_config: Make, te_stubs: Any) -> None:
     config = make_config(num_moe_experts=2)
     layer = spec_module.rewrite_layer(config, te_spec(config))
     assert layer.submodules.pre_mlp_layernorm.params["role"] == "ffn"
     assert layer.submodules.input_layernorm.params["role"] == "attn"
 
 
-def test_an_empty_qk_slot_is_filled_when_asked_for(
-    make_config: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_an_empty_qk_slot_is_filled_when_asked_for(make_config: Make, make_spec: Make) -> None:
     config = make_config(qk_layernorm=True)
     attention = make_spec(config).submodules.self_attention
     empty = dataclasses.replace(attention.submodules, q_layernorm=None, k_layernorm=None)
@@ -152,9 +142,7 @@ def test_an_empty_qk_slot_is_filled_when_asked_for(
     assert left.submodules.q_layernorm is None
 
 
-def test_a_norm_in_an_unknown_place_is_refused(
-    make_config: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_a_norm_in_an_unknown_place_is_refused(make_config: Make, make_spec: Make) -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = make_config()
@@ -165,9 +153,7 @@ def test_a_norm_in_an_unknown_place_is_refused(
         spec_module.rewrite_block(config, block)
 
 
-def test_a_norm_hidden_in_a_partial_is_found(
-    make_config: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_a_norm_hidden_in_a_partial_is_found(make_config: Make, make_spec: Make) -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = make_config()
@@ -183,14 +169,14 @@ def test_a_norm_hidden_in_a_partial_is_found(
         spec_module.rewrite_block(config, block)
 
 
-def test_other_layer_types_are_refused(make_config: Callable[..., Any]) -> None:
+def test_other_layer_types_are_refused(make_config: Make) -> None:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     with pytest.raises(UserError, match="does not support layers of type Linear"):
         spec_module.rewrite_layer(make_config(), ModuleSpec(module=nn.Linear))
 
 
-def test_no_final_norm_stays_none(make_config: Callable[..., Any], make_spec: Callable[..., Any]) -> None:
+def test_no_final_norm_stays_none(make_config: Make, make_spec: Make) -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = make_config()

@@ -16,6 +16,9 @@ from megatron_dyt.mcore import spec as spec_module
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import dyt_sites
 
+Make = Callable[..., Any]
+LossOf = Callable[[Any], torch.Tensor]
+
 pytestmark = pytest.mark.needs("latent_attention_without_te")
 
 
@@ -34,11 +37,7 @@ def averaged(module: DyTNorm) -> set[bool]:
 # qk_layernorm without q_lora_rank is refused.
 @pytest.mark.parametrize(("qk_layernorm", "q_lora_rank"), [(True, 16), (False, 16), (False, None)])
 def test_every_norm_site_is_dyt(
-    make_latent_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    q_lora_rank: int | None,
-    qk_layernorm: bool,
+    make_latent_config: Make, build_gpt: Make, loss_of: LossOf, q_lora_rank: int | None, qk_layernorm: bool
 ) -> None:
     model = build_gpt(make_latent_config(q_lora_rank=q_lora_rank, qk_layernorm=qk_layernorm))
     assert not [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
@@ -50,16 +49,14 @@ def test_every_norm_site_is_dyt(
         assert site.alpha.grad.abs() > 0, name
 
 
-def test_the_norms_are_on_the_latents(
-    make_latent_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_the_norms_are_on_the_latents(make_latent_config: Make, build_gpt: Make) -> None:
     attention = build_gpt(make_latent_config()).decoder.layers[1].self_attention
     assert (attention.q_layernorm.hidden_size, attention.kv_layernorm.hidden_size) == (16, 24)
     assert attention.q_layernorm.role == attention.kv_layernorm.role == "qk"
 
 
 def test_a_query_norm_is_averaged_exactly_when_its_gradient_is_whole(
-    make_latent_config: Callable[..., Any], make_spec: Callable[..., Any]
+    make_latent_config: Make, make_spec: Make
 ) -> None:
     config = make_latent_config()
     for sequence_parallel in (False, True):
@@ -71,18 +68,13 @@ def test_a_query_norm_is_averaged_exactly_when_its_gradient_is_whole(
         assert averaged(norms["kv_layernorm"]) == {False}
 
 
-def test_ordinary_attention_is_never_averaged(
-    make_config: Callable[..., Any], build_gpt: Callable[..., Any]
-) -> None:
+def test_ordinary_attention_is_never_averaged(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config(qk_layernorm=True))
     assert {flag for _, site in dyt_sites(model) for flag in averaged(site)} == {False}
 
 
 def test_transformer_engine_spec_is_unfused_and_saves_the_same_keys(
-    make_latent_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
-    te_stubs: Any,
+    make_latent_config: Make, build_gpt: Make, loss_of: LossOf, te_stubs: Any
 ) -> None:
     from megatron_dyt.mcore.checkpoint import model_tensor_keys
 
@@ -103,9 +95,7 @@ def test_transformer_engine_spec_is_unfused_and_saves_the_same_keys(
     assert loss_of(te).item() == loss_of(local).item()
 
 
-def test_a_spec_without_latent_norms_stays_without(
-    make_latent_config: Callable[..., Any], make_spec: Callable[..., Any]
-) -> None:
+def test_a_spec_without_latent_norms_stays_without(make_latent_config: Make, make_spec: Make) -> None:
     config = make_latent_config(qk_layernorm=False)
     attention = make_spec(config).submodules.self_attention
     before = copy.copy(attention.submodules)

@@ -14,9 +14,11 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import spec as spec_module
 from megatron_dyt.mcore.norm_sites import dyt_sites
 
+Make = Callable[..., Any]
+
 
 @pytest.fixture
-def block_spec(make_spec: Callable[..., Any]) -> Callable[[Any], Any]:
+def block_spec(make_spec: Make) -> Callable[[Any], Any]:
     """Megatron's local spec of the prediction layers of a config."""
 
     def make(config: Any) -> Any:
@@ -28,10 +30,7 @@ def block_spec(make_spec: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def test_every_norm_of_a_prediction_layer_is_dyt(
-    make_config: Callable[..., Any],
-    build_gpt: Callable[..., Any],
-    block_spec: Callable[..., Any],
-    loss_of: Callable[[Any], torch.Tensor],
+    make_config: Make, build_gpt: Make, block_spec: Callable[..., Any], loss_of: Callable[[Any], torch.Tensor]
 ) -> None:
     config = make_config(mtp_num_layers=2, qk_layernorm=True)
     model = build_gpt(config, mtp_block_spec=block_spec(config))
@@ -47,9 +46,7 @@ def test_every_norm_of_a_prediction_layer_is_dyt(
         assert site.alpha.grad.abs() > 0, name
 
 
-def test_megatrons_spec_is_not_changed(
-    make_config: Callable[..., Any], block_spec: Callable[..., Any]
-) -> None:
+def test_megatrons_spec_is_not_changed(make_config: Make, block_spec: Callable[..., Any]) -> None:
     config = make_config(mtp_num_layers=1)
     block = block_spec(config)
     parts = block.layer_specs[0].submodules
@@ -59,16 +56,14 @@ def test_megatrons_spec_is_not_changed(
     assert spec_module.rewrite_mtp_block(config, rewritten) == rewritten
 
 
-def test_other_norms_are_left_alone(make_config: Callable[..., Any], block_spec: Callable[..., Any]) -> None:
+def test_other_norms_are_left_alone(make_config: Make, block_spec: Callable[..., Any]) -> None:
     config = make_config("RMSNorm", mtp_num_layers=1)
     block = block_spec(config)
     wrapped = spec_module.wrap_mtp_block_submodules(lambda config, spec: spec)
     assert wrapped(config, block) is block
 
 
-def test_a_norm_in_an_unknown_place_is_refused(
-    make_config: Callable[..., Any], block_spec: Callable[..., Any]
-) -> None:
+def test_a_norm_in_an_unknown_place_is_refused(make_config: Make, block_spec: Callable[..., Any]) -> None:
     config = make_config(mtp_num_layers=1)
     block = block_spec(config)
     block.layer_specs[0].submodules.eh_proj = nn.LayerNorm
