@@ -18,11 +18,9 @@ import megatron_dyt
 from megatron_dyt.atomic import write_atomically
 from megatron_dyt.checkpoints.saved_args import find_checkpoint
 from megatron_dyt.compat import megatron_version
-from megatron_dyt.cpu import device as devices
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import paper
-from megatron_dyt.evaluation.batches import DEFAULT_BATCH_TOKENS
-from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
+from megatron_dyt.evaluation.checkpoint_model import LoadedModel
 from megatron_dyt.evaluation.task_loading import SEED, load_tasks
 
 _log = logging.getLogger(__name__)
@@ -38,18 +36,11 @@ def evaluate(
     *,
     command: str,
     ckpt_step: int | None = None,
-    tokenizer_model: str | None = None,
-    bos: bool | None = None,
     include_path: str | None = None,
     task_data: Path | None = None,
     limit: int | None = None,
-    tensor_parallel: int | None = None,
-    pipeline_parallel: int = 1,
-    mode: str = "auto",
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    max_length: int | None = None,
-    cache: Path | None = None,
     device: str | None = None,
+    **model_args: Any,
 ) -> str | None:
     """Evaluate a checkpoint on lm-eval's `tasks`, zero-shot, and write the results to `output` as JSON.
 
@@ -57,11 +48,10 @@ def evaluate(
     the others.
 
     Args:
+        load, ckpt_step, model_args: as in lm-eval's `--model_args`; see `MegatronDyTLM.create_from_arg_obj`.
         command: what was typed, for the results.
-        load, ckpt_step, tokenizer_model, bos, tensor_parallel, pipeline_parallel: see `load_model`.
         include_path, task_data: directories of tasks and of their documents; see `load_tasks`.
         limit: take the first documents of each task alone.
-        mode, batch_tokens, max_length, cache: see `MegatronDyTLM.of`.
         device: "auto", "cpu" or "cuda"; None is as `cpu.device.activate` has it.
 
     Raises:
@@ -71,29 +61,20 @@ def evaluate(
     _check_output(output)
     find_checkpoint(load, ckpt_step)
     _need_lm_eval()
-    devices.activate(["--device", device] if device else [])
-
-    # Only now: it imports lm-eval, and Megatron, which the CPU runtime has to precede.
     from megatron_dyt.evaluation.lm import MegatronDyTLM
 
     loaded_tasks = load_tasks(tasks, include_path, task_data)
-    loaded = load_model(
-        load,
-        ckpt_step=ckpt_step,
-        tokenizer_model=tokenizer_model,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-        bos=bos,
-    )
-    lm = MegatronDyTLM.of(loaded, mode=mode, batch_tokens=batch_tokens, cache=cache, max_length=max_length)
-    _log.info(f"evaluating {loaded}")
+    model_args |= {"load": load, "ckpt_step": ckpt_step}
+    lm = MegatronDyTLM.create_from_arg_obj(model_args, {"device": device})
+    assert lm.loaded is not None
+    _log.info(f"evaluating {lm.loaded}")
     reports = lm.scorer.ranks.reports
     results = _run_lm_eval(lm, loaded_tasks, limit, reports)
     tables = None
     if reports:
-        collected = collect(results, loaded, command, limit, time.time() - start)
+        collected = collect(results, lm.loaded, command, limit, time.time() - start)
         _write(output, collected)
-        tables = show(collected)
+        tables = show(results, collected)
     torch.distributed.destroy_process_group()
     return tables
 
@@ -181,26 +162,12 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     _log.info(f"results written to {path}")
 
 
-def show(results: dict[str, Any]) -> str:
-    """`collect`'s results as tables: the paper's tasks beside Table 4 where all were evaluated, and all."""
-    parts = [format_table(results)]
-    if paper.GROUP in results:
-        norm, harness = results["checkpoint"]["normalization"], results["versions"]["lm_eval"]
-        parts.append(paper.format_summary(results[paper.GROUP], norm, harness, results["limit"]))
+def show(results: dict[str, Any], collected: dict[str, Any]) -> str:
+    """lm-eval's tables, and the paper's tasks beside Table 4 where all of them were evaluated."""
+    from lm_eval.utils import make_table
+
+    parts = [make_table(results, column) for column in ("results", "groups") if results.get(column)]
+    if paper.GROUP in collected:
+        norm, harness = collected["checkpoint"]["normalization"], collected["versions"]["lm_eval"]
+        parts.append(paper.format_summary(collected[paper.GROUP], norm, harness, collected["limit"]))
     return "\n\n".join(parts)
-
-
-def format_table(results: dict[str, Any]) -> str:
-    """lm-eval's results as a Markdown table: a row for each metric of each task and group."""
-    rows = [["task", "n-shot", "metric", "value", "stderr"], ["---"] * 5]
-    for task, metrics in {**results["results"], **results.get("groups", {})}.items():
-        for name, value in sorted(metrics.items()):
-            metric, _, filtered = name.partition(",")
-            if not isinstance(value, float) or metric.endswith("_stderr"):
-                continue
-            error = metrics.get(f"{metric}_stderr,{filtered}")
-            shots = str(results.get("n-shot", {}).get(task, ""))
-            shown_error = f"{error:.4f}" if isinstance(error, float) else ""
-            shown_metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
-            rows.append([task, shots, shown_metric, f"{value:.4f}", shown_error])
-    return paper.markdown(rows)

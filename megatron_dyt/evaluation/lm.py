@@ -43,8 +43,10 @@ class MegatronDyTLM(TemplateLM):
     """Scores lm-eval's requests with `scorer`; texts of more than `max_length` tokens are windowed.
 
     Contexts start with `prefix`: by default the tokenizer's BOS, or its end-of-document token when it has
-    no BOS.
+    no BOS. `loaded` is the checkpoint's model, for one that was made by `of`.
     """
+
+    loaded: LoadedModel | None = None
 
     def __init__(
         self, scorer: Scorer, tokenizer: TextTokenizer, *, max_length: int, prefix: int | None = None
@@ -96,7 +98,9 @@ class MegatronDyTLM(TemplateLM):
             cache=_open_cache(cache, loaded, ranks),
         )
         length = _checked_length(max_length, loaded)
-        return cls(scorer, loaded.tokenizer, max_length=length, prefix=loaded.prefix_token)
+        lm = cls(scorer, loaded.tokenizer, max_length=length, prefix=loaded.prefix_token)
+        lm.loaded = loaded
+        return lm
 
     @classmethod
     def create_from_arg_obj(

@@ -237,6 +237,16 @@ def test_known_results_are_not_computed_again(tmp_path: Path, capsys: pytest.Cap
     assert model.shapes
 
 
+def test_the_first_rank_alone_reads_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = random_items(TOY_VOCABULARY)
+    keys = [key_of("score", *item) for item in items]
+    for ranks in ranks_one_after_the_other(monkeypatch, sum=lambda part: part):
+        cache = ResultCache(tmp_path / str(ranks.index), "model")
+        toy_scorer(60, ranks=ranks, cache=cache).score(items)
+        assert cache.path.exists() == (ranks.index == 0)
+        assert len(cache.get(keys)) == (len(items) if ranks.index == 0 else 0)
+
+
 def test_a_kill_leaves_the_rounds_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = random_items(TOY_VOCABULARY)
     monkeypatch.setattr(scoring, "ROUND", 2)
