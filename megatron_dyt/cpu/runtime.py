@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_dyt.cpu import replacements
-from megatron_dyt.cpu.cuda_stand_ins import device_count
+from megatron_dyt.cpu.cuda import device_count
 from megatron_dyt.cpu.flags import CONNECTIONS
 from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches

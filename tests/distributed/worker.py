@@ -33,7 +33,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dyt import cpu, pretrain
-from megatron_dyt.cpu import device, latent_attention
+from megatron_dyt.cpu import device, replacements
 from megatron_dyt.patching import Patches, Replacement
 from megatron_dyt.training import launch
 from tests.distributed import record
@@ -82,7 +82,7 @@ def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: i
             *unmarking(case["unmarked"]),
             *(ABSENCES[name] for name in case["without"]),
             # The CPU runtime has these; on GPUs the local layers need them as well.
-            *([] if cpu.is_enabled() else latent_attention.rows()),
+            *([] if cpu.is_enabled() else replacements.latent_attention_rows()),
         ]
     )
     try:

@@ -1,8 +1,11 @@
-"""`--async-save` on CPU: a process forked at each save writes while training goes on.
+"""Checkpoints of CPU processes: `--async-save` by a forked writer, and loading into PyTorch's Adam.
 
-Megatron's persistent writer takes tensors from shared memory. From a GPU that is a copy; on CPU it would
-be the parameter itself, which training changes while it is being written. A forked process has the
-parameters as they were at the fork, and starts in milliseconds.
+Saving: Megatron's persistent writer takes tensors from shared memory. From a GPU that is a copy; on CPU it
+would be the parameter itself, which training changes while it is being written. A process forked at each save
+has the parameters as they were at the fork, and starts in milliseconds.
+
+Loading: Megatron loads into apex's or Transformer Engine's Adam, which count steps once per parameter group.
+PyTorch's Adam keeps a step tensor for each parameter, and no state before its first step.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import signal
 import tempfile
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -91,3 +96,52 @@ def _write(rank_process: int, write: Callable[..., None], *args: Any, **kwargs: 
         if os.getppid() != rank_process:
             os._exit(1)  # It died before it could be asked for.
     write(*args, **kwargs)
+
+
+def with_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """`state_dict` of an optimizer that has not stepped: as after step 0, instead of an error."""
+
+    @functools.wraps(state_dict)
+    def complete(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is not None and not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
+        return state_dict(self, *args, **kwargs)
+
+    return complete
+
+
+def with_own_steps(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """`load_state_dict`, after which every parameter has the loaded step, in a tensor of its own.
+
+    Megatron gives all parameters one tensor, which would advance once for each of them in every
+    step, and then copies step 0 of the fresh optimizer over it: Adam's bias correction would start
+    again.
+    """
+
+    @functools.wraps(load_state_dict)
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load_state_dict(self, *args, **kwargs)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+        return result
+
+    return load
+
+
+def into_torch_state(set_states: Callable[..., Any]) -> Callable[..., Any]:
+    """The copy of loaded values into a parameter and its optimizer state.
+
+    Outside autograd, because fp32 parameters are views of leaves. The format that every layout can
+    load (`--dist-ckpt-optim-fully-reshardable`) has no step for each parameter, and Megatron looks for one
+    wherever the state has a tensor; what is not a tensor it skips.
+    """
+
+    @functools.wraps(set_states)
+    def copy(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return set_states(optimizer, model_param, {"step": None, **tensors})
+
+    return copy

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from megatron_dyt.cpu import async_save
+from megatron_dyt.cpu import checkpointing
 
 
 def test_results_come_back_from_a_forked_process_in_order_and_at_any_size() -> None:
-    results = async_save.Results()
+    results = checkpointing.Results()
     results.put({0: ["here"]})
     child = os.fork()
     if child == 0:
@@ -30,7 +30,7 @@ def test_results_come_back_from_a_forked_process_in_order_and_at_any_size() -> N
 
 
 def test_there_is_one_queue() -> None:
-    get = async_save.results_queue(None)
+    get = checkpointing.results_queue(None)
     assert get() is get(mp_mode="fork")
 
 
@@ -54,7 +54,7 @@ def test_a_writer_is_killed_with_its_rank() -> None:
             os.write(writing, b"w")
             time.sleep(60)
 
-        async_save.ending_with_its_rank(schedule)(None, Request(write))
+        checkpointing.ending_with_its_rank(schedule)(None, Request(write))
         time.sleep(60)
         os._exit(0)
     os.close(writing)
@@ -68,5 +68,5 @@ def test_a_writer_is_killed_with_its_rank() -> None:
 
 def test_nothing_to_write_stays_nothing() -> None:
     seen: list[Any] = []
-    async_save.ending_with_its_rank(lambda _caller, request: seen.append(request))(None, Request(None))
+    checkpointing.ending_with_its_rank(lambda _caller, request: seen.append(request))(None, Request(None))
     assert seen == [Request(None)]

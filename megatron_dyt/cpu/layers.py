@@ -1,33 +1,59 @@
-"""Multi-latent attention out of Megatron's local layers, which by themselves cannot do it.
+"""Megatron's layers where they need a GPU by accident: norms, experts, and multi-latent attention.
 
-Megatron builds it for Transformer Engine. With the layers that need no GPU two things are missing:
-attention that takes keys and values of different widths, and a whole gradient of the keys' positions.
+Megatron builds multi-latent attention for Transformer Engine. With the layers that need no GPU two things
+are missing: attention that takes keys and values of different widths, and a whole gradient of the keys'
+positions.
+Each function makes a replacement from the original: see `cpu.replacements`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_dyt.patching import Replacement
 
-_LATENT = "megatron.core.transformer.multi_latent_attention"
-
-
-def rows() -> list[Replacement]:
-    """The replacements, for any device; they do nothing to other kinds of attention."""
-    attention = "megatron.core.transformer.dot_product_attention"
-    return [
-        Replacement(attention, "DotProductAttention.__init__", _with_widths),
-        Replacement(_LATENT, "MLASelfAttention.get_query_key_value_tensors", _announcing_gathers),
-        Replacement(_LATENT, "gather_from_tensor_model_parallel_region", _summing_positions),
-    ]
+def without_fp8(init: Callable[..., None]) -> Callable[..., None]:
+    """Megatron 0.19 takes the default, False, for fp8, which needs Transformer Engine."""
+    return lambda self, fp8=None: init(self, fp8 or None)
 
 
-def _with_widths(init: Callable[..., None]) -> Callable[..., None]:
+def as_numpy_on_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron makes split sizes lists on the way off a GPU only, and all_to_all takes nothing else."""
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    return moved
+
+
+def for_sequence_parallel(new: Callable[..., Any]) -> Any:
+    """PyTorch's norms under sequence parallelism, which Megatron allows for TE and apex norms only.
+
+    All that they lack is the mark by which Megatron sums their gradients over the tensor-parallel
+    ranks, each of which has seen its part of the sequence.
+    """
+
+    @functools.wraps(new)
+    def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return new(cls, config, *args, **kwargs)
+        unsplit = copy.copy(config)
+        unsplit.sequence_parallel = False
+        norm = new(cls, unsplit, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return staticmethod(__new__)
+
+
+def with_widths(init: Callable[..., None]) -> Callable[..., None]:
     """`DotProductAttention.__init__` that takes the widths of keys and values.
 
     The computation goes by the tensors' shapes; the width of the result is all that has to be told.
@@ -49,7 +75,7 @@ def _with_widths(init: Callable[..., None]) -> Callable[..., None]:
 _gathers: list[int] = []
 
 
-def _announcing_gathers(derive: Callable[..., Any]) -> Callable[..., Any]:
+def announcing_gathers(derive: Callable[..., Any]) -> Callable[..., Any]:
     """`get_query_key_value_tensors`, which gathers the query latent, if any, and then the other one."""
 
     @functools.wraps(derive)
@@ -61,7 +87,7 @@ def _announcing_gathers(derive: Callable[..., Any]) -> Callable[..., Any]:
     return derive_tensors
 
 
-def _summing_positions(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def summing_positions(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The gather of a column-parallel latent, whose backward pass takes this rank's columns.
 
     All heads share the keys' positions, and a rank has the gradient of its own heads: it has to be summed

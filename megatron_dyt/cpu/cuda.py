@@ -1,17 +1,20 @@
-"""What `torch.cuda` answers while Megatron runs on CPU.
+"""CUDA devices while Megatron runs on CPU: what `torch.cuda` answers, and where tensors for a device go.
 
 Megatron asks for the current device, makes streams and events, draws from the CUDA random
 generator and reports memory. On CPU there is one device, work is finished when a call returns, and
-there is one generator: the answers below say so.
+there is one generator: the answers below say so. A tensor for a CUDA device is made on
+the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,3 +136,66 @@ def device_properties(*_args: Any) -> SimpleNamespace:
 def device_capability(*_args: Any) -> tuple[int, int]:
     """(0, 0): older than every GPU, so no feature that asks for a compute capability starts."""
     return (0, 0)
+
+
+def _cpu_for_cuda(device: Any) -> Any:
+    """The CPU when `device` names a CUDA device (by string, device or index), else `device`."""
+    if isinstance(device, torch.device):
+        names_cuda = device.type == "cuda"
+    elif isinstance(device, str):
+        names_cuda = device.startswith("cuda")
+    else:
+        names_cuda = isinstance(device, int) and not isinstance(device, bool)
+    return torch.device("cpu") if names_cuda else device
+
+
+def device_argument_to_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def first_argument_to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    convert = device_argument_to_cpu(to)
+
+    @functools.wraps(to)
+    def move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            args = (_cpu_for_cuda(args[0]), *args[1:])
+        return convert(tensor, *args, **kwargs)
+
+    return move
+
+
+def keeping_rng(start: Callable[..., None]) -> Callable[..., None]:
+    """A data loader that starts reading draws a seed from the CPU generator.
+
+    On a GPU that does not touch the generator of dropout. Here it is the same one, and a resumed
+    run, which starts to read at another step, would get other dropout masks.
+    """
+
+    @functools.wraps(start)
+    def start_reading(*args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            start(*args, **kwargs)
+
+    return start_reading
+
+
+def itself(thing: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return thing
+
+
+def type_named_as_on_cuda(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's optimizers compare `tensor.type()` with "torch.cuda.FloatTensor" and the like."""
+
+    @functools.wraps(type_of)
+    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_of(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    return named

@@ -1,0 +1,16 @@
+"""The CPU runtime, on for one test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_dyt import cpu
+
+
+@pytest.fixture
+def runtime() -> Iterator[None]:
+    cpu.enable()
+    yield
+    cpu.disable()
