@@ -17,22 +17,7 @@ from torch import Tensor
 
 from megatron_dyt.ops import dyt, dyt_fork, recompute_dyt, triton_dyt, triton_launch
 from megatron_dyt.ops.triton_launch import Chip
-from tests.ops.cases import (
-    NAMES,
-    TOLERANCE,
-    add_residual,
-    assert_near,
-    call,
-    call_residual,
-    check_against_exact,
-    check_operations,
-    check_residual_against_exact,
-    exact,
-    make_inputs,
-    split,
-    unit,
-    upstream,
-)
+from tests.ops import cases
 from tests.ops.interpreter import interpreted_kernels
 
 # The interpreter's own: it indexes with arrays of one element, and NumPy warns of inf - inf.
@@ -48,7 +33,7 @@ GUARD = 64
 # Few processors, so that a program has several blocks of rows, and yet several programs share them.
 SMALL_CHIP = Chip("sm90", processors=3, warp_size=32, ptx=False)
 # Terms of dalpha cancel, and each is good to a few ulp.
-CUDA_TOLERANCE = TOLERANCE | {FP32: 1e-5}
+CUDA_TOLERANCE = cases.TOLERANCE | {FP32: 1e-5}
 # The interpreter cuts fp32 to bf16 off instead of rounding.
 INTERPRETED_TOLERANCE = CUDA_TOLERANCE | {BF16: 2**-7}
 # tanh.approx has a relative error of 2^-11, which is more than a rounding where the bias cancels it.
@@ -135,8 +120,8 @@ SHAPES: list[tuple[tuple[int, ...], torch.dtype, str]] = [
 def test_values_and_gradients(
     device: str, tolerances: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, function: str
 ) -> None:
-    inputs = make_inputs(shape, function=function, dtype=dtype, parameter_dtype=FP32, device=device)
-    check_against_exact(inputs, function, backend="triton", **tolerances)
+    inputs = cases.make_inputs(shape, function=function, dtype=dtype, parameter_dtype=FP32, device=device)
+    cases.check_against_exact(inputs, function, backend="triton", **tolerances)
 
 
 RESIDUAL_SHAPES = [
@@ -163,9 +148,9 @@ def test_residual(
     residual_dtype: torch.dtype,
 ) -> None:
     function = "erf" if dtype == FP16 else "tanh"
-    inputs = make_inputs(shape, function=function, dtype=dtype, parameter_dtype=FP32, device=device)
-    check_residual_against_exact(
-        add_residual(inputs, residual_dtype), function, backend="triton", **tolerances
+    inputs = cases.make_inputs(shape, function=function, dtype=dtype, parameter_dtype=FP32, device=device)
+    cases.check_residual_against_exact(
+        cases.add_residual(inputs, residual_dtype), function, backend="triton", **tolerances
     )
 
 
@@ -177,7 +162,7 @@ def test_dtypes_of_x_and_parameters(
 ) -> None:
     # Each function meets each dtype of x and each of the parameters.
     function = "erf" if dtype == parameter_dtype else "tanh"
-    inputs = make_inputs(
+    inputs = cases.make_inputs(
         (40, 24),
         function=function,
         bias=function == "erf",
@@ -185,14 +170,14 @@ def test_dtypes_of_x_and_parameters(
         parameter_dtype=parameter_dtype,
         device=device,
     )
-    check_against_exact(inputs, function, backend="triton", **tolerances)
+    cases.check_against_exact(inputs, function, backend="triton", **tolerances)
 
 
 @pytest.mark.parametrize("alpha", [-0.6, 0.0])
 @pytest.mark.parametrize("function", triton_dyt.FUNCTIONS)
 def test_alpha_of_any_sign(device: str, tolerances: dict[str, Any], function: str, alpha: float) -> None:
-    inputs = make_inputs(function=function, alpha=alpha, device=device)
-    check_against_exact(inputs, function, backend="triton", **tolerances)
+    inputs = cases.make_inputs(function=function, alpha=alpha, device=device)
+    cases.check_against_exact(inputs, function, backend="triton", **tolerances)
 
 
 def surrounded_by_nan(t: Tensor, left: int, right: int) -> Tensor:
@@ -220,11 +205,11 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 )
 def test_strides(device: str, tolerances: dict[str, Any], name: str, hidden: int) -> None:
     view = VIEWS[name]
-    inputs = make_inputs((3, 5, hidden), dtype=BF16, parameter_dtype=FP32, device=device)
+    inputs = cases.make_inputs((3, 5, hidden), dtype=BF16, parameter_dtype=FP32, device=device)
     strided = {**inputs, "x": view(inputs["x"]).requires_grad_()}
-    check_against_exact(strided, "tanh", backend="triton", **tolerances)
-    dy = view(upstream(inputs["x"]))
-    check_against_exact(inputs, "tanh", dy, backend="triton", **tolerances)
+    cases.check_against_exact(strided, "tanh", backend="triton", **tolerances)
+    dy = view(cases.upstream(inputs["x"]))
+    cases.check_against_exact(inputs, "tanh", dy, backend="triton", **tolerances)
 
 
 def random_view(t: Tensor, random: Callable[..., int]) -> Tensor:
@@ -244,23 +229,23 @@ def random_view(t: Tensor, random: Callable[..., int]) -> Tensor:
 def test_random_strides(device: str, tolerances: dict[str, Any], seed: int) -> None:
     random = Random(seed).randint
     shape = (random(1, 4), random(1, 4), random(1, 40))
-    inputs = add_residual(make_inputs(shape, dtype=BF16, parameter_dtype=FP32, device=device))
+    inputs = cases.add_residual(cases.make_inputs(shape, dtype=BF16, parameter_dtype=FP32, device=device))
     for name in ("x", "residual"):
         inputs[name] = random_view(inputs[name], random).requires_grad_()
-    check_residual_against_exact(inputs, "tanh", backend="triton", **tolerances)
+    cases.check_residual_against_exact(inputs, "tanh", backend="triton", **tolerances)
     del inputs["residual"]
-    dy = random_view(upstream(inputs["x"]), random)
-    check_against_exact(inputs, "tanh", dy, backend="triton", **tolerances)
+    dy = random_view(cases.upstream(inputs["x"]), random)
+    cases.check_against_exact(inputs, "tanh", dy, backend="triton", **tolerances)
 
 
 def test_rows_of_residual_and_gradients_may_lie_elsewhere(device: str, tolerances: dict[str, Any]) -> None:
-    inputs = add_residual(make_inputs((5, 64), device=device))
-    x, parameters = split({name: t.detach() for name, t in inputs.items()})
+    inputs = cases.add_residual(cases.make_inputs((5, 64), device=device))
+    x, parameters = cases.split({name: t.detach() for name, t in inputs.items()})
     residual = inputs["residual"].detach()
     y, total = triton_dyt.residual_forward(
         surrounded_by_nan(x, 0, 16), surrounded_by_nan(residual, 0, 24), parameters
     )
-    dy, dsum = upstream(y), upstream(y) + 1
+    dy, dsum = cases.upstream(y), cases.upstream(y) + 1
     gradients = triton_dyt.backward(
         surrounded_by_nan(dy, 0, 32),
         surrounded_by_nan(total, 0, 40),
@@ -269,11 +254,11 @@ def test_rows_of_residual_and_gradients_may_lie_elsewhere(device: str, tolerance
         surrounded_by_nan(dsum, 0, 8),
     )
     assert torch.equal(total, x + residual)
-    exact_y, expected = exact({**inputs, "x": total}, dy, "tanh")
-    assert_near(y, exact_y, 2e-6, "y")
+    exact_y, expected = cases.exact({**inputs, "x": total}, dy, "tanh")
+    cases.assert_near(y, exact_y, 2e-6, "y")
     expected["x"] = expected["x"] + dsum
     for gradient, (name, e) in zip(gradients, expected.items(), strict=True):
-        assert_near(gradient, e, 1e-5, name)
+        cases.assert_near(gradient, e, 1e-5, name)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -288,8 +273,8 @@ def test_any_number_of_programs_sums_up(
     monkeypatch.setattr(triton_launch, "FINALIZE_BLOCK_P", block_p)
     monkeypatch.setattr(triton_launch, "FINALIZE_BLOCK_N", 8)
     monkeypatch.setattr(triton_launch, "_MAX_BLOCK_N", 16)
-    inputs = make_inputs((321, 23), function="erf", device=device)
-    check_against_exact(inputs, "erf", backend="triton")
+    inputs = cases.make_inputs((321, 23), function="erf", device=device)
+    cases.check_against_exact(inputs, "erf", backend="triton")
 
 
 def lots_of_memory(elements: int, device: str, directory: Path) -> Tensor:
@@ -306,27 +291,27 @@ def test_offsets_beyond_2_to_the_31(device: str, tolerances: dict[str, Any], tmp
     # An offset cut to 32 bits would lie as far before the first row, and find zeros there.
     storage = lots_of_memory(2**31 + 2 * distance + hidden, device, tmp_path)
     x = storage.as_strided((3, hidden), (distance, 1), 2**31)
-    inputs = make_inputs((3, hidden), dtype=BF16, parameter_dtype=FP32, device=device)
+    inputs = cases.make_inputs((3, hidden), dtype=BF16, parameter_dtype=FP32, device=device)
     x.copy_(inputs["x"].detach())
-    check_against_exact({**inputs, "x": x.requires_grad_()}, "tanh", backend="triton", **tolerances)
+    cases.check_against_exact({**inputs, "x": x.requires_grad_()}, "tanh", backend="triton", **tolerances)
 
 
 def test_any_subset_of_gradients(device: str) -> None:
-    inputs = make_inputs((33, 20), function="erf", device=device)
-    dy = upstream(inputs["x"])
-    _, expected = exact(inputs, dy, "erf")
-    x, parameters = split({name: t.detach() for name, t in inputs.items()}, "erf")
+    inputs = cases.make_inputs((33, 20), function="erf", device=device)
+    dy = cases.upstream(inputs["x"])
+    _, expected = cases.exact(inputs, dy, "erf")
+    x, parameters = cases.split({name: t.detach() for name, t in inputs.items()}, "erf")
     for bits in range(1, 32):
         needs = [bool(bits >> i & 1) for i in range(5)]
         gradients = triton_dyt.backward(dy, x, parameters, needs)
-        wanted = [name for name, needed in zip(NAMES, needs, strict=True) if needed]
+        wanted = [name for name, needed in zip(cases.NAMES, needs, strict=True) if needed]
         for name, gradient in zip(wanted, gradients, strict=True):
-            assert_near(gradient, expected[name], 1e-5, f"{name} of {wanted}")
+            cases.assert_near(gradient, expected[name], 1e-5, f"{name} of {wanted}")
 
 
 def slope(z: Tensor, function: str, dtype: torch.dtype = FP32) -> Tensor:
     """f'(z) by the backward kernel, as fp64: dx where alpha, weight and dy are 1."""
-    z, parameters = z.to(dtype), unit(z.shape[-1], function, device=z.device.type)
+    z, parameters = z.to(dtype), cases.unit(z.shape[-1], function, device=z.device.type)
     return triton_dyt.backward(torch.ones_like(z), z, parameters, [True] + [False] * 4)[0].double()
 
 
@@ -352,14 +337,14 @@ def test_value_is_accurate_from_tiny_to_saturated(
     # Every magnitude, and densely where one formula takes over from another.
     z = torch.cat([torch.logspace(-38 if dtype == FP32 else -4, 2, 3000), torch.linspace(0.05, 4, 3000)])
     z = torch.cat([-z, z]).to(device=device, dtype=dtype)
-    y = triton_dyt.forward(z, unit(len(z), function, device=device))
+    y = triton_dyt.forward(z, cases.unit(len(z), function, device=device))
     expected = getattr(torch, function)(z.double())
     assert ((y.double() - expected).abs() / expected.abs()).max() < tolerance
 
 
 def test_bf16_value_near_zero(device: str) -> None:
     z = torch.logspace(-30, 1, 3000).to(device=device, dtype=BF16)
-    y = triton_dyt.forward(z, unit(len(z), device=device))
+    y = triton_dyt.forward(z, cases.unit(len(z), device=device))
     expected = torch.tanh(z.double())
     # A rounding, or the interpreter's cut, and the error of tanh.approx.
     assert ((y.double() - expected).abs() / expected).max() < (2**-7 if device == "cpu" else 2**-8 + 2**-11)
@@ -373,7 +358,7 @@ def test_special_values_in_every_dtype(device: str, dtype: torch.dtype) -> None:
     residual = torch.tensor([largest, -largest, 1.0, NAN, -INF, 1.0, 0.0, -0.0, 0.0], device=device)
     residual = residual.to(dtype)
     x, residual = (t[:, None].expand(-1, 24).contiguous() for t in (x, residual))
-    parameters = unit(24, device=device)._replace(weight=torch.full((24,), 2.0, device=device))
+    parameters = cases.unit(24, device=device)._replace(weight=torch.full((24,), 2.0, device=device))
     y, total = triton_dyt.residual_forward(x, residual, parameters)
     assert torch.equal(total.isnan(), (x + residual).isnan())
     assert torch.equal(total.nan_to_num(7), (x + residual).nan_to_num(7))
@@ -400,7 +385,7 @@ def test_saturated_infinite_and_nan_x(device: str, columns: int, function: str) 
     special = torch.tensor([100.0, -100.0, INF, -INF, 0.0, -0.0, 1e-40], device=device)
     x = special[:, None].expand(-1, columns).contiguous()
     weight, bias = (torch.full((columns,), v, device=device) for v in (2.0, 0.5))
-    parameters = unit(columns, function, device=device)._replace(weight=weight, bias=bias)
+    parameters = cases.unit(columns, function, device=device)._replace(weight=weight, bias=bias)
     dsum = torch.full_like(x, 0.25)
     y = triton_dyt.forward(x, parameters)
     expected = torch.tensor([2.5, -1.5, 2.5, -1.5, 0.5, 0.5, 0.5])
@@ -430,24 +415,24 @@ def test_saturated_infinite_and_nan_x(device: str, columns: int, function: str) 
 
 def test_a_steep_alpha_gives_the_right_gradients_and_not_merely_finite_ones(device: str) -> None:
     # |alpha * x| up to 100, where fp32's 1 - tanh^2 has been 0 since 9.
-    inputs = make_inputs((40, 24), dtype=FP32, alpha=25.0, device=device)
+    inputs = cases.make_inputs((40, 24), dtype=FP32, alpha=25.0, device=device)
     inputs["x"] = torch.linspace(-4, 4, 960, device=device).view(40, 24).requires_grad_()
-    y = call(inputs, backend="triton")
-    dy = upstream(y)
+    y = cases.call(inputs, backend="triton")
+    dy = cases.upstream(y)
     dx, dalpha = torch.autograd.grad(y, [inputs["x"], inputs["alpha"]], dy)
-    _, expected = exact(inputs, dy, "tanh")
+    _, expected = cases.exact(inputs, dy, "tanh")
     normal = expected["x"].abs() > 1e-36
     assert normal.sum() > 300
     error = (dx.double() - expected["x"]).abs()
     assert (error[normal] / expected["x"][normal].abs()).max() < 1e-5
     assert error[~normal].max() < 2e-36
-    assert_near(dalpha, expected["alpha"], 1e-5, "alpha")
+    cases.assert_near(dalpha, expected["alpha"], 1e-5, "alpha")
 
 
 def test_the_sum_is_rounded_before_dyt_sees_it(device: str) -> None:
     x = torch.tensor([[1.0, 3.0]], dtype=BF16, device=device)
     residual = torch.tensor([[2.0**-10, 2.0**-9]], dtype=BF16, device=device)
-    parameters = unit(2, device=device)
+    parameters = cases.unit(2, device=device)
     y, total = triton_dyt.residual_forward(x, residual, parameters)
     assert torch.equal(total, x)
     assert torch.equal(y, triton_dyt.forward(x, parameters))
@@ -456,21 +441,21 @@ def test_the_sum_is_rounded_before_dyt_sees_it(device: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_fork_adds_the_gradient_of_x(device: str, tolerances: dict[str, Any], dtype: torch.dtype) -> None:
-    inputs = make_inputs((33, 40), dtype=dtype, parameter_dtype=FP32, device=device)
+    inputs = cases.make_inputs((33, 40), dtype=dtype, parameter_dtype=FP32, device=device)
     y, same = dyt_fork(*inputs.values(), backend="triton")
-    dy, dsame = upstream(y), upstream(y).flip(-1)
+    dy, dsame = cases.upstream(y), cases.upstream(y).flip(-1)
     gradients = torch.autograd.grad((y, same), list(inputs.values()), (dy, dsame))
-    exact_y, expected = exact(inputs, dy, "tanh")
+    exact_y, expected = cases.exact(inputs, dy, "tanh")
     expected["x"] = expected["x"] + dsame.double()
-    assert_near(y, exact_y, tolerances["tolerance"][dtype], "y", tolerances.get("slack", 2e-6))
+    cases.assert_near(y, exact_y, tolerances["tolerance"][dtype], "y", tolerances.get("slack", 2e-6))
     for gradient, (name, e) in zip(gradients, expected.items(), strict=True):
-        assert_near(gradient, e, tolerances["tolerance"][gradient.dtype], f"d{name}")
+        cases.assert_near(gradient, e, tolerances["tolerance"][gradient.dtype], f"d{name}")
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_recomputation_gives_the_same_bits(device: str, dtype: torch.dtype) -> None:
-    inputs = make_inputs((33, 40), dtype=dtype, parameter_dtype=FP32, device=device)
-    y = call(inputs, backend="triton")
+    inputs = cases.make_inputs((33, 40), dtype=dtype, parameter_dtype=FP32, device=device)
+    y = cases.call(inputs, backend="triton")
     before = y.clone()
     y.untyped_storage().resize_(0)
     recompute_dyt(y, *inputs.values(), backend="triton")
@@ -479,19 +464,19 @@ def test_recomputation_gives_the_same_bits(device: str, dtype: torch.dtype) -> N
 
 @pytest.mark.usefixtures("poisoned")
 def test_is_deterministic(device: str) -> None:
-    inputs = add_residual(make_inputs((200, 40), dtype=BF16, parameter_dtype=FP32, device=device))
+    inputs = cases.add_residual(cases.make_inputs((200, 40), dtype=BF16, parameter_dtype=FP32, device=device))
     runs = []
     for _ in range(2):
-        results = call_residual(inputs, backend="triton")
-        dy = upstream(results[0])
+        results = cases.call_residual(inputs, backend="triton")
+        dy = cases.upstream(results[0])
         runs.append((*results, *torch.autograd.grad(results, list(inputs.values()), (dy, dy))))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
 
 def test_opcheck(device: str) -> None:
-    inputs = make_inputs((4, 3, 10), function="erf", device=device)
-    check_operations({**inputs, "x": inputs["x"].transpose(0, 1)}, "erf", "triton")
+    inputs = cases.make_inputs((4, 3, 10), function="erf", device=device)
+    cases.check_operations({**inputs, "x": inputs["x"].transpose(0, 1)}, "erf", "triton")
 
 
 def test_compiles_into_one_graph_with_equal_results(device: str) -> None:
@@ -503,10 +488,10 @@ def test_compiles_into_one_graph_with_equal_results(device: str) -> None:
 
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     for rows in (6, 9, 17):
-        inputs = add_residual(make_inputs((rows, 10), device=device))
+        inputs = cases.add_residual(cases.make_inputs((rows, 10), device=device))
         tensors = [inputs[name] for name in ("x", "residual", "alpha", "weight", "bias")]
         y, compiled_y = layer(*tensors), compiled(*tensors)
-        dy = upstream(y)
+        dy = cases.upstream(y)
         torch.testing.assert_close(compiled_y, y, rtol=1e-5, atol=1e-5)
         for actual, expected in zip(
             torch.autograd.grad(compiled_y, tensors, dy), torch.autograd.grad(y, tensors, dy), strict=True
@@ -515,7 +500,7 @@ def test_compiles_into_one_graph_with_equal_results(device: str) -> None:
 
 
 def test_activation_checkpointing_and_autocast(device: str) -> None:
-    inputs = make_inputs((6, 16), device=device)
+    inputs = cases.make_inputs((6, 16), device=device)
     linear = torch.nn.Linear(16, 16, bias=False, device=device)
 
     def layer(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -529,7 +514,7 @@ def test_activation_checkpointing_and_autocast(device: str) -> None:
             else:
                 y = layer(*inputs.values())
         assert y.dtype == BF16
-        gradients = torch.autograd.grad(y, list(inputs.values()), upstream(y))
+        gradients = torch.autograd.grad(y, list(inputs.values()), cases.upstream(y))
         assert [g.dtype for g in gradients] == [FP32] * 4
         results.append((y, *gradients))
     for plain, again in zip(*results, strict=True):
@@ -548,23 +533,27 @@ def test_auto_is_triton_on_cuda_and_any_function_runs(device: str) -> None:
     if device != "cuda":
         pytest.skip("needs a CUDA device")
     for function in ("tanh", "hardtanh", "isru"):
-        inputs = make_inputs((40, 24), function=function, dtype=BF16, parameter_dtype=FP32, device=device)
-        check_against_exact(inputs, function, slack=CUDA_SLACK)
+        inputs = cases.make_inputs(
+            (40, 24), function=function, dtype=BF16, parameter_dtype=FP32, device=device
+        )
+        cases.check_against_exact(inputs, function, slack=CUDA_SLACK)
 
 
 @pytest.mark.gpu
 def test_cuda_graph_replays_forward_and_backward(device: str) -> None:
     if device != "cuda":
         pytest.skip("needs a CUDA device")
-    inputs = add_residual(make_inputs((256, 1024), dtype=BF16, parameter_dtype=FP32, device=device))
+    inputs = cases.add_residual(
+        cases.make_inputs((256, 1024), dtype=BF16, parameter_dtype=FP32, device=device)
+    )
 
     def step() -> tuple[Tensor, ...]:
         # As in a layer: the fork in front of attention, and the sum behind it.
         first, stream = dyt_fork(*(inputs[name] for name in ("x", "alpha", "weight", "bias")))
-        y, total = call_residual({**inputs, "x": first, "residual": inputs["residual"] + stream})
+        y, total = cases.call_residual({**inputs, "x": first, "residual": inputs["residual"] + stream})
         return (y, total, *torch.autograd.grad((y, total), list(inputs.values()), (dy, dy)))
 
-    dy = upstream(inputs["x"])
+    dy = cases.upstream(inputs["x"])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -588,7 +577,7 @@ def test_outputs_beyond_2_to_the_31_elements(device: str) -> None:
     hidden, rows = 4096, 2**19 + 3
     row = torch.linspace(-4, 4, hidden, device=device, dtype=BF16)
     x = row.expand(rows, hidden)
-    parameters = unit(hidden, device=device)
+    parameters = cases.unit(hidden, device=device)
     y = triton_dyt.forward(x, parameters)
     for i in (0, 2**19 - 1, 2**19, rows - 1):
         torch.testing.assert_close(y[i], torch.tanh(row), rtol=2**-7, atol=0)
