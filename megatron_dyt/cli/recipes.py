@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.llama import NORMS
-
-if TYPE_CHECKING:
-    from megatron_dyt.recipes.plan import Plan
+from megatron_dyt.recipes import load, memory, names
+from megatron_dyt.recipes import scaling as communication
+from megatron_dyt.recipes.layout import RECOMPUTE, Cluster
+from megatron_dyt.recipes.plan import Plan, Speeds, as_json, days, ranked, report
 
 POSITIVE = click.IntRange(min=1)
 NORM = click.Choice(NORMS)
@@ -25,8 +25,6 @@ NORM = click.Choice(NORMS)
 @click.option("--format", "form", type=click.Choice(("text", "flags")), default="text", show_default=True)
 def recipe(model: str | None, norm: str, form: str) -> None:
     """Show a training recipe, or Megatron's flags for it; without MODEL, list all."""
-    from megatron_dyt.recipes import load, names
-
     if model is None:
         click.echo("\n".join(load(name).describe()[0] for name in names()))
         return
@@ -54,7 +52,9 @@ def recipe(model: str | None, norm: str, form: str) -> None:
 @click.option("--pp", type=POSITIVE, help="Pipeline parallel size.")
 @click.option("--vpp", type=POSITIVE, help="Model chunks per pipeline rank.")
 @click.option("--micro-batch-size", "micro_batch", type=POSITIVE, help="Sequences per micro-batch.")
-@click.option("--recompute", type=click.Choice(("none", "selective", "full")))
+@click.option(
+    "--recompute", type=click.Choice(RECOMPUTE), help="Of activations: nothing, MLPs and norms, or layers."
+)
 @click.option(
     "--format", "form", type=click.Choice(("text", "json", "flags")), default="text", show_default=True
 )
@@ -77,10 +77,6 @@ def plan(
     With --format flags Megatron's flags for it, which the launch scripts use. With --dry-run these are tried:
     Megatron's own validation, and every pipeline stage's model, without a GPU.
     """
-    from megatron_dyt.recipes import load
-    from megatron_dyt.recipes.layout import Cluster
-    from megatron_dyt.recipes.plan import Speeds, as_json, days, ranked, report
-
     if gpu_memory <= 0 or gpu_flops <= 0 or not 0 < mfu <= 1:
         raise UserError(
             f"--gpu-memory {gpu_memory:g}, --gpu-flops {gpu_flops:g} and --mfu {mfu:g} were "
@@ -102,7 +98,7 @@ def plan(
 
 def _try(plan: Plan, norm: str) -> None:
     """Try the recipe's and the layout's flags; a launch script tries those that it adds as well."""
-    from megatron_dyt.recipes import dry_run, memory
+    from megatron_dyt.recipes import dry_run
 
     recipe = plan.recipe
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(recipe.vocab_size - 1)]
@@ -153,9 +149,7 @@ def dry_run(
 )
 def scaling(write: Path | None) -> None:
     """What DyT adds to a step's communication, counted for LLaMA up to 4,096 ranks, in Markdown."""
-    from megatron_dyt.recipes import scaling
-
     if write is None:
-        click.echo(scaling.report())
+        click.echo(communication.report())
     else:
-        scaling.write(write)
+        communication.write(write)
