@@ -95,19 +95,22 @@ class Tail:
 
 
 class Display:
-    """A progress bar, in a log a line every few seconds, with what is said above it."""
+    """A progress bar on a terminal, in a log a line every few seconds; with what else is said above it."""
 
     def __init__(self, name: str, output: TextIO) -> None:
         self.name = name
         self.output = output
+        self.bar: tqdm[None] | None = None
         self.total = 0
         self.complete = False
-        self.bar: tqdm[None] | None = None
+        # Of the latest steps.
         self.seconds: list[float] = []
+        # When the last line of progress was written to a log; None before the first.
+        self.written: float | None = None
 
     def show(self, records: list[Record]) -> None:
-        """Bring the bar up to date with `records`. Evaluations before the first look are history."""
-        attached = self.bar is not None
+        """Bring the display up to date with `records`. Evaluations before the first look are history."""
+        attached = bool(self.seconds)
         for record in records:
             if isinstance(record, Start):
                 self.total = int(record.arguments.get("train_iters") or 0)
@@ -124,35 +127,36 @@ class Display:
         self.say(f"{self.name}: {kind} loss {evaluation.loss:.4f} ({which}step {evaluation.iteration})")
 
     def _draw(self, step: Step) -> None:
-        is_first = self.bar is None
-        bar = self.bar = self.bar or self._new_bar(step.iteration)
-        pace = statistics.median(self.seconds)
-        left = tqdm.format_interval((self.total - step.iteration) * pace)
-        bar.set_postfix_str(f"loss {step.loss:.3f}, {pace:.2f} s per step, {left} left", refresh=False)
-        bar.update(step.iteration - bar.n)
         self.complete = step.iteration >= self.total
-        if is_first or self.complete:
-            bar.refresh()
+        pace = statistics.median(self.seconds)
+        left = tqdm.format_interval(max(0, self.total - step.iteration) * pace)
+        state = f"loss {step.loss:.3f}, {pace:.2f} s per step, {left} left"
+        if self.output.isatty():
+            self.bar = self.bar or self._new_bar(step.iteration)
+            self.bar.set_postfix_str(state, refresh=False)
+            self.bar.update(step.iteration - self.bar.n)
+            self.bar.refresh()
+        elif self.complete or self.written is None or time.monotonic() - self.written >= _LOG_SECONDS:
+            self.written = time.monotonic()
+            self.say(f"{self.name}: step {step.iteration}/{self.total}, {state}")
 
     def _new_bar(self, iteration: int) -> tqdm[None]:
-        on_terminal = self.output.isatty()
         return tqdm(
             desc=self.name,
             total=self.total,
             initial=iteration,
             file=self.output,
-            mininterval=0.1 if on_terminal else _LOG_SECONDS,
-            miniters=1,
+            dynamic_ncols=True,
             delay=1e-9,  # No bar before the first loss is in it.
-            dynamic_ncols=on_terminal,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}"
-            if on_terminal
-            else "{desc}: step {n_fmt}/{total_fmt}{postfix}\n",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}",
         )
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        tqdm.write(line, file=self.output)
+        if self.bar is not None:
+            self.bar.write(line, file=self.output)
+        else:
+            self.output.write(line + "\n")
         self.output.flush()
 
     def close(self) -> None:

@@ -32,28 +32,49 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Any:
     return give
 
 
-def test_progress_gives_step_loss_pace_and_time_left(tmp_path: Path) -> None:
-    write_lines(
-        tmp_path / "metrics.jsonl",
-        [
-            start_line(),
-            step_line(1, seconds_per_step=9.0),
-            step_line(100, 5.25, seconds_per_step=0.5),
-            step_line(110, 5.125, seconds_per_step=0.5),
-        ],
-    )
-    output = io.StringIO()
-    display = Display("dyt", output)
-    tail = Tail(tmp_path)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+HISTORY = [
+    start_line(),
+    step_line(1, seconds_per_step=9.0),
+    step_line(100, 5.25, seconds_per_step=0.5),
+    step_line(110, 5.125, seconds_per_step=0.5),
+]
+
+
+def test_a_terminal_has_a_bar_with_step_loss_pace_and_time_left(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", HISTORY)
+    output = Terminal()
+    display, tail = Display("dyt", output), Tail(tmp_path)
     display.show(tail.read())
     # The median of the pace: the first step's does not count.
-    assert "loss 5.125, 0.50 s per step, 00:45 left" in str(display.bar)
-    assert (display.bar.n, display.bar.total) == (110, 200)  # type: ignore[union-attr]
-    assert not display.complete
-    append(tmp_path / "metrics.jsonl", step_line(200, 4.0))
+    assert "| step 110/200, loss 5.125, 0.50 s per step, 00:45 left" in str(display.bar)
+    append(tmp_path / "metrics.jsonl", step_line(120, 5.0), validation_line(120, 4.5))
     display.show(tail.read())
+    assert "| step 120/200, loss 5.000" in str(display.bar)
+    assert "dyt: validation loss 4.5000 (step 120)\n" in output.getvalue()
+    assert not display.complete
+    display.close()
+
+
+def test_a_log_has_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(follow.time, "monotonic", lambda: now[0])
+    write_lines(tmp_path / "metrics.jsonl", HISTORY)
+    output = io.StringIO()
+    display, tail = Display("dyt", output), Tail(tmp_path)
+    for seconds, iteration in ((0, 120), (1, 130), (9, 140), (0, 150), (0, 200)):
+        now[0] += seconds
+        append(tmp_path / "metrics.jsonl", step_line(iteration, 4.0))
+        display.show(tail.read())
     assert display.complete
-    assert "dyt: step 200/200, loss 4.000, 0.50 s per step, 00:00 left\n" in output.getvalue()
+    assert output.getvalue().splitlines() == [
+        f"dyt: step {at}/200, loss 4.000, 0.50 s per step, {left} left"
+        for at, left in ((120, "00:40"), (140, "00:30"), (200, "00:00"))
+    ]
 
 
 def test_evaluations_are_said_as_they_come_and_not_those_of_before(tmp_path: Path) -> None:
@@ -65,7 +86,7 @@ def test_evaluations_are_said_as_they_come_and_not_those_of_before(tmp_path: Pat
     append(path, step_line(60), validation_line(60, 4.25), validation_line(60, 4.0, "code"))
     append(path, validation_line(60, 3.0, event="test"))
     display.show(tail.read())
-    said = [line for line in output.getvalue().splitlines() if " loss " in line and "left" not in line]
+    said = [line for line in output.getvalue().splitlines() if "left" not in line]
     assert said == [
         "r: validation loss 4.2500 (step 60)",
         "r: validation loss 4.0000 (code, step 60)",
