@@ -184,7 +184,6 @@ _OF_THE_STEP = {
     "grad_norm": "grad_norm",
     "num_zeros_in_grad": "num_zeros_in_grad",
     "params_norm": "params_norm",
-    "max_attention_logit": "max_attention_logit",
     "loss_scale": "loss_scale",
 }
 _LEFT_OUT = object()
