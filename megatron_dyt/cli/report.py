@@ -42,12 +42,8 @@ def report(
 ) -> None:
     """Compare training runs: writes results.json, report.html and curves.svg."""
     directories = parse_runs(runs)
+    from megatron_dyt.report.page import write_report
     from megatron_dyt.report.runs import load_run
-
-    try:
-        from megatron_dyt.report.page import write_report
-    except ModuleNotFoundError as error:
-        raise _not_installed(error) from error
 
     loaded = [
         load_run(
@@ -84,10 +80,7 @@ def follow(directory: Path, name: str | None, log: Path | None) -> None:
         torchrun ... -m megatron_dyt.pretrain ... --save out/checkpoint 2>&1 |
             megatron-dyt follow out/checkpoint --log out/train.log
     """
-    try:
-        from megatron_dyt.report.follow import follow_run
-    except ModuleNotFoundError as error:
-        raise _not_installed(error) from error
+    from megatron_dyt.report.follow import follow_run
 
     follow_run(directory, name or directory.resolve().name, log)
 
@@ -115,7 +108,3 @@ def parse_runs(options: Sequence[str]) -> dict[str, Path]:
             )
         runs[name] = Path(directory)
     return runs
-
-
-def _not_installed(error: ModuleNotFoundError) -> UserError:
-    return UserError(f"{error.name} is not installed; install it with: pip install 'megatron-dyt[report]'")

@@ -24,6 +24,13 @@ MAY_NOT_RUN = {"docs/integration.md": 2}
 
 # What a page's blocks find when they run: names, as code that makes them.
 GIVEN = {
+    "docs/metrics.md": """
+import json, os
+from tests.report.made_up_runs import start_line, step_line, validation_line
+os.makedirs("out/checkpoint")
+lines = [start_line(lr=0.001), step_line(1), validation_line(1, 3.0)]
+open("out/checkpoint/metrics.jsonl", "w").write("".join(json.dumps(line) + chr(10) for line in lines))
+""",
     "docs/huggingface.md": """
 import shutil
 import tokenizers, transformers
