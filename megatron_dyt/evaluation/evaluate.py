@@ -74,7 +74,7 @@ def evaluate(
     if reports:
         collected = collect(results, lm.loaded, command, limit, time.time() - start)
         _write(output, collected)
-        tables = show(results, collected)
+        tables = show(collected)
     torch.distributed.destroy_process_group()
     return tables
 
@@ -162,12 +162,29 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     _log.info(f"results written to {path}")
 
 
-def show(results: dict[str, Any], collected: dict[str, Any]) -> str:
-    """lm-eval's tables, and the paper's tasks beside Table 4 where all of them were evaluated."""
-    from lm_eval.utils import make_table
-
-    parts = [make_table(results, column) for column in ("results", "groups") if results.get(column)]
-    if paper.GROUP in collected:
-        norm, harness = collected["checkpoint"]["normalization"], collected["versions"]["lm_eval"]
-        parts.append(paper.format_summary(collected[paper.GROUP], norm, harness, collected["limit"]))
+def show(results: dict[str, Any]) -> str:
+    """`collect`'s results as tables: the paper's tasks beside Table 4 where all were evaluated, and all."""
+    parts = [_table(results)]
+    if paper.GROUP in results:
+        norm, harness = results["checkpoint"]["normalization"], results["versions"]["lm_eval"]
+        parts.append(paper.format_summary(results[paper.GROUP], norm, harness, results["limit"]))
     return "\n\n".join(parts)
+
+
+def _table(results: dict[str, Any]) -> str:
+    """A row for each metric of each task and group, in Markdown.
+
+    lm-eval's own `make_table` has letters in place of its headings with the current pytablewriter.
+    """
+    rows = [["task", "n-shot", "metric", "value", "stderr"], ["---"] * 5]
+    for task, metrics in {**results["results"], **results.get("groups", {})}.items():
+        shots = str(results.get("n-shot", {}).get(task, ""))
+        for name, value in sorted(metrics.items()):
+            metric, _, filtered = name.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            shown_error = f"{error:.4f}" if isinstance(error, float) else ""
+            shown_metric = metric if filtered in ("", "none") else f"{metric} ({filtered})"
+            rows.append([task, shots, shown_metric, f"{value:.4f}", shown_error])
+    return paper.markdown(rows)
