@@ -19,11 +19,24 @@ from megatron_dyt import cli
 from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.data import train_tokenizer
 from megatron_dyt.hf.export import Export, export
+from megatron_dyt.hf.tokenizer import write_tokenizer
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
 PADDED = 64
 POSITIONS = 16
 TOKENS = torch.arange(2 * POSITIONS).reshape(2, POSITIONS) * 7 % PADDED
+# Of a small Hugging Face model, `hf_directory`.
+HF_SMALL: dict[str, Any] = {
+    "vocab_size": 350,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.2,
+}
+HF_TOKENS = torch.arange(2 * 16).reshape(2, 16) * 37 % 350
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 
 
@@ -190,3 +203,33 @@ def hf_logits(directory: Path, **options: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = hf_model(directory, **options)(TOKENS).logits
     return logits
+
+
+def hf_directory(path: Path, dyt: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """A small model with random values saved in `path`; LLaMA, or with `dyt` LLaMA with DyT."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_dyt.hf.modeling_llama_dyt import LlamaDyTConfig, LlamaDyTForCausalLM
+
+    torch.manual_seed(5)
+    if dyt is None:
+        model: Any = LlamaForCausalLM(LlamaConfig(**(HF_SMALL | settings)))
+    else:
+        model = LlamaDyTForCausalLM(LlamaDyTConfig(**(HF_SMALL | settings | dyt)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                bias = name.endswith(("bias", "shift"))
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + (0 if bias else 1))
+            if "o_proj.bias" in name and not model.config.mlp_bias:
+                parameter.zero_()
+    model.save_pretrained(str(path))
+    return model.eval()
+
+
+def add_tokenizer(directory: Path, model: Path) -> None:
+    """Put the SentencePiece `model` beside a model that `hf_directory` made."""
+    args = Namespace(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model), max_position_embeddings=24
+    )
+    write_tokenizer(args, directory)

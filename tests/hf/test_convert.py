@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +19,8 @@ from megatron_dyt.hf import register_auto_classes
 from megatron_dyt.hf.directory import SafetensorsReader
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.import_model import import_model
-from megatron_dyt.hf.tokenizer import write_tokenizer
 
-from .conftest import TEXT, command
-from .test_import_model import TOKENS, hf_directory
+from .conftest import HF_TOKENS, TEXT, add_tokenizer, command, hf_directory
 
 SEQUENCES, LENGTH = 6, 20
 
@@ -34,12 +31,7 @@ def llama(tmp_path: Path, tokenizer_model: Path) -> Callable[..., Any]:
 
     def make(**settings: Any) -> Any:
         model = hf_directory(tmp_path / "hf", **settings)
-        args = SimpleNamespace(
-            tokenizer_type="SentencePieceTokenizer",
-            tokenizer_model=str(tokenizer_model),
-            max_position_embeddings=24,
-        )
-        write_tokenizer(args, tmp_path / "hf")  # type: ignore[arg-type]
+        add_tokenizer(tmp_path / "hf", tokenizer_model)
         (tmp_path / "text.txt").write_text(TEXT)
         return model
 
@@ -69,16 +61,16 @@ def test_the_directory_is_the_converted_model(
 
     model = llama(tie_word_embeddings=tied)
     with torch.no_grad():
-        before = model(TOKENS).logits
+        before = model(HF_TOKENS).logits
         plain = copy.deepcopy(model)
         convert_norms(plain)
-        uncalibrated = plain(TOKENS).logits
+        uncalibrated = plain(HF_TOKENS).logits
     convert(tmp_path, *([] if bias else ["--no-bias"]), "--max-shard-size", "20KB")
     report = convert_norms(model, calibration(tokenizer_model), bias=bias)
     register_auto_classes()
     loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "dyt"))
     with torch.no_grad():
-        expected, found = model(TOKENS).logits, loaded(TOKENS).logits
+        expected, found = model(HF_TOKENS).logits, loaded(HF_TOKENS).logits
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     # Nearer to the model it was made of than without a calibration.
     assert (found - before).norm() < 0.8 * (uncalibrated - before).norm()

@@ -77,6 +77,7 @@ def test_rmsnorm_logits_as_plain_llama(save_gpt: Save, tmp_path: Path, variant: 
     config = json.loads((output / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert not list(output.glob("*.py"))
+    assert not [name for name in tensor_names(output) if name.endswith("scale")]
     assert_close(hf_logits(output), saved.logits())
 
 

@@ -12,49 +12,17 @@ import pytest
 import torch
 
 from megatron_dyt.checkpoints.saved_args import find_checkpoint, saved_args
+from megatron_dyt.checkpoints.torch_dist import TorchDistReader
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.hf.directory import SafetensorsReader
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.import_model import import_model
-from megatron_dyt.hf.modeling_llama_dyt import LlamaDyTConfig, LlamaDyTForCausalLM
-from megatron_dyt.hf.tokenizer import write_tokenizer
 from tests.evaluation.conftest import fresh_megatron  # noqa: F401
 
-from .conftest import command
+from .conftest import HF_TOKENS, add_tokenizer, command, hf_directory
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 350,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 24,
-    "initializer_range": 0.2,
-}
 DYT: dict[str, Any] = {"embedding_scale": 2.5, "dyt_bias": True}
-TOKENS = torch.arange(2 * 16).reshape(2, 16) * 37 % 350
-
-
-def hf_directory(path: Path, dyt: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """A small model with random values saved in `path`; LLaMA, or with `dyt` LLaMA with DyT."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    if dyt is None:
-        model: Any = LlamaForCausalLM(LlamaConfig(**(SMALL | settings)))
-    else:
-        model = LlamaDyTForCausalLM(LlamaDyTConfig(**(SMALL | settings | dyt)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                bias = name.endswith(("bias", "shift"))
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + (0 if bias else 1))
-            if "o_proj.bias" in name and not model.config.mlp_bias:
-                parameter.zero_()
-    model.save_pretrained(str(path))
-    return model.eval()
 
 
 @pytest.mark.parametrize("dyt", [DYT | {"dyt_function": "erf", "qk_layernorm": True}, None])
@@ -68,22 +36,17 @@ def test_megatron_computes_the_same(
 
     cpu.disable()
     theirs = hf_directory(tmp_path / "hf", dyt, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    args = SimpleNamespace(
-        tokenizer_type="SentencePieceTokenizer",
-        tokenizer_model=str(tokenizer_model),
-        max_position_embeddings=24,
-    )
-    write_tokenizer(args, tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", tokenizer_model)
     command("import", "--load", tmp_path / "hf", "--save", tmp_path / "megatron")
     with torch.no_grad():
-        expected = theirs(TOKENS).logits
+        expected = theirs(HF_TOKENS).logits
     cpu.enable()
     loaded = load_model(str(tmp_path / "megatron"))
     assert loaded.tokenizer.vocab_size == 350
     positions = torch.arange(16).expand(2, 16)
     mask = torch.ones(16, 16, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():
-        ours = loaded.model(TOKENS, positions, mask)
+        ours = loaded.model(HF_TOKENS, positions, mask)
     assert expected.std() > 0.1
     assert (ours[..., :350] - expected).abs().max() < 1e-5 * max(1, float(expected.abs().max()))
     assert not ours[..., 350:].any()
@@ -166,6 +129,20 @@ def test_output_bias_without_mlp_bias(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "hf"))
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero"):
         import_model(tmp_path / "hf", tmp_path / "out")
+
+
+def test_tensors_that_older_files_hold_besides_the_model_s_are_left_out(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    hf_directory(tmp_path / "hf", tie_word_embeddings=True)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    shared = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors | shared | angles, file)
+    import_model(tmp_path / "hf", tmp_path / "out")
+    keys = TorchDistReader(tmp_path / "out" / "iter_0000001").tensors
+    assert not [key for key in keys if "output_layer" in key or "rotary" in key]
 
 
 def test_no_model_there(tmp_path: Path) -> None:
