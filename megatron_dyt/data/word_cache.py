@@ -8,6 +8,9 @@ between Chinese characters. The ids are those of `SentencePieceProcessor.encode`
 
 That holds for BPE models that neither change the text nor give a meaning to anything but its characters;
 `obstacle` names what in a model is against it.
+
+Shapes: D texts, B bytes of all texts in a row, W words of a window of it, T ids. A word is given by where it
+starts in the text and how many bytes it has.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from megatron_dyt.data.word_table import Integers, WordTable
 Ids = npt.NDArray[Any]
 Text = npt.NDArray[np.uint8]
 
-# Text that is looked up at a time: small enough for the processor's caches.
+# Bytes of text that are looked up at a time: starts, keys and values of their words stay in a processor's
+# second-level cache.
 WINDOW_BYTES = 1 << 17
-# Words that are encoded at a time. SentencePiece takes more than linear time for long texts.
+# Bytes of words that are encoded at a time. SentencePiece takes more than linear time for long texts.
 _ENCODE_BYTES = 1 << 14
+# Keys and values take 8 + 8 bytes per slot of the first table, 32 + 8 of the second: 56 MB in all.
 _SLOTS = 1 << 20
-# A word's value in a table: where its ids are in the pool, and how many.
+# A word's value in a table: where its ids are in the pool, and how many. At worst a line of 64 MiB is one
+# word, with an id per byte.
 _COUNT_BITS = 28
 _COUNT_MASK = (1 << _COUNT_BITS) - 1
 _SPACE = "▁"
@@ -80,9 +86,11 @@ class WordCache:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
         # What the normalizer puts in front of a text that is not empty.
         self.prefix = b" " if proto.normalizer_spec.add_dummy_prefix else b""
+        # (65536,) bool: whether text may be cut between two bytes.
         self.cuts = _cuts(piece.piece for piece in proto.pieces if piece.type == piece.NORMAL)
         # Most words have up to 8 bytes; beyond 32 hardly one comes again.
         self.tables = (WordTable(1, slots), WordTable(4, slots))
+        # The ids of all words, one word after the other; grows.
         self.pool: Ids = np.empty(1 << 16, dtype)
         # Ids in the pool, and those among them that stay when a window is done.
         self.used, self.kept = 0, 0
@@ -91,18 +99,18 @@ class WordCache:
         self._start_anew()
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Integers]:
-        """The ids of all texts one after the other, and the number of ids of each text."""
+        """The ids of all texts one after the other, (T,), and the number of ids of each text, (D,) int64."""
         text, begins, end = self._join(texts)
         found: list[Ids] = []
-        # For each text how many ids come before it.
+        # For each text how many ids come before it: (D,) in pieces, those that begin in each window.
         before: list[Integers] = []
         total = 0
         for starts, stop in self._windows(text, begins, end):
             values = self._look_up(text, starts, np.diff(starts, append=stop))
-            counts = values & _COUNT_MASK
-            ends = np.cumsum(counts)
+            counts = values & _COUNT_MASK  # (W,) ids per word
+            ends = np.cumsum(counts)  # (W,)
             first, last = np.searchsorted(begins, (starts[0], stop))
-            words = np.searchsorted(starts, begins[first:last])
+            words = np.searchsorted(starts, begins[first:last])  # The texts' first words, by number.
             before.append(total + ends[words] - counts[words])
             found.append(self._gather(values >> _COUNT_BITS, counts, ends))
             total += int(ends[-1])
@@ -112,7 +120,7 @@ class WordCache:
         return ids, np.diff(np.concatenate(before), append=total)
 
     def _join(self, texts: Sequence[str]) -> tuple[Text, Integers, int]:
-        """All texts as bytes, ready to be cut; where each begins; and where the last one ends."""
+        """All texts as bytes, (B,) and some; where each begins, (D,); and where the last one ends, B."""
         # In a text the character that stands for a space in pieces is a space too.
         parts = [self.prefix + text.replace(_SPACE, " ").encode() if text else b"" for text in texts]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
@@ -123,7 +131,7 @@ class WordCache:
         return np.frombuffer(b"".join(parts), np.uint8), ends - sizes, end
 
     def _windows(self, text: Text, begins: Integers, end: int) -> Iterator[tuple[Integers, int]]:
-        """Cut the text into words, about `WINDOW_BYTES` at a time: their starts, and where the last ends."""
+        """Cut the text into words, some `WINDOW_BYTES` at a time: their starts, (W,); where the last ends."""
         start, size = 0, WINDOW_BYTES
         while start < end:
             stop = min(start + size, end)
@@ -138,7 +146,7 @@ class WordCache:
                 size *= 2
 
     def _words(self, text: Text, begins: Integers, start: int, stop: int) -> Integers:
-        """Where words start in text[start:stop]; one starts at `start`."""
+        """Where words start in text[start:stop], (W,); one starts at `start`."""
         pairs = text[start : stop - 1].astype(np.uint16)
         pairs <<= 8
         pairs |= text[start + 1 : stop]
@@ -149,7 +157,7 @@ class WordCache:
         return np.flatnonzero(cut) + start
 
     def _look_up(self, text: Text, starts: Integers, lengths: Integers) -> Integers:
-        """The value of each word: those in the tables, then those that must be encoded."""
+        """The value of each word, (W,): those in the tables, then those that must be encoded."""
         if self.full:
             self._start_anew()
         # What the last window alone had is not kept.
@@ -181,7 +189,7 @@ class WordCache:
         return values
 
     def _encode_words(self, text: Text, starts: Integers, lengths: Integers) -> Integers:
-        """Encode words that the tables do not have, put their ids into the pool, and give their values."""
+        """Encode words that the tables do not have, put their ids into the pool; their values, (W,)."""
         words = [
             text[start : start + length].tobytes()
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
@@ -212,7 +220,7 @@ class WordCache:
         return (offsets << _COUNT_BITS) | counts
 
     def _gather(self, offsets: Integers, counts: Integers, ends: Integers) -> Ids:
-        """The ids of words in a row, `counts` from each of the `offsets`; `ends` are the sums of `counts`."""
+        """The ids of words in a row, (T,): `counts` from each of `offsets`; `ends` are sums of `counts`."""
         index = np.arange(ends[-1])
         index += np.repeat(offsets - (ends - counts), counts)
         return self.pool.take(index)
@@ -230,7 +238,7 @@ class WordCache:
 
 
 def _cuts(pieces: Iterable[str]) -> npt.NDArray[np.bool_]:
-    """Whether text may be cut between two bytes, by 256 * first + second."""
+    """Whether text may be cut between two bytes, (65536,), by 256 * first + second."""
     cuts = np.ones((256, 256), np.bool_)
     # Not within a character: its second and later bytes are 0x80 to 0xBF.
     cuts[:, 0x80:0xC0] = False

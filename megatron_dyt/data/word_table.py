@@ -3,6 +3,8 @@
 A Python dict costs about 300 ns for each word of a text, most of it for making a string and for waiting
 for memory. Here a word is one or a few 64-bit integers taken from the text where it lies, and thousands
 of look-ups wait for memory together.
+
+Shapes: W words that are looked up together, S slots of the table, K integers per key.
 """
 
 from __future__ import annotations
@@ -27,17 +29,17 @@ class WordTable:
     word must not hold a zero byte, but for the word that is one zero byte and no more.
 
     Args:
-        width: integers a key, 1 to 4.
-        slots: size of the table, a power of two.
+        width: integers per key (K), 1 to 4.
+        slots: size of the table (S), a power of two.
     """
 
     def __init__(self, width: int, slots: int) -> None:
         self.width = width
-        self.multipliers = np.array(_MULTIPLIERS[:width], np.uint64)
+        self.multipliers = np.array(_MULTIPLIERS[:width], np.uint64)  # (K,)
         self.shift = np.uint64(64 - (slots.bit_length() - 1))
         self.mask = slots - 1
-        self.keys = np.zeros((slots, width), np.uint64)
-        self.values = np.zeros(slots, np.int64)
+        self.keys = np.zeros((slots, width), np.uint64)  # (S, K)
+        self.values = np.zeros(slots, np.int64)  # (S,), 0 where a slot is free
         self.used = 0
 
     def has_room(self, count: int) -> bool:
@@ -50,7 +52,7 @@ class WordTable:
         self.used = 0
 
     def keys_of(self, text: npt.NDArray[np.uint8], starts: Integers, lengths: Integers) -> Keys:
-        """Keys, (words, width), of the words at `starts`, after which `text` has 8 * width bytes or more."""
+        """Keys, (W, K), of the words at `starts`, (W,), after which `text` has 8 * K bytes or more."""
         # The eight bytes from every position of the text on, as integers: a view.
         integers = np.ndarray((len(text) - _BYTES + 1,), np.uint64, text.data, strides=(1,))
         keys = np.empty((len(starts), self.width), np.uint64)
@@ -60,7 +62,7 @@ class WordTable:
         return keys
 
     def find(self, keys: Keys) -> Integers:
-        """The value of each key, 0 where it is not in the table."""
+        """The value of each key, (W, K) -> (W,); 0 where it is not in the table."""
         slots = self._home(keys)
         values = self.values[slots]
         other = (values != 0) & ~self._holds(slots, keys)
@@ -76,7 +78,7 @@ class WordTable:
         return values
 
     def claim(self, keys: Keys) -> tuple[Integers, Integers]:
-        """Places for keys, which may repeat: the slot of each, and which of them are new (each once).
+        """Places for keys, (W, K), which may repeat: the slot of each, (W,), and which are new (each once).
 
         The caller has made sure of `has_room`, and sets `values` at the slots of the new ones next.
         """
@@ -97,14 +99,14 @@ class WordTable:
         return slots, winners
 
     def _home(self, keys: Keys) -> Integers:
-        """The slot where the search for each key begins."""
+        """The slot where the search for each key begins, (W, K) -> (W,)."""
         mixed = keys[:, 0] * self.multipliers[0]
         for column in range(1, self.width):
             mixed ^= (keys[:, column] + mixed) * self.multipliers[column]
         return (mixed >> self.shift).astype(np.int64)
 
     def _holds(self, slots: Integers, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Whether the last word written at each slot is the key beside it."""
+        """Whether the last word written at each slot is the key beside it: (W,), (W, K) -> (W,)."""
         if self.width == 1:
             return self.keys[:, 0][slots] == keys[:, 0]
         return (self.keys[slots] == keys).all(axis=1)
