@@ -1,4 +1,7 @@
-"""Where something looks on it sees the operations; elsewhere their code runs at once, with equal results."""
+"""`dyt`, `dyt_residual` and `dyt_fork` under torch's modes, transforms, compiler and checkpointing.
+
+Where something looks on it sees the operations; elsewhere their code runs at once, with equal results.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from megatron_dyt.ops import dyt, dyt_fork, dyt_residual
 
@@ -34,19 +38,23 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def inputs() -> list[Tensor]:
+def inputs(rows: int = 5) -> list[Tensor]:
     torch.manual_seed(0)
-    tensors = [torch.randn(5, 7), torch.tensor([0.5]), torch.randn(7), torch.randn(7)]
+    tensors = [torch.randn(rows, 7), torch.tensor([0.5]), torch.randn(7), torch.randn(7)]
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def run(call: Callable[..., Any]) -> list[Tensor]:
-    """Results and gradients."""
-    tensors = inputs()
+def loss_of(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((i + 1) * output.sin().sum() for i, output in enumerate(outputs))  # type: ignore[return-value]
+
+
+def run(call: Callable[..., Any], rows: int = 5) -> list[Tensor]:
+    """Gradients, then results."""
+    tensors = inputs(rows)
     outputs = call(*tensors)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    loss = sum((i + 1) * output.sin().sum() for i, output in enumerate(outputs))
-    return [*outputs, *torch.autograd.grad(loss, tensors)]
+    gradients = torch.autograd.grad(loss_of(outputs), tensors)
+    return [*gradients, *(outputs if isinstance(outputs, tuple) else [outputs])]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -80,6 +88,34 @@ def test_fake_tensors(name: str) -> None:
     assert first.shape == (5, 7)
     assert type(first) is type(tensors[0])
     assert [g.shape for g in torch.autograd.grad(first.sum(), tensors)] == [t.shape for t in tensors]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_into_one_graph_with_equal_results(name: str) -> None:
+    def layer(x: Tensor, *parameters: Tensor) -> Any:
+        return CALLS[name](torch.sin(x), *parameters)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (6, 9, 17):  # The second compilation is for any number of rows.
+        for one, other in zip(run(layer, rows), run(compiled, rows), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_activation_checkpointing_changes_nothing(name: str, use_reentrant: bool) -> None:
+    tensors = inputs()
+    loss_of(checkpoint(CALLS[name], *tensors, use_reentrant=use_reentrant)).backward()
+    for tensor, expected in zip(tensors, run(CALLS[name]), strict=False):
+        assert torch.equal(tensor.grad, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives_are_refused(name: str) -> None:
+    tensors = inputs()
+    (dx,) = torch.autograd.grad(loss_of(CALLS[name](*tensors)), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
 
 
 class Watched(torch.Tensor):
