@@ -15,9 +15,9 @@ import os
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -100,7 +100,7 @@ def tokenizer_entries(model: str) -> int:
         ) from error
 
 
-def simulate(flags: Sequence[str], world_size: int, vocab_size: int) -> tuple[Any, list[Stage]]:
+def simulate(flags: Sequence[str], world_size: int, vocab_size: int) -> tuple[Namespace, list[Stage]]:
     """Megatron's validated arguments and every pipeline stage, in a world that is only said to exist.
 
     Raises:
@@ -130,7 +130,7 @@ def _environment(world_size: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _validated(flags: Sequence[str], vocab_size: int) -> Any:
+def _validated(flags: Sequence[str], vocab_size: int) -> Namespace:
     from megatron.training import arguments
 
     errors, report = io.StringIO(), io.StringIO()
@@ -159,7 +159,7 @@ def _validated(flags: Sequence[str], vocab_size: int) -> Any:
     return args
 
 
-def _set_vocabulary(args: Any, entries: int) -> None:
+def _set_vocabulary(args: Namespace, entries: int) -> None:
     """What Megatron does when it builds the tokenizer; a given size has to hold it."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     if getattr(args, "padded_vocab_size", None) is None:
@@ -171,7 +171,7 @@ def _set_vocabulary(args: Any, entries: int) -> None:
         )
 
 
-def _stage(args: Any, index: int) -> Stage:
+def _stage(args: Namespace, index: int) -> Stage:
     """Build the model chunks of one pipeline stage and count them."""
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
@@ -217,12 +217,12 @@ def _counted(index: int, chunks: list[torch.nn.Module]) -> Stage:
     return Stage(index, split, replicated, norms)
 
 
-def whole(args: Any, stages: list[Stage]) -> int:
+def whole(args: Namespace, stages: list[Stage]) -> int:
     """Parameters of the model that the ranks hold together."""
     return sum(args.tensor_model_parallel_size * stage.split + stage.replicated for stage in stages)
 
 
-def report(args: Any, stages: list[Stage], world_size: int) -> list[str]:
+def report(args: Namespace, stages: list[Stage], world_size: int) -> list[str]:
     """Lines for a reader."""
     tp = args.tensor_model_parallel_size
     total = whole(args, stages)
