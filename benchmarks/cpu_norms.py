@@ -121,7 +121,7 @@ def picture(report: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", help="torch threads (default 1 and all cores)")
-    parser.add_argument("--rounds", type=int, default=50, help="timed rounds a shape (default 50)")
+    parser.add_argument("--rounds", type=int, default=50, help="timed rounds per shape (default 50)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     add_output(parser)
     args = parser.parse_args(argv)

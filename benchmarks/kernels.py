@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, nargs="+", help=f"default {HIDDEN}")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds a shape (default 30)")
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds per shape (default 30)")
     parser.add_argument("--quick", action="store_true", help=f"hidden {QUICK_HIDDEN}, tokens {QUICK_TOKENS}")
     add_output(parser)
     args = parser.parse_args(argv)

@@ -32,7 +32,7 @@ class Results:
     """
 
     def __init__(self) -> None:
-        # Appending: one write call an item, so that two writers at a time do not mix.
+        # Appending: one write call per item, so that two writers at a time do not mix.
         self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
         self._read = 0
 

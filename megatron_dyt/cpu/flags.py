@@ -93,8 +93,8 @@ def adjust(args: Namespace) -> list[str]:
         if hasattr(args, flag.name) and not flag.works(args):
             setattr(args, flag.name, flag.value)
             changed.append(flag.shown)
-    # Tensor parallelism wants 1, Megatron-FSDP anything else; here it has no meaning.
+    # Tensor parallelism wants 1, Megatron-FSDP anything else (8 is CUDA's default); here it has no meaning.
     os.environ[CONNECTIONS] = "8" if fsdp else "1"
     threads = torch.get_num_threads()
-    _log.info(f"CPU runtime ({threads} threads a process) set {' '.join(changed) or 'no flags'}")
+    _log.info(f"CPU runtime ({threads} threads per process) set {' '.join(changed) or 'no flags'}")
     return changed

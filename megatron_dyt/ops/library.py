@@ -4,7 +4,7 @@
 (shape-only) versions for tracing. Only DyT's input (the sum, with a residual) and the parameters are
 saved for backward.
 
-An operation costs a call some 0.1 ms of Python, forward and backward, so it is used where something looks
+An operation adds some 0.1 ms of Python to a call, forward and backward, so it is used where something looks
 on (`is_observed`); elsewhere the same formulas run as plain autograd functions. Both have first derivatives,
 in reverse mode, alone; where others may be wanted (`is_transformed`) the reference runs.
 

@@ -309,7 +309,7 @@ def finalize_kernel(
 
     A row holds, of those gradients whose pointer is not None: HIDDEN sums for weight, HIDDEN for bias,
     TILES for alpha, TILES for shift; PARTIAL_WIDTH in all. Grid: (ceil(HIDDEN / BLOCK_N),); program 0
-    also does the two scalars, BLOCK_T >= TILES values a row.
+    also does the two scalars, BLOCK_T >= TILES values per row.
     """
     pid = tl.program_id(0)
     column = pid * BLOCK_N + tl.arange(0, BLOCK_N)

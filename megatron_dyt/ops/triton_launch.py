@@ -137,7 +137,7 @@ def forward_tile(chip: Chip, rows: int, hidden: int, itemsize: int) -> Tile:
 
 
 def backward_tile(chip: Chip, hidden: int, itemsize: int, stride_unit: int, function: str) -> Tile:
-    """The backward kernel's tile: one access a thread and operand, UNROLL times."""
+    """The backward kernel's tile: one access per thread and operand, UNROLL times."""
     plan = PLANS[chip.family, itemsize]
     elements = plan.warps * chip.warp_size * (16 // itemsize)
     block_n = _block_n(hidden, min(_MAX_BLOCK_N, elements))
