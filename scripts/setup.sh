@@ -19,7 +19,7 @@ venv=$root/.venv
 stamp=$venv/.setup-stamp
 kernels=$root/megatron_dyt/ops/cpu_kernels
 inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" "$kernels.c")
-extras=train,eval,hf,report,docs,dev
+extras=train,eval,hf,report,slurm,docs,dev
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {

@@ -93,8 +93,14 @@ def needs_a_file() -> None:
     importlib.import_module("megatron_dyt.not_there")
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "eval", (f"{__name__}:needs_a_package", ""))
+@pytest.mark.parametrize("when", ["called", "imported"])
+def test_a_missing_extra_is_named(when: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = f"{__name__}:needs_a_package"
+    if when == "imported":
+        (tmp_path / "a_command.py").write_text("import package_of_an_extra.part")
+        monkeypatch.syspath_prepend(tmp_path)
+        place = "a_command:main"
+    monkeypatch.setitem(cli.COMMANDS, "eval", (place, ""))
     error = CliRunner().invoke(cli.main, ["eval"]).exception
     assert isinstance(error, UserError)
     assert str(error) == "megatron-dyt eval needs package_of_an_extra: pip install 'megatron-dyt[eval]'"

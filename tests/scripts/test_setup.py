@@ -124,7 +124,7 @@ def ready(checkout: Checkout) -> Checkout:
     assert result.returncode == 0, result.stderr
     log = checkout.take_log()
     assert log[0] == "venv"
-    assert log[-1].endswith(f"--no-build-isolation -e {checkout.root}[train,eval,hf,report,docs,dev]")
+    assert log[-1].endswith(f"--no-build-isolation -e {checkout.root}[train,eval,hf,report,slurm,docs,dev]")
     assert all(f"-c {checkout.root}/constraints.txt" in line for line in log[1:])
     return checkout
 
@@ -201,7 +201,9 @@ def test_where_uv_fails_pip_tries(checkout: Checkout, tmp_path: Path) -> None:
     result = checkout.run(UV_FAILS="1", PIP_LOG=str(pip_log))
     assert result.returncode == 0, result.stderr
     assert "trying pip, which has network settings of its own" in result.stdout
-    assert pip_log.read_text().splitlines()[-1].endswith(f"{checkout.root}[train,eval,hf,report,docs,dev]")
+    assert (
+        pip_log.read_text().splitlines()[-1].endswith(f"{checkout.root}[train,eval,hf,report,slurm,docs,dev]")
+    )
 
 
 def test_failed_install_leaves_no_stamp_and_the_next_run_continues(
