@@ -127,8 +127,8 @@ class MetricsWriter:
         self.write(record)
 
     def write_evaluation(self, iteration: int, prefix: str) -> None:
-        """A line per validation set (or test set) that was evaluated since the last call."""
-        evaluated, self.evaluated = self.evaluated, []
+        """A line per validation set (or test set) that was evaluated."""
+        evaluated = self.evaluated
         names = getattr(self.args, "validation_set_names", None) or range(len(evaluated))
         several = getattr(self.args, "multiple_validation_sets", False)
         for name, losses in zip(names, evaluated, strict=False):
@@ -334,6 +334,8 @@ def wrap_print_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
+        if _active is not None:
+            _active.evaluated = []  # A script may have called `evaluate` by itself.
         result = original(*args, **kwargs)
         if _active is not None:
             given = signature.bind(*args, **kwargs).arguments

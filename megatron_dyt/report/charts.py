@@ -29,6 +29,9 @@ _ROW = 2.9
 _MAX_POINTS = 300
 _MAX_RECORDS = 120
 _MAX_LAYER_LINES = 12
+# What fits beside each other above a figure of that width, and the letters of each.
+_LEGEND_COLUMNS = 6
+_LEGEND_LETTERS = 22
 # A logarithmic axis where the largest value is this many times the smallest.
 _LOGARITHMIC_FROM = 3
 
@@ -95,7 +98,7 @@ def loss_chart(runs: Sequence[Curves], title: str) -> Chart:
             Line2D([], [], color=theme.GRAY, marker="o", label="validation"),
             Line2D([], [], color=theme.GRAY, linewidth=1, alpha=0.8, label="training, smoothed"),
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), _LEGEND_COLUMNS))
     return _chart(figure, title, f"Loss against iteration. Last validation loss: {ends}.")
 
 
@@ -169,7 +172,9 @@ def history_chart(stats: Sequence[StatsRecord], quantity: Quantity) -> Chart:
 def scale_chart(runs: Sequence[Run]) -> Chart | None:
     """The learned factor on the embedding over time; None where no run has one."""
     lines = {
-        run.name: _finite((at.iteration, at.embedding_scale) for at in run.stats if at.embedding_scale)
+        run.name: _finite(
+            (at.iteration, math.nan if at.embedding_scale is None else at.embedding_scale) for at in run.stats
+        )
         for run in runs
     }
     if not any(lines.values()):
@@ -294,8 +299,9 @@ def _finite(points: Iterable[tuple[float, float]]) -> list[Point]:
 
 
 def _name(name: str) -> str:
-    """matplotlib leaves names with a leading underscore out of a legend."""
-    return "\u200b" + name if name.startswith("_") else name
+    """A run's name in a legend; matplotlib leaves those with a leading underscore out."""
+    short = name if len(name) <= _LEGEND_LETTERS else name[: _LEGEND_LETTERS - 1] + "…"
+    return "\u200b" + short if short.startswith("_") else short
 
 
 def _chart(figure: Figure, title: str, description: str) -> Chart:

@@ -44,15 +44,14 @@ def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
     Raises:
         UserError: the directory, or that of `log`, does not exist.
     """
-    display = Display(name, sys.stdout)
     if log is not None:
-        _follow_output(directory, display, log)
+        _follow_output(directory, Display(name, sys.stdout, from_start=True), log)
         return
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist; {metrics.HOW_TO_WRITE}")
     if not metrics.find(directory).is_file():
         _log.info("waiting for %s, which training writes from its first step on", metrics.find(directory))
-    tail = Tail(directory)
+    display, tail = Display(name, sys.stdout), Tail(directory)
     while not display.complete:
         display.show(tail.read())
         time.sleep(POLL_SECONDS)
@@ -65,8 +64,9 @@ def _follow_output(directory: Path, display: Display, log: Path) -> None:
     # An interrupt ends the run in front of the pipe; its last words belong into the log, and then this ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     copying = threading.Thread(target=keep, args=(sys.stdin.buffer, log, display.say), daemon=True)
-    copying.start()
     tail = Tail(directory)
+    tail.read()  # What an interrupted run has written is no progress of this one.
+    copying.start()
     while copying.is_alive():
         copying.join(POLL_SECONDS)
         display.show(tail.read())
@@ -95,11 +95,18 @@ class Tail:
 
 
 class Display:
-    """A progress bar on a terminal, in a log a line every few seconds; with what else is said above it."""
+    """A progress bar on a terminal, in a log a line every few seconds; with what else is said above it.
 
-    def __init__(self, name: str, output: TextIO) -> None:
+    Args:
+        name: what to call the run.
+        output: where to show it.
+        from_start: the first records to come are news, not the history of a run that goes on.
+    """
+
+    def __init__(self, name: str, output: TextIO, from_start: bool = False) -> None:
         self.name = name
         self.output = output
+        self.says_evaluations = from_start
         self.bar: tqdm[None] | None = None
         self.total = 0
         self.complete = False
@@ -109,15 +116,15 @@ class Display:
         self.written: float | None = None
 
     def show(self, records: list[Record]) -> None:
-        """Bring the display up to date with `records`. Evaluations before the first look are history."""
-        attached = bool(self.seconds)
+        """Bring the display up to date with `records`."""
         for record in records:
             if isinstance(record, Start):
                 self.total = int(record.arguments.get("train_iters") or 0)
             elif isinstance(record, Step):
                 self.seconds = [*self.seconds[1 - _RECENT :], record.seconds]
-            elif attached:
+            elif self.says_evaluations:
                 self._say_evaluation(record)
+        self.says_evaluations = self.says_evaluations or bool(records)
         if steps := [record for record in records if isinstance(record, Step)]:
             self._draw(steps[-1])
 

@@ -59,6 +59,12 @@ def test_a_legend_shows_any_name_as_it_is(name: str) -> None:
     assert name in [text.removeprefix("\u200b") for text in texts(chart.svg)]
 
 
+def test_a_long_name_is_cut_in_the_legend_alone() -> None:
+    chart = charts.loss_chart([Curves("a" * 40, CURVES[0].train, CURVES[0].validation)], "t")
+    assert "a" * 21 + "…" in texts(chart.svg)
+    assert "a" * 40 in chart.description
+
+
 def test_the_same_losses_make_the_same_file() -> None:
     assert charts.loss_chart(CURVES, "t").svg == charts.loss_chart(CURVES, "t").svg
 

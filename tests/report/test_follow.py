@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,8 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(follow.signal, "signal", lambda *_: None)
 
-    def give(data: bytes) -> None:
-        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    def give(lines: Iterable[bytes]) -> None:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=lines))
 
     return give
 
@@ -152,21 +153,29 @@ def test_what_a_person_must_see_is_shown_and_noise_is_not(tmp_path: Path) -> Non
 def test_the_output_is_kept_and_its_end_ends_it(
     tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_lines(tmp_path / "checkpoint" / "metrics.jsonl", [start_line(), step_line(100, 2.5)])
+    path = write_lines(tmp_path / "checkpoint" / "metrics.jsonl", [start_line(), step_line(100, 2.5)])
     (tmp_path / "train.log").write_text("first run\n")
-    piped(b"noise\nmegatron_dyt: a word\n")
+
+    def output() -> Iterator[bytes]:
+        yield b"noise\n"
+        append(path, start_line(), step_line(51, 2.75), validation_line(51, 2.0))
+        yield b"megatron_dyt: a word\n"
+
+    piped(output())
     follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
     assert (tmp_path / "train.log").read_text() == "first run\nnoise\nmegatron_dyt: a word\n"
-    shown = capsys.readouterr().out
-    assert "noise" not in shown
-    assert "megatron_dyt: a word" in shown
-    assert "dyt: log ended, kept in" in shown
+    assert capsys.readouterr().out.splitlines() == [
+        "megatron_dyt: a word",
+        "dyt: validation loss 2.0000 (step 51)",
+        "dyt: step 51/200, loss 2.750, 0.50 s per step, 01:14 left",
+        f"dyt: log ended, kept in {tmp_path / 'train.log'}",
+    ]
 
 
 def test_a_run_that_ends_before_its_first_step_is_no_error(
     tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    piped(b"Traceback (most recent call last):\n")
+    piped([b"Traceback (most recent call last):\n"])
     follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
     assert "Traceback" in capsys.readouterr().out
 
