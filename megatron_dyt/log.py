@@ -40,7 +40,8 @@ _LOG_SECONDS = 5.0
 def progress_bar(what: str, total: float, unit: str) -> tqdm[Any]:
     """A bar of `total` units (0 where unknown) on stderr, for a `with` block; nothing for what ends at once.
 
-    On a terminal it is drawn in place and vanishes at the end; in a log a line is added every few seconds.
+    Like the lines it is rank 0's alone. On a terminal it is drawn in place and vanishes at the end; in a log
+    a line is added every few seconds.
     """
     from tqdm import tqdm
 
@@ -57,6 +58,7 @@ def progress_bar(what: str, total: float, unit: str) -> tqdm[Any]:
         delay=seconds,
         bar_format=None if in_place else line,
         leave=False,
+        disable=_rank() != 0,
     )
 
 

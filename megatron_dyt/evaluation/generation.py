@@ -14,6 +14,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.batches import Item, flat_rows, plan_batches
 from megatron_dyt.evaluation.forward import Forward, Positions, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
+from megatron_dyt.log import progress_bar
 
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
@@ -64,7 +65,7 @@ class Generator:
         lengths = [min(len(prompt) + max_new, max_length) for prompt in prompts]
         batches = plan_batches(lengths, self.batch_tokens)[self.ranks.index :: self.ranks.count]
         mine: dict[int, list[int]] = {}
-        with self.ranks.progress(what, sum(map(len, batches)), unit="requests") as progress:
+        with progress_bar(what, sum(map(len, batches)), " requests") as progress:
             for batch in batches:
                 samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
                 rows = [list(prompts[i]) for i in batch]

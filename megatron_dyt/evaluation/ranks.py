@@ -6,16 +6,11 @@ requests. Peers take the same part, so their collectives match.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-
-# Seconds between two lines of progress in a log; a terminal's line is redrawn ten times a second.
-LOG_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -38,16 +33,6 @@ class Ranks:
     def reports(self) -> bool:
         """True on the one process that prints and writes."""
         return self.group is None or dist.get_rank() == 0
-
-    def progress(self, what: str, total: int, unit: str) -> Any:
-        """tqdm's bar of `total` units on stderr, on the reporting process alone; close it by `with`."""
-        on_terminal = sys.stderr.isatty()
-        seconds = 0.1 if on_terminal else LOG_SECONDS
-        return tqdm(
-            **{"desc": what, "total": total, "unit": unit, "unit_scale": True, "disable": not self.reports},
-            # What takes less than that needs no line in a log.
-            **{"mininterval": seconds, "delay": seconds, "leave": not on_terminal},
-        )
 
     def sum(self, part: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The sum of all parts, of any one shape and type, on every process (on the CPU)."""

@@ -21,6 +21,7 @@ from megatron_dyt.evaluation.batches import Item, Row, batches_of, flat_rows, sh
 from megatron_dyt.evaluation.cache import ResultCache, key_of
 from megatron_dyt.evaluation.forward import Forward, Positions, UseLogits, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
+from megatron_dyt.log import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Scorer:
             rows = shared_rows(items, self.batch_tokens, self.share)
         batches = batches_of(rows, self.batch_tokens)
         requests = 0
-        with self.ranks.progress(what, sum(map(len, rows)), unit="tok") as progress:
+        with progress_bar(what, sum(map(len, rows)), "tok") as progress:
             for start in range(0, len(batches), ROUND * self.ranks.count):
                 together = batches[start : start + ROUND * self.ranks.count]
                 part_N2 = torch.zeros(len(items), 2, dtype=torch.float64)

@@ -7,7 +7,6 @@ each rank takes it for another's, and trains the model on zeros.
 from __future__ import annotations
 
 import copy
-import struct
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dyt.data.indexed_dataset import HEADER, MAGIC
 from megatron_dyt.errors import UserError
 
 # By the index's dtype code (megatron.core.datasets.indexed_dataset.DType).
@@ -22,8 +22,6 @@ _DTYPES = {
     **{1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64},
     **{6: np.float64, 7: np.float32, 8: np.uint16},
 }
-# Magic, version, dtype code, number of sequences, number of document boundaries.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
 # What is looked at of a dataset: all of it where it is not longer than that many pieces together. 65,536 ids
 # find a tokenizer of other data (one id too large in a thousand) and take no time.
 _PIECES, _PIECE_TOKENS = 16, 4096
@@ -56,12 +54,12 @@ def check_files(prefix: str) -> np.dtype[Any]:
 def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
     """(tokens that the .bin of this index must have, their type); `UserError` when it is damaged."""
     with index.open("rb") as file:
-        header = file.read(_INDEX_HEADER.size)
-        if len(header) < _INDEX_HEADER.size or not header.startswith(b"MMIDIDX\0\0"):
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise UserError(f"{index} is not the index of a Megatron dataset: prepare it again")
-        _magic, _version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        _magic, _version, code, sequences, documents = HEADER.unpack(header)
         # Lengths (int32) and offsets (int64) of the sequences, then the document boundaries (int64).
-        needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
+        needed = HEADER.size + sequences * (4 + 8) + documents * 8
         if code not in _DTYPES or index.stat().st_size < needed:
             raise UserError(
                 f"{index} is damaged or truncated ({index.stat().st_size} of {needed} bytes): "
@@ -70,7 +68,7 @@ def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
     if sequences == 0:
         raise UserError(f"{index} describes a dataset without documents: prepare it again")
     # int32 [sequences]: the ids of each.
-    lengths: Any = np.memmap(index, np.int32, "r", offset=_INDEX_HEADER.size, shape=(sequences,))
+    lengths: Any = np.memmap(index, np.int32, "r", offset=HEADER.size, shape=(sequences,))
     return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
 
 

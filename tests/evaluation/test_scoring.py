@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt import log
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import forward, scoring
 from megatron_dyt.evaluation.batches import Item, shared_rows
@@ -161,17 +162,16 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch, share: int | None
     torch.testing.assert_close(total[total[:, 0].argsort()], expected[expected[:, 0].argsort()])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 def test_progress_is_shown_by_the_first_rank_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    monkeypatch.setattr("megatron_dyt.evaluation.ranks.LOG_SECONDS", 0.0)
-    shown = []
-    for ranks in ranks_one_after_the_other(monkeypatch, sum=lambda part: part):
-        toy_scorer(60, ranks=ranks).score(random_items(TOY_VOCABULARY), "my task")
-        shown.append(capsys.readouterr().err)
-    assert "my task" in shown[0]
-    assert f"{len(LENGTHS)} of {len(LENGTHS)} requests" in shown[0]
-    assert shown[1] == ""
+    monkeypatch.setattr(log, "_LOG_SECONDS", 0.0)
+    monkeypatch.setenv("RANK", str(rank))
+    toy_scorer(60).score(random_items(TOY_VOCABULARY), "my task")
+    shown = capsys.readouterr().err
+    assert ("my task" in shown) == (rank == 0)
+    assert (f"{len(LENGTHS)} of {len(LENGTHS)} requests" in shown) == (rank == 0)
 
 
 # --- shared contexts ------------------------------------------------------------------------------
