@@ -94,5 +94,7 @@ train/bin/python -m megatron_dyt.pretrain --device cpu --num-layers 2 --hidden-s
     --normalization DyT --dyt-preset unit --save run/checkpoint --save-interval 2 --tensorboard-dir run/tensorboard \
     >run.log 2>&1 || { tail -n 30 run.log >&2; fail "training failed"; }
 [[ -d run/checkpoint/iter_0000002 ]] || fail "training left no checkpoint"
+train/bin/megatron-dyt report --run dyt=run --output report --allow-missing-eval --allow-missing-stats >/dev/null
+[[ -s report/report.html && -s report/curves.svg ]] || fail "there is no report"
 
 say "ok: $(basename "$wheel") and $(basename "$sdist")"
