@@ -49,7 +49,7 @@ CASES = (
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one fp32 a row, as `torch._fused_rms_norm` and Transformer Engine do."""
+    """Keeps its input and one fp32 per row, as `torch._fused_rms_norm` and Transformer Engine do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

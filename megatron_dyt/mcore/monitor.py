@@ -254,7 +254,7 @@ def wrap_setup[**P](
 
 
 def wrap_training_log[**P, R](original: Callable[P, R]) -> Callable[P, R]:
-    """`training.training_log`, called once a step, that lets the monitor work afterwards."""
+    """`training.training_log`, called once per step, that lets the monitor work afterwards."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)

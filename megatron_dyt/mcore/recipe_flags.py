@@ -19,8 +19,8 @@ from megatron_dyt.config import Setting
 from megatron_dyt.parsed_args import parsed_args
 
 if TYPE_CHECKING:
-    from megatron.core.optimizer.optimizer_config import ParamGroupOverride, ParamKey
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 SETTINGS = (
