@@ -64,10 +64,21 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        _follow_umask(partial)
         # Replaces an empty directory.
         os.replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _follow_umask(directory: Path) -> None:
+    """Give safetensors files the mode of any new file: the library makes them for their owner alone."""
+    probe = directory / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def read_config(load: Path) -> dict[str, Any]:
@@ -100,6 +111,7 @@ def write_tensors(
         max_bytes: of a file's tensors; a larger tensor has a file of its own.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # Not its twin for torch, which takes the size of a view for that of the tensor it is a view of.
@@ -119,11 +131,20 @@ def write_tensors(
         leave=not on_terminal,
     )
     for file, names in files:
-        # The metadata that transformers expects of a file of PyTorch tensors.
-        save_file(make(names), directory / file, metadata={"format": "pt"})
+        try:
+            # The metadata that transformers expects of a file of PyTorch tensors.
+            save_file(make(names), directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise _as_os_error(error, directory / file) from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _as_os_error(error: Exception, path: Path) -> Exception:
+    """The system's error behind the library's, such as a full disk, for which `describe` has a hint."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error
 
 
 class SafetensorsReader:

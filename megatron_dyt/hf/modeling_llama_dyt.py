@@ -5,6 +5,9 @@
 This file needs torch and transformers alone: an exported model directory holds a copy of it, which
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads. Attention (eager, SDPA,
 flash), rotary embedding, key-value cache and generation are those of transformers' LLaMA.
+
+So what the rest of megatron_dyt knows too, the functions, roles, settings and their defaults, is written out
+here once more; tests/hf/test_modeling_llama_dyt.py compares the two.
 """
 
 from collections.abc import Callable

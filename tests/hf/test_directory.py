@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.hf.directory import check_free, check_space, size_in_bytes, whole_directory
+from megatron_dyt.hf.directory import check_free, check_space, size_in_bytes, whole_directory, write_tensors
 
 
 def test_takes_its_name_at_the_end(tmp_path: Path) -> None:
@@ -21,6 +24,25 @@ def test_takes_its_name_at_the_end(tmp_path: Path) -> None:
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert not left.exists()
+
+
+def test_tensors_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "out") as directory:
+        write_tensors(directory, {"x": torch.zeros(3)}, lambda _: {"x": torch.zeros(3)}, 100)
+        (directory / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_file_that_cannot_be_written_raises_the_system_s_error(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors") as caught:
+            write_tensors(tmp_path, {"x": torch.zeros(999)}, lambda _: {"x": torch.zeros(999)}, 10**4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_fails_without_a_trace(tmp_path: Path) -> None:
