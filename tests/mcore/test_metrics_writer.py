@@ -57,8 +57,6 @@ def test_a_longer_interval_has_means_that_count_each_step_once(
     assert [(step.iteration, step.steps) for step in steps] == [(1, 1), (3, 2), (6, 3)]
     means = [run.losses[0], sum(run.losses[1:3]) / 2, sum(run.losses[3:6]) / 3]
     assert [step.loss for step in steps] == pytest.approx(means, rel=1e-6)
-    # The first step sets everything up; its time is not in the second line.
-    assert steps[1].seconds < steps[0].seconds
 
 
 def test_evaluations_are_written(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
