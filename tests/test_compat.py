@@ -110,7 +110,7 @@ def test_features_by_release(feature: str, version: str, expected: bool) -> None
 
 
 def test_the_tested_releases_are_supported_and_end_with_the_pinned_one() -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     assert f"megatron-core=={compat.TESTED[-1]}\n" in (root / "constraints.txt").read_text()
     low, high = compat.SUPPORTED
     assert compat.TESTED[0] == low
