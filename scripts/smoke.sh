@@ -75,9 +75,8 @@ plain/bin/megatron-dyt recipe 7b >/dev/null
 for command in $(plain/bin/python -c 'from megatron_dyt.cli import COMMANDS; print(*COMMANDS)'); do
     plain/bin/megatron-dyt "$command" --help >/dev/null || fail "megatron-dyt $command --help needs more than the wheel"
 done
-message=$(plain/bin/megatron-dyt eval --load /nowhere --tasks piqa --output results.json 2>&1) &&
-    fail "megatron-dyt eval ran without its extra"
-[[ $message == *"pip install 'megatron-dyt[eval]'"* ]] || fail "an extra that is missing is not named: $message"
+message=$(plain/bin/megatron-dyt report --run a=. --output report 2>&1) && fail "a report was made without its extra"
+[[ $message == *"pip install 'megatron-dyt[report]'"* ]] || fail "an extra that is missing is not named: $message"
 
 say "the sdist, without a compiler"
 CC=/bin/false install plain --reinstall-package megatron-dyt --no-cache --no-deps "$sdist"
