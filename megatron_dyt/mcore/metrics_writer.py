@@ -121,9 +121,7 @@ class MetricsWriter:
             "seconds_per_step": _number(per_step),
             "tokens_per_second": _number(batch * self.args.seq_length / per_step) if per_step > 0 else None,
         }
-        for field, argument in _OF_THE_STEP.items():
-            if step.get(argument) is not None:
-                record[field] = _number(step[argument])
+        record |= {name: _number(step[name]) for name in _OF_THE_STEP if step.get(name) is not None}
         self.write(record)
 
     def write_evaluation(self, iteration: int, prefix: str) -> None:
@@ -166,7 +164,6 @@ class MetricsWriter:
             )
 
     def _start(self) -> dict[str, Any]:
-        arguments = {name: _plain(value) for name, value in sorted(vars(self.args).items())}
         return {
             "event": "start",
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -174,19 +171,12 @@ class MetricsWriter:
             "megatron_core": compat.megatron_build(),
             "torch": torch.__version__,
             "normalization": self.args.normalization,
-            "arguments": {name: value for name, value in arguments.items() if value is not _LEFT_OUT},
+            "arguments": {name: value for name, value in sorted(vars(self.args).items()) if _is_plain(value)},
         }
 
 
-# Field -> argument of `training_log`; left out where Megatron has none.
-_OF_THE_STEP = {
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "num_zeros_in_grad": "num_zeros_in_grad",
-    "params_norm": "params_norm",
-    "loss_scale": "loss_scale",
-}
-_LEFT_OUT = object()
+# Arguments of `training_log` that are fields too; left out where Megatron has none.
+_OF_THE_STEP = ("learning_rate", "grad_norm", "num_zeros_in_grad", "params_norm", "loss_scale")
 
 
 def _sums(seconds: float, totals: dict[str, Any]) -> Sums:
@@ -212,16 +202,13 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _plain(value: Any) -> Any:
-    """`value` if JSON can say it, `_LEFT_OUT` for a class, a function or an object."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return _number(value)
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can say `value`: no class, function or object, and no infinity."""
     if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
-        return _LEFT_OUT if any(item is _LEFT_OUT for item in items) else items
-    return _LEFT_OUT
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
 
 
 def _ends_a_line(path: Path) -> bool:
