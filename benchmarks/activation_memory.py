@@ -9,8 +9,6 @@ ones for GPUs do.
 """
 
 import argparse
-import json
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dyt import cpu
+from megatron_dyt.atomic import write_json
 
 NORM, CORE = "layernorm", "core_attn"
 
@@ -202,10 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"KiB that one layer keeps for backward, {size}")
     print(table(found, size))
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        report = {"size": size._asdict(), "bytes": found, "torch": torch.__version__}
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, args.json)
+        write_json(args.json, {"size": size._asdict(), "bytes": found, "torch": torch.__version__})
 
 
 if __name__ == "__main__":

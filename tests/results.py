@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from megatron_dyt.atomic import write_json
 
 
 class Recorder:
@@ -49,11 +49,7 @@ class Recorder:
             "outcomes": self.outcomes,
             "reasons": self.reasons,
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
-        target = self.directory / f"{version}.json"
-        temporary = target.with_suffix(".new")
-        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(temporary, target)
+        write_json(self.directory / f"{version}.json", record)
 
 
 def _commit() -> str:

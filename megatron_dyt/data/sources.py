@@ -16,13 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from megatron_dyt.data.dataset_manifest import Fields, Identity
 from megatron_dyt.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 # What a file's name ends with: (format, compression).
 FORMATS = {
@@ -64,14 +61,6 @@ class Malformed:
     place: int
     kind: str
     detail: str
-
-
-class BadRecordError(ValueError):
-    """What is wrong with a record: `kind` and `detail` as in `Malformed`."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind} ({detail})")
-        self.kind, self.detail = kind, detail
 
 
 Item = Document | Malformed
@@ -230,7 +219,7 @@ def _read_json(path: Path, compression: str | None, fields: Fields) -> Iterator[
 
     with pyarrow.OSFile(str(path)) as raw, _decompressed(raw, compression) as stream:
         # By map, so that a line is gone when its document is worked on.
-        for item in map(_parse, split_lines(stream), itertools.count(1), itertools.repeat(fields)):
+        for item in map(parse_line, split_lines(stream), itertools.count(1), itertools.repeat(fields)):
             yield raw.tell(), item
 
 
@@ -264,15 +253,6 @@ def _joined(parts: list[bytes]) -> bytes:
     return whole
 
 
-def _parse(line: bytes | None, number: int, fields: Fields) -> Item:
-    if line is None:
-        return Malformed(number, "too long", f"more than {MAX_LINE_BYTES >> 20} MiB in one line")
-    try:
-        return parse_line(line, fields)
-    except BadRecordError as error:
-        return Malformed(number, error.kind, error.detail)
-
-
 def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, Item]]:
     import pyarrow.parquet
 
@@ -301,60 +281,46 @@ def _row(batch: Any, index: int, number: int, fields: Fields) -> Item:
     return as_item(record, number, fields)
 
 
-def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
-    """The document of a row, or what is wrong with it."""
-    try:
-        return document(record, fields)
-    except BadRecordError as error:
-        return Malformed(number, error.kind, error.detail)
-
-
 # --- one record ------------------------------------------------------------------------------------------
 
 
-def parse_line(line: bytes, fields: Fields) -> Document:
-    """The document on one JSON line; a blank line is an empty one.
-
-    Raises:
-        BadRecordError: not UTF-8, not JSON, not an object, or no usable text.
-    """
+def parse_line(line: bytes | None, number: int, fields: Fields) -> Item:
+    """What is on a JSON line; a blank one is an empty document, None one that was too long to be read."""
+    if line is None:
+        return Malformed(number, "too long", f"more than {MAX_LINE_BYTES >> 20} MiB in one line")
     if not line.strip():
         return Document("")
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadRecordError("not UTF-8", f"{error.reason} at byte {error.start}") from error
+        return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
     # A line of brackets alone exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
-        raise BadRecordError("not valid JSON", str(error)) from error
+        return Malformed(number, "not valid JSON", str(error))
     if not isinstance(record, dict):
-        raise BadRecordError("not a JSON object", f"a {type(record).__name__}")
-    return document(record, fields)
+        return Malformed(number, "not a JSON object", f"a {type(record).__name__}")
+    return as_item(record, number, fields)
 
 
-def document(record: dict[str, Any], fields: Fields) -> Document:
-    """The document of a record; bytes are taken for UTF-8.
-
-    Raises:
-        BadRecordError: no usable text.
-    """
+def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
+    """The document of a record, or what is wrong with it; bytes are taken for UTF-8."""
     if fields.text not in record:
         keys = ", ".join(map(repr, list(record)[:10]))
-        raise BadRecordError(f'no "{fields.text}"', f"it has {keys or 'no fields'}")
+        return Malformed(number, f'no "{fields.text}"', f"it has {keys or 'no fields'}")
     text = record[fields.text]
     if isinstance(text, bytes):
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
-            raise BadRecordError("not UTF-8", f"{error.reason} at byte {error.start}") from error
+            return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
-        raise BadRecordError(f'"{fields.text}" is not a string', f"it is {kind}")
+        return Malformed(number, f'"{fields.text}" is not a string', f"it is {kind}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair.
-        raise BadRecordError("not valid Unicode", f"{error.reason} at character {error.start}") from error
+        return Malformed(number, "not valid Unicode", f"{error.reason} at character {error.start}")
     return Document(text, _domain(record, fields.domain))
 
 

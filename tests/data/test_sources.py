@@ -17,12 +17,11 @@ from megatron_dyt.data import sources
 from megatron_dyt.data.dataset_manifest import Fields
 from megatron_dyt.data.sources import (
     FORMATS,
-    BadRecordError,
     BrokenSourceError,
     Document,
     FileSource,
     Malformed,
-    document,
+    as_item,
     find,
     parse_line,
     split_lines,
@@ -257,9 +256,9 @@ PILE = b'{"text": "a\\r\\n\\t\xc3\xa9", "meta": {"pile_set_name": "ArXiv"}}\r'
 
 
 def test_text_is_kept_exactly_and_the_domain_found() -> None:
-    assert parse_line(PILE, Fields()) == Document("a\r\n\té", "ArXiv")
-    assert parse_line(b'\xef\xbb\xbf{"text": "after a BOM"}', Fields()) == Document("after a BOM")
-    assert parse_line(b" \r", Fields()) == Document("")
+    assert parse_line(PILE, 1, Fields()) == Document("a\r\n\té", "ArXiv")
+    assert parse_line(b'\xef\xbb\xbf{"text": "after a BOM"}', 1, Fields()) == Document("after a BOM")
+    assert parse_line(b" \r", 1, Fields()) == Document("")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_text_is_kept_exactly_and_the_domain_found() -> None:
     ],
 )
 def test_domain_is_looked_up_by_its_path(record: dict[str, Any], path: str, domain: str | None) -> None:
-    assert document({"content": "x", **record}, Fields("content", path)) == Document("x", domain)
+    assert as_item({"content": "x", **record}, 1, Fields("content", path)) == Document("x", domain)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +294,14 @@ def test_domain_is_looked_up_by_its_path(record: dict[str, Any], path: str, doma
     ],
 )
 def test_what_is_wrong_is_named(line: bytes, kind: str, detail: str) -> None:
-    with pytest.raises(BadRecordError) as failure:
-        parse_line(line, Fields())
-    assert failure.value.kind == kind
-    assert detail in failure.value.detail
+    item = parse_line(line, 7, Fields())
+    assert isinstance(item, Malformed)
+    assert (item.place, item.kind) == (7, kind)
+    assert detail in item.detail
 
 
 def test_bytes_are_utf_8() -> None:
-    assert document({"text": "é".encode()}, Fields()) == Document("é")
-    with pytest.raises(BadRecordError, match="not UTF-8"):
-        document({"text": b"\xff"}, Fields())
+    assert as_item({"text": "é".encode()}, 1, Fields()) == Document("é")
+    assert as_item({"text": b"\xff"}, 1, Fields()) == Malformed(
+        1, "not UTF-8", "invalid start byte at byte 0"
+    )
