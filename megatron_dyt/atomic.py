@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -73,20 +74,23 @@ def sole_writer(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process is writing it.
     """
-    import filelock
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of the temporary file itself, so that nothing is left of the lock when the file takes its name.
-    lock = filelock.FileLock(partial_path(path), blocking=False, fallback_to_soft=False)
+    # Of the temporary file itself, so that nothing is left of the lock when the file takes its name. It is
+    # the data of whoever holds the lock: filelock's releases up to 3.29 empty it before they try to lock it.
+    descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        lock.acquire()
-    except filelock.Timeout as error:
+        _lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise UserError(f"{path} is being written by another process; wait for it, or stop it") from error
     except OSError as error:
         # A file system without locks: as if nobody else were there.
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-    try:
-        yield
-    finally:
-        lock.release()

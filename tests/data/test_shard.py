@@ -243,7 +243,9 @@ def test_reports_grow_to_the_whole(settings: Settings, corpus: Path, monkeypatch
 
 def test_two_processes_do_not_write_the_same_dataset(settings: Settings, corpus: Path) -> None:
     with sole_writer(corpus.with_name("out.bin")):
+        partial = corpus.with_name("out.bin.partial")
+        partial.write_bytes(b"half of the ids")
         with pytest.raises(UserError, match=r"out\.bin is being written by another process"):
             make(settings, corpus)
-        assert corpus.with_name("out.bin.partial").exists()
+        assert partial.read_bytes() == b"half of the ids", "the one that was refused must not touch it"
     make(settings, corpus)
