@@ -4,7 +4,7 @@ Each variant is Megatron's own GPTModel, built with the plugin: RMSNorm (torch's
 where that is installed), DyT as one would write it in PyTorch, the same through torch.compile, DyT's
 kernels, the same with the residual add fused, Derf. A step is forward, loss and backward of one
 micro-batch; the optimizer, equal for all, is left out. Steps of all variants alternate in one process.
-Reported are medians and quartiles, tokens a second, and the peak memory of a step beyond what the
+Reported are medians and quartiles, tokens per second, and the peak memory of a step beyond what the
 models' parameters take.
 
 On a GPU: 4 layers of LLaMA 7B in bf16, 4096 tokens. On a CPU (or with --quick) a small shape. Attention is
@@ -194,7 +194,7 @@ def _has_te() -> bool:
 def measure(
     steps: dict[str, Callable[[], None]], rounds: int, tokens: int, device: str
 ) -> list[dict[str, Any]]:
-    """A row a variant: step time with quartiles, tokens a second, peak memory of a step (GPU only)."""
+    """One row per variant: step time with quartiles, tokens per second, peak memory of a step (GPU only)."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, int] = {}
     clock = WallClock()

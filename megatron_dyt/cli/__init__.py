@@ -62,9 +62,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name][0].partition(":")[::2]
-        if not name:
-            return _passed_through(cmd_name, module)
+        module, name = COMMANDS[cmd_name][0].split(":")
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
@@ -89,19 +87,6 @@ class _Lazy(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, what) for name, (_where, what) in COMMANDS.items()])
-
-
-def _passed_through(name: str, module: str) -> click.Command:
-    """A command that still has a parser of its own."""
-    import runpy
-
-    @click.command(name, context_settings={"ignore_unknown_options": True}, add_help_option=False)
-    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-    def command(words: tuple[str, ...]) -> Any:
-        sys.argv = [f"megatron-dyt {name}", *words]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-    return command
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

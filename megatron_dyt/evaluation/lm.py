@@ -268,7 +268,7 @@ def _checked_length(wanted: int | None, loaded: LoadedModel) -> int:
 
 
 def _open_cache(directory: str | Path | None, loaded: LoadedModel, ranks: Ranks) -> ResultCache | None:
-    """One process opens the file; the others hear from it."""
+    """One process opens the file; the others receive the results from it."""
     if directory is None:
         return None
     cache = ResultCache(Path(directory), loaded.identity())

@@ -61,9 +61,9 @@ def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
 def _follow_output(directory: Path, display: Display, log: Path) -> None:
     if not log.parent.is_dir():
         raise UserError(f"the directory of {log} does not exist; make it first: mkdir -p {log.parent}")
-    # An interrupt ends the run in front of the pipe; its last words belong into the log, and then this ends.
+    # An interrupt ends the run in front of the pipe; its last lines belong into the log, and then this ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    copying = threading.Thread(target=keep, args=(sys.stdin.buffer, log, display.say), daemon=True)
+    copying = threading.Thread(target=keep, args=(sys.stdin.buffer, log, display.write_line), daemon=True)
     tail = Tail(directory)
     tail.read()  # What an interrupted run has written is no progress of this one.
     copying.start()
@@ -71,7 +71,7 @@ def _follow_output(directory: Path, display: Display, log: Path) -> None:
         copying.join(POLL_SECONDS)
         display.show(tail.read())
     display.close()
-    display.say(f"{display.name}: log ended, kept in {log}")
+    display.write_line(f"{display.name}: log ended, kept in {log}")
 
 
 class Tail:
@@ -95,7 +95,7 @@ class Tail:
 
 
 class Display:
-    """A progress bar on a terminal, in a log a line every few seconds; with what else is said above it.
+    """A progress bar on a terminal, in a log a line every few seconds; with other lines above it.
 
     Args:
         name: what to call the run.
@@ -106,7 +106,7 @@ class Display:
     def __init__(self, name: str, output: TextIO, from_start: bool = False) -> None:
         self.name = name
         self.output = output
-        self.says_evaluations = from_start
+        self.shows_evaluations = from_start
         self.bar: tqdm[None] | None = None
         self.total = 0
         self.complete = False
@@ -122,16 +122,16 @@ class Display:
                 self.total = int(record.arguments.get("train_iters") or 0)
             elif isinstance(record, Step):
                 self.seconds = [*self.seconds[1 - _RECENT :], record.seconds]
-            elif self.says_evaluations:
-                self._say_evaluation(record)
-        self.says_evaluations = self.says_evaluations or bool(records)
+            elif self.shows_evaluations:
+                self._show_evaluation(record)
+        self.shows_evaluations = self.shows_evaluations or bool(records)
         if steps := [record for record in records if isinstance(record, Step)]:
             self._draw(steps[-1])
 
-    def _say_evaluation(self, evaluation: Evaluation) -> None:
+    def _show_evaluation(self, evaluation: Evaluation) -> None:
         kind = "test" if evaluation.is_test else "validation"
         which = f"{evaluation.name}, " if evaluation.name else ""
-        self.say(f"{self.name}: {kind} loss {evaluation.loss:.4f} ({which}step {evaluation.iteration})")
+        self.write_line(f"{self.name}: {kind} loss {evaluation.loss:.4f} ({which}step {evaluation.iteration})")
 
     def _draw(self, step: Step) -> None:
         self.complete = step.iteration >= self.total
@@ -145,7 +145,7 @@ class Display:
             self.bar.refresh()
         elif self.complete or self.written is None or time.monotonic() - self.written >= _LOG_SECONDS:
             self.written = time.monotonic()
-            self.say(f"{self.name}: step {step.iteration}/{self.total}, {state}")
+            self.write_line(f"{self.name}: step {step.iteration}/{self.total}, {state}")
 
     def _new_bar(self, iteration: int) -> tqdm[None]:
         return tqdm(
@@ -158,7 +158,7 @@ class Display:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}",
         )
 
-    def say(self, line: str) -> None:
+    def write_line(self, line: str) -> None:
         """A line above the bar."""
         if self.bar is not None:
             self.bar.write(line, file=self.output)
@@ -172,8 +172,8 @@ class Display:
             self.bar.close()
 
 
-def keep(lines: BinaryIO, log: Path, say: Callable[[str], None]) -> None:
-    """Append `lines` to `log` as they come, and `say` those that a person must see.
+def keep(lines: BinaryIO, log: Path, show: Callable[[str], None]) -> None:
+    """Append `lines` to `log` as they come, and `show` those that a person must see.
 
     These are the plugin's own, saved and loaded checkpoints, tracebacks and errors.
     """
@@ -185,4 +185,4 @@ def keep(lines: BinaryIO, log: Path, say: Callable[[str], None]) -> None:
             text = line.decode(errors="replace").rstrip()
             in_traceback = text.startswith("Traceback") or (in_traceback and text[:1].isspace())
             if in_traceback or _SHOWN.search(text):
-                say(text)
+                show(text)

@@ -1,4 +1,4 @@
-"""Runs that must not start, one after the other in one process a rank: `disagreeing.py CASES.json`.
+"""Runs that must not start, one after the other in one process per rank: `disagreeing.py CASES.json`.
 
 CASES.json is a list of {"port", "seconds", "ranks": [{"argv", "version", "plugin"}]}. Each case has a
 store of its own at its port. How a case ended is a line of JSON on stdout: [exception, message].
