@@ -109,13 +109,14 @@ def prepare_data(
     JSON lines, Parquet files or a Hugging Face data set become one dataset per file with a manifest, and
     manifest.json over all. The same command again goes on from the datasets that are finished.
     """
-    from megatron_dyt.data import hub, prepare, prepared, sources
+    from megatron_dyt.data import hub, prepare, sources
+    from megatron_dyt.data.verify import blend, verified
 
     if print_blend:
-        click.echo(" ".join(prepared.blend(print_blend)))
+        click.echo(" ".join(blend(print_blend)))
         return
     if verify:
-        click.echo(prepared.verified(verify))
+        click.echo(verified(verify))
         return
     if bool(inputs) == bool(hf_dataset):
         raise UserError("give either --input or --hf-dataset")

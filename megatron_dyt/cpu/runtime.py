@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_dyt import compat
 from megatron_dyt.cpu import replacements
 from megatron_dyt.cpu.cuda import device_count
 from megatron_dyt.cpu.flags import CONNECTIONS
@@ -43,8 +44,8 @@ def enable() -> None:
     Call it before `megatron` is imported: then Megatron's `@jit_fuser` functions stay eager, and
     Transformer Engine and apex are hidden from it. Later works too when neither is installed.
 
-    Raises `UserError` when this process uses CUDA or one of these packages already, and
-    `RuntimeError` naming what the installed PyTorch or Megatron lacks.
+    Raises `UserError` without Megatron-Core, and when this process uses CUDA or one of these packages
+    already; `RuntimeError` naming what the installed PyTorch or Megatron lacks.
     """
     global _enabled
     if _enabled:
@@ -109,6 +110,7 @@ def _import_megatron_uncompiled() -> None:
     """
     wrapped_already = "megatron.core" in sys.modules
     if not wrapped_already:
+        compat.megatron_version()  # A `UserError` where there is no Megatron.
         with _torch_compile_does_nothing():
             importlib.import_module("megatron.core")
     jit = importlib.import_module("megatron.core.jit")

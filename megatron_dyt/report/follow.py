@@ -70,6 +70,7 @@ def _follow_output(directory: Path, display: Display, log: Path) -> None:
     while copying.is_alive():
         copying.join(POLL_SECONDS)
         display.show(tail.read())
+    display.show(tail.read())  # What was written since the last look.
     display.close()
     display.write_line(f"{display.name}: log ended, kept in {log}")
 
@@ -131,7 +132,8 @@ class Display:
     def _show_evaluation(self, evaluation: Evaluation) -> None:
         kind = "test" if evaluation.is_test else "validation"
         which = f"{evaluation.name}, " if evaluation.name else ""
-        self.write_line(f"{self.name}: {kind} loss {evaluation.loss:.4f} ({which}step {evaluation.iteration})")
+        at = f"{which}step {evaluation.iteration}"
+        self.write_line(f"{self.name}: {kind} loss {evaluation.loss:.4f} ({at})")
 
     def _draw(self, step: Step) -> None:
         self.complete = step.iteration >= self.total

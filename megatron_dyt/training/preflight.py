@@ -14,7 +14,7 @@ from megatron_dyt import rendezvous
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.data import tokenizer_check
 from megatron_dyt.errors import UserError
-from megatron_dyt.training import indexed_data
+from megatron_dyt.training import data_check
 
 _log = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ def check_data(args: Namespace) -> None:
         return
     prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
     local = [prefix for prefix in prefixes if "://" not in prefix]
-    dtypes = {prefix: indexed_data.check_files(prefix) for prefix in local}
+    dtypes = {prefix: data_check.check_files(prefix) for prefix in local}
     tokenizer_check.check_data(local, args)
-    indexed_data.check_ids(dtypes, args)
+    data_check.check_ids(dtypes, args)
 
 
 def check_evaluation(args: Namespace) -> None:

@@ -68,6 +68,15 @@ def test_an_imported_gpu_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         cpu.enable()
 
 
+def test_a_missing_megatron_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("megatron.core", "megatron.core.package_info"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    with pytest.raises(UserError, match=r"pip install 'megatron-dyt\[train\]'"):
+        cpu.enable()
+    assert not cpu.is_enabled()
+
+
 def test_gpu_packages_are_hidden_from_megatron(runtime: None) -> None:
     with pytest.raises(ImportError):
         __import__("transformer_engine")

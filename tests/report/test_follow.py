@@ -172,6 +172,26 @@ def test_the_output_is_kept_and_its_end_ends_it(
     ]
 
 
+def test_lines_before_an_early_end_are_shown(
+    tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class DoneAtOnce(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            self.join()
+
+    monkeypatch.setattr("threading.Thread", DoneAtOnce)
+    path = tmp_path / "checkpoint" / "metrics.jsonl"
+
+    def output() -> Iterator[bytes]:
+        write_lines(path, [start_line(), step_line(7, 2.75)])
+        yield b"noise\n"
+
+    piped(output())
+    follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
+    assert "dyt: step 7/200, loss 2.750" in capsys.readouterr().out
+
+
 def test_a_run_that_ends_before_its_first_step_is_no_error(
     tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

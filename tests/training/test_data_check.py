@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.training import indexed_data
-from megatron_dyt.training.indexed_data import check_ids, vocabulary
+from megatron_dyt.training import data_check
+from megatron_dyt.training.data_check import check_ids, vocabulary
 
 
 def arguments(**given: Any) -> Namespace:
@@ -63,7 +63,7 @@ def test_padding_and_empty_data_pass(tmp_path: Path) -> None:
 
 
 def test_no_data_ask_for_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexed_data, "vocabulary", None)
+    monkeypatch.setattr(data_check, "vocabulary", None)
     check_ids({}, arguments())
 
 
@@ -85,7 +85,7 @@ def test_the_vocabulary_is_the_one_that_megatron_builds() -> None:
 def test_data_of_another_length_than_the_index_says(dataset: str, change: int) -> None:
     os.truncate(f"{dataset}.bin", 10 + change)
     with pytest.raises(UserError, match=rf"has {10 + change} bytes, but .* describes 10"):
-        indexed_data.check_files(dataset)
+        data_check.check_files(dataset)
 
 
 def test_damaged_indexes(dataset: str) -> None:
@@ -93,13 +93,13 @@ def test_damaged_indexes(dataset: str) -> None:
     whole = index.read_bytes()
     index.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=rf"truncated \({len(whole) - 1} of {len(whole)} bytes"):
-        indexed_data.check_files(dataset)
+        data_check.check_files(dataset)
     index.write_bytes(whole[:9] + bytes(8) + b"\xff" + whole[18:])
     with pytest.raises(UserError, match="damaged or truncated"):
-        indexed_data.check_files(dataset)
+        data_check.check_files(dataset)
     index.write_bytes(b"something else entirely, but long enough")
     with pytest.raises(UserError, match="not the index of a Megatron dataset"):
-        indexed_data.check_files(dataset)
+        data_check.check_files(dataset)
     index.write_bytes(whole[:18] + bytes(16))
     with pytest.raises(UserError, match="without documents"):
-        indexed_data.check_files(dataset)
+        data_check.check_files(dataset)

@@ -12,7 +12,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_dyt.atomic import sha256
 from megatron_dyt.data.indexed_dataset import HEADER
-from megatron_dyt.data.prepared import blend, verify
+from megatron_dyt.data.verify import blend, verify
 from megatron_dyt.errors import UserError
 from tests.data.samples import VOCAB_SIZE, prepare, source_texts, write_jsonl
 
