@@ -32,6 +32,8 @@ SINCE = {
     "hybrid_stack": "0.18",
     # `pretrain` takes a container of configurations; arguments are parsed before it is called
     "config_container": "0.18",
+    # training: `_async_delete_checkpoint_impl` is a function of the module, which can be replaced
+    "deletion_by_name": "0.17",
     # the tokenizer's flags are a dataclass, `TokenizerConfig`
     "tokenizer_config": "0.18",
     # core: `get_batch_on_this_tp_rank` and `get_batch_on_this_cp_rank` take what they need as arguments

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from megatron_dyt import compat
 from megatron_dyt.config import (
     MODEL_ARGS,
     NORMALIZATION,
@@ -103,6 +104,7 @@ def validate(args: Namespace) -> None:
             cannot work together with DyT.
     """
     _validate_stats(args)
+    _validate_fallback(args)
     if is_dyt(args):
         _resolve(args)
         refuse_unsupported(args)
@@ -119,6 +121,16 @@ def _validate_stats(args: Namespace) -> None:
         )
     if args.dyt_stats_interval > 0 and not args.save:
         raise UserError("--dyt-stats-interval writes into the --save directory; give --save too.")
+
+
+def _validate_fallback(args: Namespace) -> None:
+    interval = getattr(args, "save_retain_interval", None)
+    if args.dyt_load_fallback and interval and not compat.has("deletion_by_name"):
+        raise UserError(
+            f"--dyt-load-fallback with --save-retain-interval {interval} needs Megatron "
+            f"{compat.SINCE['deletion_by_name']} or later: {compat.megatron_version()} deletes the "
+            "checkpoint before the last one, to which a damaged one falls back. Leave one of the two out."
+        )
 
 
 def _resolve(args: Namespace) -> None:

@@ -109,7 +109,6 @@ TRAINING = (
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
     Seam("megatron.training.training", "load_checkpoint", damage.wrap_load_checkpoint),
-    Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", damage.wrap_delete),
     Seam("megatron.training.training", "get_standard_config_overrides", recipe_flags.wrap_config_overrides),
     Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
     Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
@@ -129,6 +128,9 @@ INITIALIZE_0_17 = (
     Seam("megatron.training.initialize", "load_args_from_checkpoint", args.wrap_load_args),
 )
 
+# 0.16 deletes by a function inside `save_checkpoint`; `args.validate` refuses what needs this row.
+DELETION = (Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", damage.wrap_delete),)
+
 _patches: Patches | None = None
 
 
@@ -137,6 +139,7 @@ def seams() -> tuple[Seam, ...]:
     training: tuple[Seam, ...] = ()
     if compat.has_training():
         training = TRAINING if compat.has("config_container") else INITIALIZE_0_17 + TRAINING
+        training += DELETION if compat.has("deletion_by_name") else ()
     module, stack = compat.hybrid_stack()
     hybrids = (
         Seam(module, f"{stack}.__init__", spec.wrap_stack_init),

@@ -245,3 +245,16 @@ def test_dyt_asked_for_and_another_norm_in_the_checkpoint_is_refused(parse: Make
     with pytest.raises(UserError, match="--normalization DyT was given, but the checkpoint holds a RMSNorm"):
         wrapped(parse("--normalization DyT", validate=False))
     assert wrapped(parse("--normalization LayerNorm", validate=False))[0].normalization == "RMSNorm"
+
+
+@pytest.mark.parametrize(("release", "refused"), [("0.16.1", True), ("0.17.1", False)])
+def test_a_fallback_that_this_release_deletes_is_refused(
+    parse: Make, monkeypatch: pytest.MonkeyPatch, release: str, refused: bool
+) -> None:
+    monkeypatch.setattr(args_module.compat, "megatron_version", lambda: release)
+    flags = "--dyt-load-fallback --save-retain-interval 10"
+    if not refused:
+        parse(flags)
+        return
+    with pytest.raises(UserError, match=r"--save-retain-interval 10 needs Megatron 0\.17 .*Leave one"):
+        parse(flags)
