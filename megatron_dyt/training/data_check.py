@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,52 @@ def _read_index(index: Path) -> tuple[int, np.dtype[Any]]:
     # int32 [sequences]: the ids of each.
     lengths: Any = np.memmap(index, np.int32, "r", offset=HEADER.size, shape=(sequences,))
     return int(lengths.sum(dtype=np.int64)), np.dtype(_DTYPES[code])
+
+
+# --- the split ------------------------------------------------------------------------------------
+
+# Megatron's where --split is not given.
+_DEFAULT_SPLIT = "969, 30, 1"
+
+
+def check_split(prefixes: Sequence[str], args: Namespace) -> None:
+    """Each part of --split has a document of each dataset: Megatron goes through none for ever.
+
+    A part of which nothing is asked (--eval-iters 0) is built too, from one token at least. A part with
+    the share 0 is not built, and --full-validation goes through the validation data once.
+
+    Raises:
+        UserError: a part has none. The message names a split that works.
+    """
+    from megatron.core.datasets import blended_megatron_dataset_config as megatron
+
+    split = args.split or _DEFAULT_SPLIT
+    ends = megatron.convert_split_vector_to_split_matrix(megatron.parse_and_normalize_split(split))
+    asked = {
+        name: part
+        for name, part in zip(("training", "validation", "test"), ends, strict=True)
+        if part is not None and not (name == "validation" and args.full_validation)
+    }
+    # The smallest first, so that the split that is named serves all.
+    for documents, prefix in sorted((_documents(prefix), prefix) for prefix in prefixes):
+        for name, (begin, end) in asked.items():
+            if round(end * documents) > round(begin * documents):
+                continue
+            others = [int(part is not None) for part in ends[1:]]
+            works = ",".join(map(str, (documents - sum(others), *others)))
+            advice = f"--split {works}, " if documents > sum(others) else ""
+            raise UserError(
+                f"--split {split}{'' if args.split else ' (the default)'} gives {name} none of the "
+                f"{documents} documents of {prefix}, and Megatron would look for some for ever. Give each "
+                f"part one document at least: {advice}--split 1,0,0 for training (with --eval-iters 0), or "
+                "files of their own by --train-data-path and --valid-data-path"
+            )
+
+
+def _documents(prefix: str) -> int:
+    """What Megatron splits: the sequences of an index, one per document where prepare-data wrote it."""
+    with Path(f"{prefix}.idx").open("rb") as file:
+        return int(HEADER.unpack(file.read(HEADER.size))[3])
 
 
 # --- the ids --------------------------------------------------------------------------------------

@@ -91,6 +91,9 @@ def check_data(args: Namespace) -> None:
     prefixes = dict.fromkeys(prefix for prefixes, _weights in blends for prefix in prefixes)
     local = [prefix for prefix in prefixes if "://" not in prefix]
     dtypes = {prefix: data_check.check_files(prefix) for prefix in local}
+    # Several data sets without weights are gone through once, which ends; so does what is read from a cache.
+    if blend is not None and (len(blend[0]) == 1 or blend[1]) and not args.dataloader_fast_cache_load:
+        data_check.check_split(local, args)
     tokenizer_check.check_data(local, args)
     data_check.check_ids(dtypes, args)
 

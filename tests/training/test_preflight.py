@@ -28,6 +28,9 @@ def arguments(**given: Any) -> Namespace:
         **{
             **flags,
             "save_interval": 10,
+            "split": "1,0,0",
+            "full_validation": False,
+            "dataloader_fast_cache_load": False,
             "padded_vocab_size": 128,
             "mock_data": False,
             "sft": False,
@@ -152,3 +155,26 @@ def test_an_interval_that_cannot_be_divided_by() -> None:
 def test_saving_needs_an_interval(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs --save-interval N"):
         preflight.check_save(arguments(save=str(tmp_path), save_interval=None))
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("98,1,1", r"98,1,1 gives validation none of the 2 documents of .*corpus.*: --split 1,0,0"),
+        ("9,1,0", r"validation none of .* --split 1,1,0, --split 1,0,0 for training"),
+        (None, r"969, 30, 1 \(the default\) gives validation none"),
+        ("1,1,0", None),
+        ("1,0,0", None),
+    ],
+)
+def test_a_part_of_the_split_without_a_document(dataset: str, split: str, message: str | None) -> None:
+    args = arguments(data_path=[dataset], split=split)
+    if message is None:
+        preflight.check_data(args)
+        return
+    with pytest.raises(UserError, match=message):
+        preflight.check_data(args)
+
+
+def test_validation_data_gone_through_once_may_be_none(dataset: str) -> None:
+    preflight.check_data(arguments(data_path=[dataset], split="98,1,0", full_validation=True))
