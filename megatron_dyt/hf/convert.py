@@ -183,7 +183,7 @@ of a site, relative to its norm's output: {min(errors):.2%} to {max(errors):.2%}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
 ```
 
 `{MODELING_FILE}` holds the model's code; it needs torch and transformers alone.

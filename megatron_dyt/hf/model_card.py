@@ -69,7 +69,7 @@ def _usage(model: Model, has_tokenizer: bool) -> str:
     names = "AutoModelForCausalLM"
     if has_tokenizer:
         names += ", AutoTokenizer"
-        lines.append("tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)")
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})")
     return "\n".join([f"from transformers import {names}", "", *lines])
 
 

@@ -4,28 +4,25 @@
 
 This file needs torch and transformers alone: an exported model directory holds a copy of it, which
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads. Attention (eager, SDPA,
-flash), rotary embedding, key-value cache and generation are those of transformers' LLaMA.
+flash), rotary embedding, key-value cache and generation are transformers' own: no forward of theirs is
+written again here, so names that differ by release, such as the cache's, are theirs on both sides of a call.
 
 So what the rest of megatron_dyt knows too, the functions, roles, settings and their defaults, is written out
 here once more; tests/hf/test_modeling_llama_dyt.py compares the two.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.utils import TransformersKwargs
 
 
 def _isru(z: torch.Tensor) -> torch.Tensor:
@@ -136,41 +133,38 @@ class LlamaDyTEmbedding(nn.Embedding):
         return x if self.scale is None else (x * self.scale.float()).to(x.dtype)
 
 
-class LlamaDyTAttention(LlamaAttention):
-    """LLaMA's attention, with DyT on the queries and keys of each head where the model has it."""
+# What the attention takes, by transformers' own account: its parameters, what it hands on to the attention
+# function, and what the decoder layer gives it beside these.
+_ATTENTION_TAKES = frozenset(
+    {*inspect.signature(Qwen3Attention.forward).parameters, *TransformersKwargs.__annotations__, "use_cache"}
+)
 
-    q_norm: LlamaDyT | nn.Identity
-    k_norm: LlamaDyT | nn.Identity
+
+class LlamaDyTAttention(Qwen3Attention):
+    """LLaMA's attention, with DyT on the queries and keys of each head where the model has it.
+
+    Qwen3's attention is LLaMA's with a norm at these places.
+
+    Raises:
+        TypeError: at a call with a keyword that this release's attention does not know. transformers drops
+            such a one, and with the cache under another name each new token would see itself alone.
+    """
 
     def __init__(self, config: LlamaDyTConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.q_norm = LlamaDyT(config, "qk", self.head_dim) if config.qk_layernorm else nn.Identity()
         self.k_norm = LlamaDyT(config, "qk", self.head_dim) if config.qk_layernorm else nn.Identity()
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens = hidden_states.shape[:-1]
-        heads = (*tokens, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*tokens, -1).contiguous()), weights
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        unknown = [name for name in kwargs if name not in _ATTENTION_TAKES]
+        if unknown:
+            known = ", ".join(sorted(_ATTENTION_TAKES - {"self", "kwargs"}))
+            raise TypeError(
+                f"{', '.join(unknown)} given to the attention, which in transformers "
+                f"{transformers.__version__} takes {known}. Leave it out, or use a release of "
+                "transformers that docs/huggingface.md of megatron_dyt names"
+            )
+        return super().forward(*args, **kwargs)
 
 
 class LlamaDyTDecoderLayer(LlamaDecoderLayer):

@@ -150,6 +150,37 @@ def test_padded_batch() -> None:
         assert torch.allclose(ours, model(row).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("qk", [False, True])
+def test_generation_with_cache_is_that_without(qk: bool, attention: str) -> None:
+    """A left-padded batch, greedily: the same tokens, and logits that differ by rounding alone."""
+    model = small_model(qk_layernorm=qk, dyt_weight_init={"final": 20.0})
+    model.set_attn_implementation(attention)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :4] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, uncached = (
+        model.generate(
+            TOKENS,
+            attention_mask=mask,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert torch.allclose(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-4)
+
+
+def test_attention_refuses_a_keyword_that_it_does_not_know() -> None:
+    """transformers would drop it, and with it the cache under another name."""
+    model = small_model()
+    with pytest.raises(TypeError, match=r"kv_store given to the attention, which in transformers .* takes"):
+        model(TOKENS, kv_store=None)
+
+
 def test_training_reaches_every_parameter() -> None:
     model = small_model(dyt_function="erf", dyt_bias=True, qk_layernorm=True).train()
     model(TOKENS, labels=TOKENS).loss.backward()
@@ -198,4 +229,4 @@ def test_modeling_file_stands_alone() -> None:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             roots.add((node.module or "").split(".")[0])
-    assert roots == {"collections", "torch", "transformers", "typing"}
+    assert roots == {"collections", "inspect", "torch", "transformers", "typing"}
