@@ -110,8 +110,8 @@ def _import_megatron_uncompiled() -> None:
     """
     wrapped_already = "megatron.core" in sys.modules
     if not wrapped_already:
-        compat.megatron_version()  # A `UserError` where there is no Megatron.
         with _torch_compile_does_nothing():
+            compat.megatron_version()  # Imports it: a `UserError` where there is none.
             importlib.import_module("megatron.core")
     jit = importlib.import_module("megatron.core.jit")
     original = jit.jit_fuser
