@@ -9,8 +9,10 @@ closing line, and exit code 1. When nobody reads our output any more (`| head`),
 from __future__ import annotations
 
 import errno
+import linecache
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -104,9 +106,38 @@ def root_user_error(error: BaseException) -> UserError | None:
 
 def describe(error: BaseException) -> str:
     """One line for `error`: its type, its message, and what to do where that is known."""
-    text = " ".join(str(error).split()) or "no message"
+    text = " ".join(str(error).split()) or _condition(error)
     hint = _OS_HINTS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     return f"{type(error).__name__}: {text}" + (f" ({hint})" if hint else "")
+
+
+def _condition(error: BaseException) -> str:
+    """The statement that raised an error without text: Megatron asserts much without a word.
+
+    A name `args.this` in it is the flag --this; its value is given.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return "no message"
+    frame, number = frames[-1]
+    summary = traceback.extract_tb(error.__traceback__)[-1]
+    first, last = summary.lineno or number, summary.end_lineno or number
+    lines = [linecache.getline(summary.filename, line) for line in range(first, last + 1)]
+    source = " ".join(" ".join(lines).split())
+    if not source:
+        return "no message"
+    values: dict[str, None] = {}
+    for owner, name in re.findall(r"\b(args|config|self)\.([a-z]\w*)", source):
+        holder = frame.f_locals.get(owner)
+        if holder is not None and hasattr(holder, name):
+            value = getattr(holder, name)
+            if value is None or isinstance(value, bool | int | float | str):
+                flag = f"--{name.replace('_', '-')} {value}"
+                values[flag if owner == "args" else f"{name} = {value}"] = None
+    given = f"; here {', '.join(values)}" if values else ""
+    place = f"{os.path.basename(summary.filename)}:{number}"
+    failed = "does not hold" if isinstance(error, AssertionError) else "raised it"
+    return f"`{source}` {failed} ({place}){given}"
 
 
 def _last_words(line: str) -> None:

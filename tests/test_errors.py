@@ -1,7 +1,10 @@
 import errno
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -99,6 +102,33 @@ def test_a_cycle_of_causes_ends() -> None:
 
 def test_an_error_without_text_is_named() -> None:
     assert describe(ValueError()) == "ValueError: no message"
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (
+            "assert (\n        args.hidden_size\n        % args.heads == 0\n    )",
+            "AssertionError: `assert ( args.hidden_size % args.heads == 0 )` does not hold "
+            "(megatron_like.py:2); here --hidden-size 66, --heads 4",
+        ),
+        (
+            "self = args; assert self.hidden_size < 6",
+            "AssertionError: `self = args; assert self.hidden_size < 6` does not hold "
+            "(megatron_like.py:2); here hidden_size = 66",
+        ),
+        ("raise ValueError", "ValueError: `raise ValueError` raised it (megatron_like.py:2)"),
+    ],
+)
+def test_an_error_without_text_shows_its_condition_and_the_flags_in_it(
+    tmp_path: Path, source: str, line: str
+) -> None:
+    file = tmp_path / "megatron_like.py"
+    file.write_text(f"def check(args):\n    {source}\n")
+    check = runpy.run_path(str(file))["check"]
+    with pytest.raises((AssertionError, ValueError)) as caught:
+        check(SimpleNamespace(hidden_size=66, heads=4))
+    assert describe(caught.value) == line
 
 
 @pytest.mark.parametrize(("lines", "buffered"), [(1, True), (100000, True), (1, False)])

@@ -23,7 +23,7 @@ import torch
 
 from megatron_dyt import compat
 from megatron_dyt.cpu import device
-from megatron_dyt.errors import UserError
+from megatron_dyt.errors import UserError, describe
 from megatron_dyt.mcore import handshake
 from megatron_dyt.parsed_args import set_parsed_args
 from megatron_dyt.training import preflight
@@ -147,7 +147,7 @@ def _validated(flags: Sequence[str], vocab_size: int) -> Namespace:
     except UserError:
         raise
     except (AssertionError, ValueError, RuntimeError) as refusal:
-        raise UserError(f"Megatron refuses the flags: {refusal or type(refusal).__name__}") from refusal
+        raise UserError(f"Megatron refuses the flags: {describe(refusal)}") from refusal
     finally:
         sys.argv = own
     # Such as that it switches a flag off.

@@ -59,6 +59,10 @@ def test_the_rmsnorm_twin_has_no_alpha() -> None:
     ("flags", "message"),
     [
         (["--tensor-model-parallel-size", "3"], r"Megatron refuses the flags: .*3"),
+        (
+            ["--num-dataset-builder-threads", "0"],
+            r"the flags: .*`assert args.*`.*--num-dataset-builder-threads 0",
+        ),
         (["--no-such-flag"], "parser refuses the flags: .*--no-such-flag"),
         (["--dyt-alpha-init-attn", "0"], "--dyt-alpha-init-attn is 0"),
         (["--padded-vocab-size", "31872"], "is 31872, and the tokenizer has 32000 entries.* at least 32000"),
