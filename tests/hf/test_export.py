@@ -164,7 +164,10 @@ def test_command_with_tokenizer(
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (350, 1, 2)
     assert_close(hf_logits(output), saved.logits()[..., :350])
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert "| vocabulary, positions | 350, 16 |" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "| vocabulary, positions | 350, 16 |" in card
+    # AutoTokenizer reads the configuration, and would ask on the terminal whether to run its class.
+    assert "AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)" in card
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
