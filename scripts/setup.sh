@@ -138,7 +138,9 @@ install_everything() {
     install pip setuptools wheel
     [[ -z ${TORCH_INDEX_URL:-} ]] || install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
     rm -f "$kernels.so"
-    install --no-build-isolation -e "${root}[$extras]"
+    # multiprocess (of datasets and datatrove) has a wheel for each Python, all of them marked as fit for later ones
+    # too. uv takes that of 3.10, which cannot start a process on 3.12; the source package fits the Python it is built by.
+    install --no-build-isolation --no-binary multiprocess -e "${root}[$extras]"
 }
 
 # The installation has compiled the kernels, unless that failed; what was missing may be there now.

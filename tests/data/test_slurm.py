@@ -74,6 +74,7 @@ def test_two_tasks_that_are_killed_and_started_again_write_the_same_files(
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(out.glob("*.manifest.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the command has ended by itself"
         time.sleep(0.01)
     # Its worker processes too.
     os.killpg(process.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-STEPS = 8
+STEPS = 5
 
 # A step is two micro-batches, so that gradients are accumulated; where two data parallel ranks share it,
 # ACCUMULATED leaves each of them two (of a model whose loss is a mean over samples: MoE's balancing is not).

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tests.distributed.cases import DIST_OPT, EP2, PP2, TP2_SP, VPP2, case
 
-SAVED_AT = 4
+SAVED_AT = 2
 
 ASYNC = "--async-save --use-persistent-ckpt-worker"
 # Megatron saves fully in parallel unless told not to.

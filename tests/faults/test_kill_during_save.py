@@ -11,7 +11,7 @@ import pytest
 from tests.ranks import Parent, Rank
 
 SAVER = Path(__file__).with_name("saver.py")
-KILLS = 10
+KILLS = 8
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
