@@ -124,7 +124,8 @@ def ready(checkout: Checkout) -> Checkout:
     assert result.returncode == 0, result.stderr
     log = checkout.take_log()
     assert log[0] == "venv"
-    assert log[-1].endswith(f"--no-build-isolation -e {checkout.root}[train,eval,hf,report,slurm,docs,dev]")
+    what = f"-e {checkout.root}[train,eval,hf,report,slurm,docs,dev]"
+    assert log[-1].endswith(f"--no-build-isolation --no-binary multiprocess {what}")
     assert all(f"-c {checkout.root}/constraints.txt" in line for line in log[1:])
     return checkout
 
