@@ -158,7 +158,8 @@ class DyTConfig:
 
     bias: bool = _setting(
         "dyt_bias",
-        "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code.",
+        "Give every DyT a bias (beta). Default: no, as RMSNorm and the paper's LLaMA code; yes for sigmoid "
+        "with --dyt-weight-init unit (the preset unit), which it centers.",
         default=False,
     )
     """Whether DyT has a bias (beta). RMSNorm has none, and neither has the paper's LLaMA code."""
@@ -186,7 +187,8 @@ class DyTConfig:
         default="one",
     )
     """Initial weight (gamma): "one" (the paper's), or "unit": the weight with which DyT hands on a
-    unit-variance input at unit variance, as RMSNorm does (`unit_response`)."""
+    unit-variance input at unit variance, as RMSNorm does (`unit_response`). A sigmoid's bias then starts
+    where the mean is 0."""
 
     backend: Backend = _setting(
         "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
@@ -273,7 +275,10 @@ class DyTConfig:
                 f"DyTConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}."
             )
         alpha = {"alpha_attn": attn, "alpha_ffn": other, "alpha_final": other}
-        return cls(**({"name": name} | alpha | settings))
+        # Only a bias takes away the sigmoid's mean. Not 2 sigmoid(z) - 1: that is tanh(z / 2), DyT once more.
+        centers = settings.get("function") == "sigmoid" and settings.get("weight_init") == "unit"
+        preset: dict[str, Any] = {"name": name, "bias": centers, **alpha}
+        return cls(**(preset | settings))
 
     def alpha(self, role: str) -> float:
         """Initial alpha of a norm with this role."""
@@ -282,7 +287,17 @@ class DyTConfig:
 
     def initial_weight(self, role: str) -> float:
         """Initial weight (gamma) of a norm with this role."""
-        return 1.0 / unit_response(self.function, self.alpha(role)) if self.weight_init == "unit" else 1.0
+        if self.weight_init == "one":
+            return 1.0
+        mean, std = unit_response(self.function, self.alpha(role))
+        # Without a bias a mean stays, and it is the rms that is 1.
+        return 1.0 / (std if self.bias else math.hypot(mean, std))
+
+    def initial_bias(self, role: str) -> float:
+        """Initial bias (beta) of a norm with this role: what gives a centered input mean 0 again."""
+        if self.weight_init == "one" or not self.bias:
+            return 0.0
+        return -self.initial_weight(role) * unit_response(self.function, self.alpha(role))[0]
 
     def linear_init_std(self, hidden_size: int) -> float | None:
         """Std that the preset wants for linear layers, or None where Megatron's own is right."""
@@ -368,10 +383,11 @@ class DyTFields:
     """
 
 
-def unit_response(function: str, alpha: float) -> float:
-    """Root mean square of f(alpha * z) for a standard normal z, by quadrature.
+def unit_response(function: str, alpha: float) -> tuple[float, float]:
+    """Mean and standard deviation of f(alpha * z) for a standard normal z, by quadrature.
 
-    Its inverse is the weight with which DyT hands on a unit-variance input at unit variance.
+    The inverse of the second is the weight with which DyT hands on a unit-variance input at unit variance.
+    The mean is exactly 0 for every function but the sigmoid.
     """
     # Here and not above: a recipe's table needs no torch, whose import takes seconds.
     import torch
@@ -384,8 +400,13 @@ def unit_response(function: str, alpha: float) -> float:
         density = torch.exp(-0.5 * z * z)
         one = torch.ones(1, dtype=torch.float64)
         shift = torch.zeros_like(one) if function == "erf" else None
-        response = dyt_forward(z[:, None], alpha * one, one, function=function, shift=shift)[:, 0]
-        return float(((response.square() * density).sum() / density.sum()).sqrt())
+        y, mirrored = (
+            dyt_forward(each[:, None], alpha * one, one, function=function, shift=shift)[:, 0]
+            for each in (z, -z)
+        )
+        mean = ((y + mirrored) / 2 * density).sum() / density.sum()
+        variance = ((y - mean).square() * density).sum() / density.sum()
+        return float(mean), float(variance.sqrt())
 
 
 def resolve_embedding_scale(rule: str | float, hidden_size: int, embedding_std: float) -> float | None:

@@ -1,7 +1,7 @@
 import dataclasses
 import math
 from argparse import Namespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from megatron_dyt.config import (
     PAPER_ALPHA,
     DyTConfig,
     DyTFields,
+    Function,
     paper_alpha,
     parse_embedding_scale,
     resolve_embedding_scale,
@@ -106,29 +107,51 @@ def test_overrides_win_over_the_preset() -> None:
     )
 
 
-@pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "isru", "identity"])
-@pytest.mark.parametrize("role", ["attn", "ffn"])
-def test_unit_weight_hands_a_unit_input_on_at_unit_variance(function: str, role: str) -> None:
-    config = DyTConfig.unit(64, function=function)
+def first_output(config: DyTConfig, role: str) -> torch.Tensor:
+    """What a new DyT makes of a standard normal."""
     layer = DynamicTanh(
         256,
         alpha_init=config.alpha(role),
         weight_init=config.initial_weight(role),
-        bias=False,
-        function=function,
+        bias=config.bias,
+        bias_init=config.initial_bias(role),
+        function=config.function,
     )
-    x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
-    assert layer(x).square().mean().sqrt().item() == pytest.approx(1.0, rel=5e-3)
+    return layer(torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("function", get_args(Function))
+@pytest.mark.parametrize("role", ["attn", "ffn"])
+def test_a_unit_input_leaves_with_mean_0_and_std_1(function: str, role: str) -> None:
+    config = DyTConfig.unit(64, function=function)
+    y = first_output(config, role)
+    assert y.mean().item() == pytest.approx(0, abs=5e-3)
+    assert y.std().item() == pytest.approx(1.0, rel=5e-3)
+    assert config.bias is (function == "sigmoid")
+
+
+def test_a_sigmoid_without_bias_keeps_its_mean_and_has_rms_1() -> None:
+    y = first_output(DyTConfig.unit(64, function="sigmoid", bias=False), "attn")
+    assert y.square().mean().sqrt().item() == pytest.approx(1.0, rel=5e-3)
+    assert y.mean().item() == pytest.approx(0.97, abs=0.01)
+
+
+@pytest.mark.parametrize("weight_init", ["one", "unit"])
+@pytest.mark.parametrize("function", get_args(Function))
+def test_a_bias_starts_at_exactly_0_but_for_a_centered_sigmoid(function: str, weight_init: str) -> None:
+    config = DyTConfig.paper(64, function=function, weight_init=weight_init, bias=True)
+    assert (config.initial_bias("attn") == 0.0) is ((function, weight_init) != ("sigmoid", "unit"))
 
 
 def test_unit_response_of_the_identity_is_alpha() -> None:
-    assert unit_response("identity", 0.3) == pytest.approx(0.3, rel=1e-6)
+    assert unit_response("identity", 0.3) == (0.0, pytest.approx(0.3, rel=1e-6))
 
 
 def test_unit_response_works_while_a_model_is_built_on_the_meta_device() -> None:
     with torch.device("meta"):
         # For a standard normal z, E[erf(a z)^2] = 2/pi asin(2 a^2 / (1 + 2 a^2)); here a = 1/2.
-        assert unit_response("erf", 0.5) == pytest.approx(math.sqrt(2 / math.pi * math.asin(1 / 3)), rel=1e-9)
+        expected = math.sqrt(2 / math.pi * math.asin(1 / 3))
+        assert unit_response("erf", 0.5) == (0.0, pytest.approx(expected, rel=1e-9))
 
 
 def test_the_papers_weight_starts_at_one() -> None:

@@ -25,6 +25,7 @@ from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.embedding import EmbeddingScale
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
+from megatron_dyt.ops.reference import FUNCTIONS
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,8 +38,6 @@ GOOD_RANGE = (0.05, 1.5)
 # Gain of a linear layer, std * sqrt(hidden): 0.64 to 1.8 in the paper. Far below it, activations fade
 # from layer to layer and nothing restores them.
 GOOD_GAIN = (0.4, 3.0)
-# |alpha * x| from which on tanh's slope is below 0.07: next to no gradient comes through.
-SATURATED = 2.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Sample:
     Attributes:
         alpha: (1,).
         std: of all elements of the input, a scalar.
-        saturated: part of the elements with |alpha * x| > SATURATED, a scalar from 0 to 1.
+        saturated: part of the elements with |alpha * x + shift| above the function's `saturation`
+            (`ops/reference.py`: 2 for tanh), a scalar from 0 to 1.
     """
 
     alpha: Tensor
@@ -133,9 +133,9 @@ class Monitor:
             values = x.detach().float()
             # A copy: the optimizer changes the parameter in place before this is read.
             alpha = module.alpha.detach().float().clone()
-            self.samples[module] = Sample(
-                alpha, values.std(correction=0), ((values * alpha).abs() > SATURATED).float().mean()
-            )
+            z = values * alpha if module.shift is None else values * alpha + module.shift.detach().float()
+            saturated = (z.abs() > FUNCTIONS[module.function].saturation).float().mean()
+            self.samples[module] = Sample(alpha, values.std(correction=0), saturated)
 
     def after_step(self, iteration: int) -> None:
         """Called when training step `iteration` is done."""

@@ -69,6 +69,7 @@ class DyTNorm(DynamicTanh):
             alpha_init=dyt.alpha(role),
             weight_init=dyt.initial_weight(role),
             bias=dyt.bias,
+            bias_init=dyt.initial_bias(role),
             function=dyt.function,
             backend=dyt.backend,
             dtype=config.params_dtype,

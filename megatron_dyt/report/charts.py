@@ -62,7 +62,7 @@ class Quantity:
 
 
 ALPHA_STD = Quantity("alpha · std of the input", lambda site: site.alpha_std)
-SATURATED = Quantity("percent with |alpha·x| > 2", lambda site: 100 * site.saturated)
+SATURATED = Quantity("percent saturated (tanh: |alpha·x| > 2)", lambda site: 100 * site.saturated)
 ALPHA = Quantity("alpha", lambda site: site.alpha)
 INVERSE_STD = Quantity("1/std", lambda site: 1 / site.input_std if site.input_std else math.nan)
 

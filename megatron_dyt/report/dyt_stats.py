@@ -26,7 +26,7 @@ HOW_TO_WRITE = (
 class SiteStats:
     """One norm site at one iteration.
 
-    `layer` counts from 1, `saturated` is the share of inputs with |alpha x| > 2.
+    `layer` counts from 1, `saturated` is the share of inputs that saturate (tanh: |alpha x| > 2).
     """
 
     name: str

@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ def test_statistics_are_those_of_the_step_before_its_update(
     assert final[0]["saturated"] < 0.001
     assert final[2]["saturated"] == pytest.approx(0.703, abs=0.1)
     assert records[0]["embedding_scale"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("function", "threshold"),
+    [("tanh", 2.0), ("hardtanh", 1.0), ("sigmoid", 4.0), ("erf", 1.63), ("identity", math.inf)],
+)
+def test_saturation_begins_where_the_function_does(
+    make_monitor: Make, loss_of: LossOf, function: str, threshold: float
+) -> None:
+    watch, model = make_monitor(DyTConfig.unit(32, function=function, alpha_final=2.5))
+    final, inputs = model.decoder.final_layernorm, []
+    if function == "erf":
+        torch.nn.init.constant_(final.shift, -0.7)
+    final.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].detach()))
+    watch.look()
+    loss_of(model)
+    z = 2.5 * inputs[0].float() - (0.7 if function == "erf" else 0.0)
+    share = (z.abs() > threshold).float().mean().item()
+    assert float(watch.samples[final].saturated) == pytest.approx(share, abs=1e-3)
+    assert (share > 0.05) is (function != "identity")
 
 
 def test_nothing_is_recorded_between_two_looks(make_monitor: Make, loss_of: LossOf, tmp_path: Path) -> None:

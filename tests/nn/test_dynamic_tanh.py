@@ -21,6 +21,37 @@ def test_computes_the_formula(bias: bool) -> None:
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 3, 8), (2, 8, 3, 4, 5)])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_channels_first(shape: tuple[int, ...], contiguous: bool) -> None:
+    torch.manual_seed(0)
+    module = DynamicTanh(8, alpha_init=0.7, channel_dim=1)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(shape) if contiguous else torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])
+    x.requires_grad_()
+    weight, bias = (each.view(8, *[1] * (len(shape) - 2)) for each in (module.weight, module.bias))
+    expected = weight * torch.tanh(module.alpha * x) + bias
+    y = module(x)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous() or not contiguous
+    inputs = [x, *module.parameters()]
+    dy = torch.randn(shape)
+    for name, mine, right in zip(
+        ["x", "alpha", "weight", "bias"],
+        torch.autograd.grad(y, inputs, dy),
+        torch.autograd.grad(expected, inputs, dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_only_forward_takes_channels_first() -> None:
+    x = torch.ones(2, 8, 3)
+    with pytest.raises(ValueError, match="channel_dim is 1; only forward"):
+        DynamicTanh(8, channel_dim=1).forward_residual(x, x)
+
+
 def test_erf_computes_its_formula() -> None:
     torch.manual_seed(0)
     module = DynamicTanh(8, function="erf")

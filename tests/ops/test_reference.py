@@ -169,6 +169,19 @@ def test_nan_reaches_the_value_and_the_slope(function: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "sigmoid", "isru"])
+def test_saturation_is_where_the_slope_has_fallen_to_7_percent(function: str) -> None:
+    f = FUNCTIONS[function]
+    z = f.saturation + torch.tensor([-0.01, 0.01], dtype=torch.float64)
+    before, after = (f.slope(z) / f.slope(torch.zeros(1, dtype=torch.float64))).tolist()
+    assert before > 0.0701
+    assert after < 0.0717
+
+
+def test_the_identity_never_saturates() -> None:
+    assert FUNCTIONS["identity"].saturation == math.inf
+
+
+@pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "sigmoid", "isru"])
 def test_an_infinite_x_adds_its_limit_to_each_gradient(function: str) -> None:
     shift = torch.zeros(1) if function == "erf" else None
     x = torch.tensor([[INF, 0.5], [-INF, 0.25]])

@@ -98,7 +98,7 @@ def test_page_has_every_figure_with_a_description(runs: Path) -> None:
         "A title",
         "alpha by layer",
         "alpha · std of the input",
-        "percent with |alpha·x| > 2",
+        "percent saturated (tanh: |alpha·x| > 2)",
         "Embedding scale",
         "Step time",
     ]
