@@ -290,15 +290,15 @@ def check_built(model: nn.Module, name: str) -> None:
     for path, norm, kept in other_norms(model):
         if kept is None:
             raise UserError(
-                f"{name}.{path} of this model is {type(norm).__name__}, built outside its layer spec, so "
-                "--normalization DyT would leave a normalization layer in it (docs/families.md lists what is "
-                "supported). Use another --normalization for this model."
+                f"{name}.{path} of this model is {type(norm).__name__}, which no slot of a layer spec shows, "
+                "so --normalization DyT would leave a normalization layer in it (docs/families.md lists what "
+                "is supported). Use another --normalization for this model."
             )
         log_once(_log, f"DyT: {kept.what} ({kept.owner}.{kept.slot}) stays as it is: {kept.why}.")
 
 
 def wrap_block_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`TransformerBlock.__init__` that searches what a DyT block was built of."""
+    """`TransformerBlock.__init__`, and a hybrid stack's, that searches what a DyT block was built of."""
 
     @functools.wraps(original)
     def __init__(self: nn.Module, config: TransformerConfig, *args: object, **kwargs: object) -> None:
@@ -334,10 +334,13 @@ def wrap_norm_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refuse(name: str) -> NoReturn:
+    instead = "a DyTNorm" + (" and TEColumnParallelLinear" if "Linear" in name else "")
     raise UserError(
-        f"this model builds {name} directly, outside its layer spec, so --normalization DyT would "
-        "leave a normalization layer in it (docs/families.md lists what is supported). Use another "
-        "--normalization for this model."
+        f"{name} was asked for with --normalization DyT in its config, outside the layers where DyT takes "
+        "a norm's place: transformer, Mamba and multi-token prediction layers, on their own or in a "
+        f"model. Build it as part of such a layer, put {instead} there yourself "
+        "(megatron_dyt.mcore.norm_sites.dyt_spec(ROLE) in a spec), or give this part's config another "
+        "normalization. docs/families.md lists the places."
     )
 
 

@@ -46,10 +46,12 @@ class Seam(NamedTuple):
 CORE = (
     Seam(_BLOCK, "_get_block_submodules", spec.wrap_block_submodules),
     Seam(_BLOCK, "TransformerBlock.__init__", norm_sites.wrap_block_init),
+    Seam("megatron.core.transformer.transformer_layer", "TransformerLayer.__init__", spec.wrap_layer_init),
+    Seam("megatron.core.ssm.mamba_layer", "MambaLayer.__init__", spec.wrap_mamba_layer_init),
     Seam(
         "megatron.core.transformer.multi_token_prediction",
-        "_get_mtp_block_submodules",
-        spec.wrap_mtp_block_submodules,
+        "MultiTokenPredictionLayer.__init__",
+        spec.wrap_mtp_layer_init,
     ),
     Seam(
         "megatron.core.transformer.transformer_config",
@@ -142,7 +144,7 @@ def seams() -> tuple[Seam, ...]:
         training += DELETION if compat.has("deletion_by_name") else ()
     module, stack = compat.hybrid_stack()
     hybrids = (
-        Seam(module, f"{stack}.__init__", spec.wrap_stack_init),
+        Seam(module, f"{stack}.__init__", norm_sites.wrap_block_init),
         Seam(module, "TENorm", norm_sites.wrap_norm_class),
     )
     te = TRANSFORMER_ENGINE if compat.has_transformer_engine() else ()

@@ -90,7 +90,7 @@ def deferred_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tens
 
 def spec_changes(
     config: TransformerConfig,
-    layer: ModuleSpec,
+    layer: type,
     parts: TransformerLayerSubmodules,
     name_of: Callable[[object], str],
 ) -> dict[str, object]:
@@ -98,7 +98,7 @@ def spec_changes(
 
     Args:
         config: the TransformerConfig, with `config.dyt`.
-        layer: the layer's ModuleSpec.
+        layer: the layer's class.
         parts: its submodules, norms replaced.
         name_of: gives the name of the class or function that a slot holds.
     """
@@ -143,11 +143,11 @@ def _adds_in_front_of_norms(names: dict[str, str]) -> list[str]:
     return [add for add in adds if names[add] == "get_bias_dropout_add"]
 
 
-def obstacles(config: TransformerConfig, layer: ModuleSpec) -> list[str]:
+def obstacles(config: TransformerConfig, layer: type) -> list[str]:
     """Why the norms of a layer cannot return a residual; empty when they can."""
     found = {
         "megatron-core before 0.17": not compat.has("sum_from_norm"),
-        f"the layer class {getattr(layer.module, '__name__', layer.module)}": not _is_megatrons(layer.module),
+        f"the layer class {layer.__name__}": not _is_megatrons(layer),
         "activation offloading": offloads(config),
         "--overlap-moe-expert-parallel-comm": _has(config, "overlap_moe_expert_parallel_comm"),
         "CUDA graphs of parts of a layer": uses_cuda_graphs(config) and _splits_layers(config),
@@ -191,9 +191,9 @@ def _splits_layers(config: TransformerConfig) -> bool:
     return any(getattr(scope, "name", scope) not in ("full", "full_iteration") for scope in scopes)
 
 
-def _is_megatrons(layer: object) -> bool:
+def _is_megatrons(layer: type) -> bool:
     """Whether a layer class has Megatron's own code around its norms, which takes what they return."""
-    for each in getattr(layer, "__mro__", ()):
+    for each in layer.__mro__:
         if each.__module__ == _LAYER_MODULE:
             return True
         if any(name.startswith(("forward", "_forward")) for name in vars(each)):

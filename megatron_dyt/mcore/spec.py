@@ -3,12 +3,16 @@
 A spec is Megatron's tree of what to build. It is copied, never mutated: Megatron shares spec objects
 between models. The field that holds a norm gives its role. Transformer Engine's fused norm-linear
 becomes DyT in front of the plain column-parallel linear.
+
+Each kind of layer rewrites its own submodules when it is built, so that DyT is in a layer on its own, in a
+block, and in a model class that Megatron does not have.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +30,13 @@ from megatron_dyt.mcore.norm_sites import (
 )
 
 if TYPE_CHECKING:
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+    from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+    from torch import nn
 
 # What a slot holds: a ModuleSpec, or a partial of the class (the MLP from 0.18 on, MoE).
 type Spec = ModuleSpec | functools.partial[Any]
@@ -46,7 +51,7 @@ QK_NORMS = ("q_layernorm", "k_layernorm")
 LATENT_NORMS = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
 # enorm and hnorm feed a linear layer, not attention: the paper's "elsewhere", as in front of the MLP.
 MTP_ROLES: dict[str, Role] = {"enorm": "ffn", "hnorm": "ffn", "layer_norm": "final"}
-# Up to 0.16 the first name, from 0.17 the second.
+# The layer in a prediction layer, which rewrites itself: up to 0.16 the first name, from 0.17 the second.
 MTP_LAYERS = ("transformer_layer", "mtp_model_layer")
 
 # Transformer Engine's norm and linear layer in one, matched by name: TE may not be installed.
@@ -60,106 +65,75 @@ KEYS_MAP = {
 }
 DELTA_NET_KEYS_MAP = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
 MAMBA_KEYS_MAP = {"norm.": "mixer.in_proj.layer_norm_"}
-# Of a hybrid stack; built from its own seam (`wrap_mtp_block_submodules`), not by the stack.
-BUILT_ELSEWHERE = ("mtp_block_spec",)
 
 
-def wrap_block_submodules[Parts](original: Callable[..., Parts]) -> Callable[..., Parts]:
-    """`transformer_block._get_block_submodules`, rewritten when the config's norm is DyT."""
-    return _rewritten(original, rewrite_block)
+def wrap_block_submodules(
+    original: Callable[..., TransformerBlockSubmodules],
+) -> Callable[..., TransformerBlockSubmodules]:
+    """`transformer_block._get_block_submodules` with DyT as the final norm when the config's norm is DyT."""
 
-
-def wrap_mtp_block_submodules[Parts](original: Callable[..., Parts]) -> Callable[..., Parts]:
-    """`multi_token_prediction._get_mtp_block_submodules`, rewritten when the config's norm is DyT."""
-    return _rewritten(original, rewrite_mtp_block)
-
-
-def _rewritten[Parts](
-    original: Callable[..., Parts], rewrite: Callable[[TransformerConfig, Parts], Parts]
-) -> Callable[..., Parts]:
     @functools.wraps(original)
-    def get_submodules(config: TransformerConfig, spec: Spec, *args: object, **kwargs: object) -> Parts:
-        block = original(config, spec, *args, **kwargs)
-        return rewrite(config, block) if is_dyt(config) else block
+    def get_submodules(
+        config: TransformerConfig, *args: object, **kwargs: object
+    ) -> TransformerBlockSubmodules:
+        block = original(config, *args, **kwargs)
+        return rewrite_block(block) if is_dyt(config) else block
 
     return get_submodules
 
 
-def wrap_stack_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`HybridStack.__init__` that builds from a rewritten spec when the config's norm is DyT."""
+def wrap_layer_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`TransformerLayer.__init__` with DyT for every norm when the config's norm is DyT."""
+    return _rewriting(original, rewrite_layer)
+
+
+def wrap_mamba_layer_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`MambaLayer.__init__` with DyT for its norm when the config's norm is DyT."""
+    return _rewriting(original, rewrite_mamba_layer)
+
+
+def wrap_mtp_layer_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`MultiTokenPredictionLayer.__init__` with DyT for its own norms when the config's norm is DyT."""
+    return _rewriting(original, rewrite_mtp_layer)
+
+
+def _rewriting[Parts](
+    original: Callable[..., None], rewrite: Callable[[TransformerConfig, Parts, type], Parts]
+) -> Callable[..., None]:
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def __init__(
-        self: HybridStack,
-        config: TransformerConfig,
-        submodules: HybridStackSubmodules,
-        *args: object,
-        **kwargs: object,
-    ) -> None:
+    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        config, parts = given.arguments["config"], given.arguments["submodules"]
         if not is_dyt(config):
-            original(self, config, submodules, *args, **kwargs)
+            original(self, *args, **kwargs)
             return
-        original(self, config, rewrite_stack(config, submodules), *args, **kwargs)
-        check_built(self, "decoder")
+        name = type(self).__name__
+        given.arguments["submodules"] = rewritten = rewrite(config, parts, type(self))
+        refuse_leftovers(rewritten, name)
+        original(*given.args, **given.kwargs)
+        check_built(self, name)
 
     return __init__
 
 
-def rewrite_mtp_block(
-    config: TransformerConfig, block: MultiTokenPredictionBlockSubmodules
-) -> MultiTokenPredictionBlockSubmodules:
-    """A copy of a `MultiTokenPredictionBlockSubmodules` in which every norm is DyT.
+def rewrite_block(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """A copy of a `TransformerBlockSubmodules` in which the final norm is DyT; its layers see to themselves.
 
     Raises:
-        UserError: a layer or a norm that this version cannot turn into DyT.
+        UserError: a final norm that this version does not know.
     """
-    layers = [rewrite_mtp_layer(config, layer) for layer in block.layer_specs or []]
-    rewritten = dataclasses.replace(block, layer_specs=layers)
-    refuse_leftovers(rewritten, "mtp")
-    return rewritten
+    if is_norm(block.layer_norm):
+        return dataclasses.replace(block, layer_norm=dyt_spec("final"))
+    refuse_leftovers(block.layer_norm, "decoder.layer_norm")
+    return block
 
 
-def rewrite_mtp_layer(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
-    """A copy of one multi-token prediction layer's ModuleSpec in which every norm is DyT."""
-    parts = layer.submodules
-    changes: dict[str, object] = {
-        field: dyt_spec(role) for field, role in MTP_ROLES.items() if is_norm(getattr(parts, field))
-    }
-    for field in MTP_LAYERS:
-        if getattr(parts, field, None) is not None:
-            changes[field] = rewrite_layer(config, getattr(parts, field))
-    return with_submodules(layer, dataclasses.replace(parts, **changes))
-
-
-def rewrite_block(config: TransformerConfig, block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """A copy of a `TransformerBlockSubmodules` in which every norm is DyT.
-
-    Raises:
-        UserError: a layer or a norm that this version cannot turn into DyT.
-    """
-    # A spec repeated for every layer stays one object, as Megatron had it.
-    done: dict[int, ModuleSpec] = {}
-    layers = []
-    for layer in block.layer_specs or []:
-        if id(layer) not in done:
-            done[id(layer)] = rewrite_layer(config, layer)
-        layers.append(done[id(layer)])
-    final = block.layer_norm
-    if is_norm(final):
-        final = dyt_spec("final")
-    rewritten = dataclasses.replace(block, layer_specs=layers, layer_norm=final)
-    refuse_leftovers(rewritten, "decoder")
-    return rewritten
-
-
-def rewrite_layer(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
-    """A copy of one transformer layer's ModuleSpec in which every norm is DyT."""
-    parts: TransformerLayerSubmodules = getattr(layer, "submodules", None)
-    if not hasattr(parts, "pre_mlp_layernorm"):
-        raise UserError(
-            f"--normalization DyT does not support layers of type {class_name(layer)}; it supports "
-            "Megatron's transformer and Mamba layers. Use another --normalization for this model."
-        )
+def rewrite_layer(
+    config: TransformerConfig, parts: TransformerLayerSubmodules, layer: type
+) -> TransformerLayerSubmodules:
+    """A copy of a transformer layer's submodules in which every norm is DyT; `layer` is the layer's class."""
     changes: dict[str, object] = {
         field: dyt_spec(role) for field, role in LAYER_ROLES.items() if is_norm(getattr(parts, field))
     }
@@ -178,45 +152,27 @@ def rewrite_layer(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
         keys.pop("input_layernorm.", None)
     changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **keys}
     parts = dataclasses.replace(parts, **changes)
-    parts = dataclasses.replace(parts, **residual.spec_changes(config, layer, parts, class_name))
-    return dataclasses.replace(layer, submodules=parts)
+    return dataclasses.replace(parts, **residual.spec_changes(config, layer, parts, class_name))
 
 
-def rewrite_stack(config: TransformerConfig, submodules: HybridStackSubmodules) -> HybridStackSubmodules:
-    """A copy of a `HybridStackSubmodules` (`MambaStackSubmodules`) in which every norm is DyT.
-
-    Raises:
-        UserError: a layer or a norm that this version cannot turn into DyT.
-    """
-    changes = {
-        field.name: rewrite_stack_layer(config, getattr(submodules, field.name))
-        for field in dataclasses.fields(submodules)
-        if field.name not in BUILT_ELSEWHERE
-    }
-    rewritten = dataclasses.replace(submodules, **changes)
-    for name, layer in changes.items():
-        refuse_leftovers(layer, f"decoder.{name}")
-    return rewritten
-
-
-def rewrite_stack_layer(config: TransformerConfig, layer: ModuleSpec | type) -> ModuleSpec | type:
-    """A copy of the spec of one kind of layer; a kind that the stack lacks is a bare class and stays."""
-    if isinstance(layer, type):
-        return layer
-    if hasattr(layer.submodules, "mixer"):
-        return rewrite_mamba_layer(layer)
-    return rewrite_layer(config, layer)
-
-
-def rewrite_mamba_layer(layer: ModuleSpec) -> ModuleSpec:
-    """A copy of a Mamba layer's ModuleSpec with DyT in front of the mixer, in the role of attention's."""
-    parts = layer.submodules
+def rewrite_mamba_layer(
+    _config: TransformerConfig, parts: MambaLayerSubmodules, _layer: type
+) -> MambaLayerSubmodules:
+    """A copy of a Mamba layer's submodules with DyT in front of the mixer, in the role of attention's."""
     mixer, fused = unfuse(parts.mixer, "in_proj")
     changes: dict[str, object] = {"mixer": mixer}
     if fused or is_norm(parts.norm):
         changes["norm"] = dyt_spec("attn")
         changes["sharded_state_dict_keys_map"] = {**parts.sharded_state_dict_keys_map, **MAMBA_KEYS_MAP}
-    return dataclasses.replace(layer, submodules=dataclasses.replace(parts, **changes))
+    return dataclasses.replace(parts, **changes)
+
+
+def rewrite_mtp_layer(
+    _config: TransformerConfig, parts: MultiTokenPredictionLayerSubmodules, _layer: type
+) -> MultiTokenPredictionLayerSubmodules:
+    """A copy of a prediction layer's submodules with DyT for its own norms; the inner layer has its turn."""
+    changes = {field: dyt_spec(role) for field, role in MTP_ROLES.items() if is_norm(getattr(parts, field))}
+    return dataclasses.replace(parts, **changes)
 
 
 def rewrite_attention(config: TransformerConfig, attention: Spec) -> tuple[Spec, bool]:
@@ -311,8 +267,8 @@ def refuse_leftovers(spec: object, part: str) -> None:
     """Raises UserError when a norm or fused norm-linear is left in a slot that we do not know.
 
     Args:
-        spec: submodules of a block or stack, rewritten.
-        part: what the model calls it, for the message.
+        spec: the submodules of a layer, rewritten, or one slot.
+        part: what they are of, for the message.
     """
     for path, slot, value in _walk(spec, part):
         name = class_name(value)
@@ -327,7 +283,7 @@ def refuse_leftovers(spec: object, part: str) -> None:
 def _walk(
     node: object, path: str, slot: tuple[str, str] = ("", "")
 ) -> Iterator[tuple[str, tuple[str, str], object]]:
-    """(path, (dataclass, field) that holds it, value) of everything in a spec."""
+    """(path, (dataclass, field) that holds it, value) of everything in a layer's spec but an inner layer."""
     if isinstance(node, list):
         for index, item in enumerate(node):
             yield from _walk(item, f"{path}.{index}", slot)
@@ -338,5 +294,7 @@ def _walk(
         parts = node.submodules
     if dataclasses.is_dataclass(parts) and not isinstance(parts, type):
         for field in dataclasses.fields(parts):
+            if field.name in MTP_LAYERS:
+                continue
             holder = type(parts).__name__, field.name
             yield from _walk(getattr(parts, field.name), f"{path}.{field.name}", holder)

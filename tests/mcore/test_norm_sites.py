@@ -54,22 +54,22 @@ def test_what_stays_is_logged_with_the_reason_once(capsys: pytest.CaptureFixture
 def test_a_norm_built_past_the_spec_is_refused(make_config: Make) -> None:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    with pytest.raises(UserError, match="this model builds WrappedTorchNorm directly"):
+    with pytest.raises(UserError, match=r"WrappedTorchNorm was asked for .* put a DyTNorm there yourself"):
         WrappedTorchNorm(config=make_config(), hidden_size=8)
     assert isinstance(WrappedTorchNorm(make_config("RMSNorm"), 8), nn.RMSNorm)
 
 
 def test_fused_layers_are_refused_by_keyword_or_position() -> None:
-    class Fused:
+    class FusedLinear:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.given = (args, kwargs)
 
-    Fused.__init__ = norm_sites.wrap_norm_init(Fused.__init__)  # type: ignore[method-assign]
+    FusedLinear.__init__ = norm_sites.wrap_norm_init(FusedLinear.__init__)  # type: ignore[method-assign]
     dyt, rms = SimpleNamespace(normalization="DyT"), SimpleNamespace(normalization="RMSNorm")
     for args, kwargs in [((8,), {"config": dyt}), ((dyt,), {})]:
-        with pytest.raises(UserError, match="builds Fused directly"):
-            Fused(*args, **kwargs)
-    assert Fused(8, config=rms).given == ((8,), {"config": rms})
+        with pytest.raises(UserError, match=r"FusedLinear was asked for .* put a DyTNorm and TEColumnPar"):
+            FusedLinear(*args, **kwargs)
+    assert FusedLinear(8, config=rms).given == ((8,), {"config": rms})
 
 
 class OwnCore(nn.Module):
@@ -87,7 +87,7 @@ def test_a_norm_that_no_spec_shows_is_found_in_the_built_block(
     spec = make_spec(config)
     spec.submodules.self_attention.submodules.core_attention = OwnCore
     with pytest.raises(
-        UserError, match=r"decoder\.layers\.0\.self_attention\.core_attention\.hidden .* RMSNorm"
+        UserError, match=r"TransformerLayer\.self_attention\.core_attention\.hidden .* RMSNorm"
     ):
         build_gpt(config, spec=spec)
     build_gpt(make_config("RMSNorm"), spec=spec)
@@ -102,7 +102,7 @@ def test_a_class_with_its_own_norm_in_the_spec_is_refused(
     config = make_config()
     spec = make_spec(config)
     spec.submodules.input_layernorm = InternViTRMSNorm
-    with pytest.raises(UserError, match=r"cannot replace InternViTRMSNorm at decoder.*input_layernorm"):
+    with pytest.raises(UserError, match=r"cannot replace InternViTRMSNorm at TransformerLayer\.input_layern"):
         build_gpt(config, spec=spec)
 
 

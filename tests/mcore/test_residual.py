@@ -214,47 +214,42 @@ def configured(make_config: Make) -> Make:
 
 
 @pytest.mark.parametrize(("reason", "settings"), OBSTACLES, ids=[str(s) for _, s in OBSTACLES])
-def test_what_stands_in_its_way(
-    configured: Make, make_spec: Make, reason: str, settings: dict[str, Any]
-) -> None:
-    layer = make_spec(configured())
-    assert residual.obstacles(configured(), layer) == []
-    assert residual.obstacles(configured(**settings), layer) == [reason]
+def test_what_stands_in_its_way(configured: Make, reason: str, settings: dict[str, Any]) -> None:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    assert residual.obstacles(configured(), TransformerLayer) == []
+    assert residual.obstacles(configured(**settings), TransformerLayer) == [reason]
 
 
 @pytest.mark.parametrize("scope", [[], ["full"], [SimpleNamespace(name="full_iteration")]], ids=str)
-def test_cuda_graphs_of_whole_layers_do_not(configured: Make, make_spec: Make, scope: list[Any]) -> None:
+def test_cuda_graphs_of_whole_layers_do_not(configured: Make, scope: list[Any]) -> None:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
     config = configured(**GRAPHS, cuda_graph_modules=scope, cuda_graph_scope=scope)
-    assert residual.obstacles(config, make_spec(config)) == []
+    assert residual.obstacles(config, TransformerLayer) == []
 
 
 METHODS = ("forward", "_forward_attention", "_forward_mlp", "_forward_pre_mlp_layernorm", "_forward_post_mlp")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_layer_class_that_handles_norms_itself_is_left_alone(
-    configured: Make, make_spec: Make, method: str
-) -> None:
+def test_a_layer_class_that_handles_norms_itself_is_left_alone(configured: Make, method: str) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     own = type("OwnLayer", (TransformerLayer,), {method: lambda self, *args: None})
-    layer = make_spec(configured())
-    for layer.module in (own, type("OwnLayer", (own,), {})):
+    for layer in (own, type("OwnLayer", (own,), {})):
         assert residual.obstacles(configured(), layer) == ["the layer class OwnLayer"]
 
 
-def test_other_subclasses_and_other_modules_are_told_apart(configured: Make, make_spec: Make) -> None:
+def test_other_subclasses_and_other_modules_are_told_apart(configured: Make) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     class Subclass(TransformerLayer):
         def helper(self) -> None:
             pass
 
-    layer = make_spec(configured())
-    layer.module = Subclass
-    assert residual.obstacles(configured(), layer) == []
-    layer.module = torch.nn.Identity
-    assert residual.obstacles(configured(), layer) == ["the layer class Identity"]
+    assert residual.obstacles(configured(), Subclass) == []
+    assert residual.obstacles(configured(), torch.nn.Identity) == ["the layer class Identity"]
 
 
 @pytest.mark.parametrize(
@@ -348,13 +343,14 @@ def test_megatrons_spec_is_not_changed(make_config: Make) -> None:
 
     config = make_config()
     layer = get_gpt_layer_local_spec(normalization="DyT")
-    before = dict(vars(layer.submodules))
-    fused = spec_module.rewrite_layer(config, layer).submodules
+    parts = layer.submodules
+    before = dict(vars(parts))
+    fused = spec_module.rewrite_layer(config, parts, layer.module)
     assert fused.self_attn_bda is residual.deferred_bias_dropout_add
-    assert fused.mlp_bda is layer.submodules.mlp_bda
+    assert fused.mlp_bda is parts.mlp_bda
     for site in ("input_layernorm", "pre_mlp_layernorm"):
         assert getattr(fused, site).params["returns_residual"]
-    assert vars(layer.submodules) == before
+    assert vars(parts) == before
 
 
 @pytest.mark.parametrize("returns_residual", [False, True])

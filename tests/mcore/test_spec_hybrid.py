@@ -17,7 +17,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import norm_sites, ranks, spec
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import KeptRMSNorm, dyt_sites
-from megatron_dyt.mcore.spec import rewrite_block, submodules_of
+from megatron_dyt.mcore.spec import submodules_of
 from tests import families
 
 TE = ("TEColumnParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear", "TENorm")
@@ -50,19 +50,25 @@ def config(world: None) -> Any:
     return families.config_for("hybrid")
 
 
+def rewritten(config: Any, layer: Any) -> Any:
+    """The submodules that a layer of the stack is built from."""
+    mamba = hasattr(layer.submodules, "mixer")
+    rewrite: Any = spec.rewrite_mamba_layer if mamba else spec.rewrite_layer
+    return rewrite(config, layer.submodules, layer.module)
+
+
 def test_every_layer_of_the_stock_stack_is_rewritten(stock: Any, config: Any, te_stubs: Any) -> None:
-    stack = spec.rewrite_stack(config, stock)
-    mamba = stack.mamba_layer.submodules
+    mamba = rewritten(config, stock.mamba_layer)
     assert (mamba.norm.module, mamba.norm.params) == (DyTNorm, {"role": "attn"})
     assert mamba.mixer.submodules.in_proj is te_stubs.TEColumnParallelLinear
     assert mamba.sharded_state_dict_keys_map == {"norm.": "mixer.in_proj.layer_norm_"}
-    attention = stack.attention_layer.submodules
+    attention = rewritten(config, stock.attention_layer)
     assert attention.input_layernorm.params["role"] == "attn"
     assert attention.self_attention.submodules.linear_qkv is te_stubs.TEColumnParallelLinear
-    mlp = stack.mlp_layer.submodules
+    mlp = rewritten(config, stock.mlp_layer)
     assert mlp.pre_mlp_layernorm.params["role"] == "ffn"
     assert submodules_of(mlp.mlp).linear_fc1 is te_stubs.TEColumnParallelLinear
-    assert stack.moe_layer.submodules.pre_mlp_layernorm.params["role"] == "ffn"
+    assert rewritten(config, stock.moe_layer).pre_mlp_layernorm.params["role"] == "ffn"
 
 
 def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
@@ -70,7 +76,7 @@ def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
 ) -> None:
     if not hasattr(stock, "gdn_layer"):
         pytest.skip("this Megatron has no Gated DeltaNet in its hybrid stack")
-    layer = spec.rewrite_stack(config, stock).gdn_layer.submodules
+    layer = rewritten(config, stock.gdn_layer)
     parts = layer.self_attention.submodules
     assert layer.input_layernorm.params["role"] == "attn"
     assert parts.in_proj is te_stubs.TEColumnParallelLinear
@@ -85,27 +91,27 @@ def test_gated_delta_net_gets_dyt_in_front_and_keeps_its_output_norm(
 def test_the_sparse_attention_indexer_keeps_its_layer_norm(stock: Any, config: Any) -> None:
     if not hasattr(stock, "dsa_layer"):
         pytest.skip("this Megatron has no sparse attention in its hybrid stack")
-    layer = spec.rewrite_stack(config, stock).dsa_layer.submodules
+    layer = rewritten(config, stock.dsa_layer)
     indexer = layer.self_attention.submodules.core_attention.submodules.indexer
     assert layer.input_layernorm.params["role"] == "attn"
     assert indexer.submodules.k_norm.__name__ == "TENorm"
 
 
 def test_megatrons_spec_is_not_changed(stock: Any, config: Any) -> None:
-    before = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
-    norm = stock.mamba_layer.submodules.norm
-    spec.rewrite_stack(config, stock)
-    assert all(getattr(stock, name) is value for name, value in before.items())
-    assert stock.mamba_layer.submodules.norm is norm
-    once = spec.rewrite_stack(config, stock)
-    assert spec.rewrite_stack(config, once) == once
+    layer = stock.mamba_layer
+    before = dict(vars(layer.submodules))
+    once = rewritten(config, layer)
+    assert vars(layer.submodules) == before
+    assert spec.rewrite_mamba_layer(config, once, layer.module) == once
 
 
-def test_a_norm_in_an_unknown_slot_of_a_layer_is_refused(stock: Any, config: Any) -> None:
-    mixer = dataclasses.replace(stock.mamba_layer.submodules, mamba_bda=nn.LayerNorm)
-    odd = dataclasses.replace(stock, mamba_layer=dataclasses.replace(stock.mamba_layer, submodules=mixer))
-    with pytest.raises(UserError, match=r"LayerNorm at decoder\.mamba_layer\.mamba_bda"):
-        spec.rewrite_stack(config, odd)
+def test_a_norm_in_an_unknown_slot_of_a_layer_is_refused(
+    stock: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "DENSE_PATTERN", "M-M-")
+    monkeypatch.setattr(stock.mamba_layer.submodules, "mamba_bda", nn.LayerNorm)
+    with pytest.raises(UserError, match=r"LayerNorm at MambaLayer\.mamba_bda"):
+        stock_model(config, stock, monkeypatch)
 
 
 def stock_model(config: Any, submodules: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -183,16 +189,15 @@ def leaves(state: Any) -> list[Any]:
     return [value for value in state.values() if isinstance(value, ShardedTensor)]
 
 
-def test_another_norm_leaves_the_stack_alone(
-    stock: Any, te_stubs: Any, monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Any]
-) -> None:
+def test_another_norm_leaves_a_mamba_layer_alone(stock: Any, make_config: Callable[..., Any]) -> None:
     seen = SimpleNamespace()
 
-    def original(self: Any, config: Any, submodules: Any, **_: Any) -> None:
+    def original(self: Any, config: Any, submodules: Any) -> None:
         seen.submodules = submodules
 
-    spec.wrap_stack_init(original)(seen, make_config("RMSNorm"), submodules=stock)
-    assert seen.submodules is stock
+    parts = stock.mamba_layer.submodules
+    spec.wrap_mamba_layer_init(original)(seen, make_config("RMSNorm"), submodules=parts)
+    assert seen.submodules is parts
 
 
 def test_multi_token_prediction_of_a_stack_is_dyt(stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,26 +227,24 @@ def test_latent_attention_in_a_stack_is_dyt(stock: Any, te_stubs: Any) -> None:
         attention.submodules, linear_kv_up_proj=te_stubs.TELayerNormColumnParallelLinear
     )
     odd = dataclasses.replace(
-        layer,
-        submodules=dataclasses.replace(
-            layer.submodules, self_attention=dataclasses.replace(attention, submodules=fused)
-        ),
+        layer.submodules, self_attention=dataclasses.replace(attention, submodules=fused)
     )
-    rewritten = spec.rewrite_stack(config, dataclasses.replace(stock, mla_layer=odd)).mla_layer.submodules
-    assert rewritten.input_layernorm.params["role"] == "attn"
-    parts = rewritten.self_attention.submodules
+    latent = rewritten(config, dataclasses.replace(layer, submodules=odd))
+    assert latent.input_layernorm.params["role"] == "attn"
+    parts = latent.self_attention.submodules
     assert parts.linear_kv_up_proj is te_stubs.TEColumnParallelLinear
     assert parts.kv_layernorm.params["role"] == "qk"
 
 
-def experimental_block(config: Any, monkeypatch: pytest.MonkeyPatch, te_stubs: Any) -> Any:
-    """Megatron's block spec of GPT with an experimental attention variant, rewritten."""
+def experimental_layers(config: Any, monkeypatch: pytest.MonkeyPatch, te_stubs: Any) -> list[Any]:
+    """The layers of Megatron's block spec of GPT with an experimental attention variant, rewritten."""
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
     # Without TE the module lacks the name.
     monkeypatch.setattr(specs, "TESpecProvider", te_stubs.TESpecProvider, raising=False)
     monkeypatch.setattr(te_stubs.TESpecProvider, "linear", lambda _self: nn.Linear, raising=False)
-    return rewrite_block(config, specs.get_transformer_block_with_experimental_attention_variant_spec(config))
+    block = specs.get_transformer_block_with_experimental_attention_variant_spec(config)
+    return [rewritten(config, layer) for layer in block.layer_specs]
 
 
 def test_gpt_with_gated_delta_net_is_dyt(
@@ -257,9 +260,7 @@ def test_gpt_with_gated_delta_net_is_dyt(
         linear_num_key_heads=4,
         linear_num_value_heads=4,
     )
-    delta, attention = (
-        layer.submodules for layer in experimental_block(config, monkeypatch, te_stubs).layer_specs
-    )
+    delta, attention = experimental_layers(config, monkeypatch, te_stubs)
     assert delta.input_layernorm.params["role"] == attention.input_layernorm.params["role"] == "attn"
     assert delta.self_attention.submodules.in_proj is te_stubs.TEColumnParallelLinear
     assert delta.self_attention.submodules.out_norm.module is KeptRMSNorm

@@ -61,7 +61,8 @@ def test_a_query_norm_is_averaged_exactly_when_its_gradient_is_whole(
     config = make_latent_config()
     for sequence_parallel in (False, True):
         config.sequence_parallel = sequence_parallel
-        parts = spec_module.rewrite_layer(config, make_spec(config)).submodules.self_attention.submodules
+        layer = make_spec(config)
+        parts = spec_module.rewrite_layer(config, layer.submodules, layer.module).self_attention.submodules
         norms = {name: getattr(parts, name)(config, 16) for name in ("q_layernorm", "kv_layernorm")}
         # Megatron sums the gradients of "q_layernorm" by name, "kv_layernorm" escapes it.
         assert averaged(norms["q_layernorm"]) == {not sequence_parallel}

@@ -48,24 +48,27 @@ def test_every_norm_of_a_prediction_layer_is_dyt(
 
 def test_megatrons_spec_is_not_changed(make_config: Make, block_spec: Callable[..., Any]) -> None:
     config = make_config(mtp_num_layers=1)
-    block = block_spec(config)
-    parts = block.layer_specs[0].submodules
-    before = dict(vars(parts))
-    rewritten = spec_module.rewrite_mtp_block(config, block)
-    assert vars(parts) == before
-    assert spec_module.rewrite_mtp_block(config, rewritten) == rewritten
+    layer = block_spec(config).layer_specs[0]
+    before = dict(vars(layer.submodules))
+    rewritten = spec_module.rewrite_mtp_layer(config, layer.submodules, layer.module)
+    assert vars(layer.submodules) == before
+    assert spec_module.rewrite_mtp_layer(config, rewritten, layer.module) == rewritten
 
 
-def test_other_norms_are_left_alone(make_config: Make, block_spec: Callable[..., Any]) -> None:
+def test_other_norms_are_left_alone(
+    make_config: Make, build_gpt: Make, block_spec: Callable[..., Any]
+) -> None:
     config = make_config("RMSNorm", mtp_num_layers=1)
-    block = block_spec(config)
-    wrapped = spec_module.wrap_mtp_block_submodules(lambda config, spec: spec)
-    assert wrapped(config, block) is block
+    model = build_gpt(config, mtp_block_spec=block_spec(config))
+    assert isinstance(model.mtp.layers[0].enorm, nn.RMSNorm)
+    assert not list(dyt_sites(model))
 
 
-def test_a_norm_in_an_unknown_place_is_refused(make_config: Make, block_spec: Callable[..., Any]) -> None:
+def test_a_norm_in_an_unknown_place_is_refused(
+    make_config: Make, build_gpt: Make, block_spec: Callable[..., Any]
+) -> None:
     config = make_config(mtp_num_layers=1)
     block = block_spec(config)
     block.layer_specs[0].submodules.eh_proj = nn.LayerNorm
-    with pytest.raises(UserError, match=r"LayerNorm at mtp\.layer_specs\.0\.eh_proj"):
-        spec_module.rewrite_mtp_block(config, block)
+    with pytest.raises(UserError, match=r"LayerNorm at MultiTokenPredictionLayer\.eh_proj"):
+        build_gpt(config, mtp_block_spec=block)
