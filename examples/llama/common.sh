@@ -99,10 +99,20 @@ make_flags() {
   read -r -a LAYOUT <<<"$text"
 }
 
-# One precision and one kernel set for every size; --transformer-impl local runs without Transformer Engine.
+# One precision and one kernel set for every size; TRANSFORMER_IMPL=local runs without Transformer Engine.
 SPEED=(--transformer-impl "${TRANSFORMER_IMPL:-transformer_engine}" --attention-backend auto
   --no-create-attention-mask-in-dataloader)
 [ "${PRECISION:-bf16}" = fp32 ] || SPEED+=(--bf16)
+# Kernels that Transformer Engine and apex bring, and PyTorch's norm has not.
+[ "${TRANSFORMER_IMPL:-}" != local ] || SPEED+=(--no-rope-fusion --no-masked-softmax-fusion --no-persist-layer-norm)
+
+# Megatron's output layer adds its gradient up by an extension of apex, and refuses to be built without it.
+# Looked for before torch is imported, which takes seconds.
+set_fusion() {
+  local extension=fused_weight_gradient_mlp_cuda
+  alone -c "import importlib.util as util; assert util.find_spec('$extension'); import torch, $extension" 2>/dev/null ||
+    SPEED+=(--no-gradient-accumulation-fusion)
+}
 # Of ten checkpoints one stays, beside the last two (--dyt-load-fallback). A damaged one is passed over.
 # Megatron saves asynchronously with its own persistent writer only; mcore's needs no other package.
 SAFETY=(--ckpt-format torch_dist --async-save --use-persistent-ckpt-worker --async-strategy mcore
@@ -258,6 +268,7 @@ go_on() { # with the exit code
 main() {
   check_settings
   make_flags
+  set_fusion
   set_data_flags
   TRAINING=("${RECIPE[@]}" "${LAYOUT[@]}" "${SPEED[@]}" "${SAFETY[@]}" "${LOGGING[@]}" "${DATA[@]}" "${PLACES[@]}" "$@")
   if [ "${NODE_RANK:-0}" = 0 ]; then

@@ -99,10 +99,11 @@ def plan(
 def _try(plan: Plan, norm: str) -> None:
     """Try the recipe's and the layout's flags; a launch script tries those that it adds as well."""
     from megatron_dyt.recipes import dry_run
+    from megatron_dyt.training import gpu_needs
 
     recipe = plan.recipe
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(recipe.vocab_size - 1)]
-    flags = [*recipe.flags(norm), *plan.layout.flags(), "--bf16", *tokenizer]
+    flags = [*recipe.flags(norm), *plan.layout.flags(), "--bf16", *gpu_needs.fusion_flags(), *tokenizer]
     parameters = memory.model_parameters(recipe, plan.layout, norm)
     lines = dry_run.run(flags, plan.cluster.gpus, recipe.vocab_size, parameters=parameters)
     click.echo("\n".join(lines))

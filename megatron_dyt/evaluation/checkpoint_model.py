@@ -232,6 +232,8 @@ def _run_flags(checkpoint: Checkpoint, tokenizer_model: str | None, tp: int) -> 
         "tensor_model_parallel_size": tp,
         # Hugging Face's tokenizers put BOS, or EOS, around every text; lm-eval's parts of a text want none.
         "tokenizer_hf_no_include_special_tokens": True,
+        # Megatron's default needs an extension of apex when the model is built, and is for gradients.
+        "gradient_accumulation_fusion": False,
     }
     return flags | ({"tokenizer_model": tokenizer_model} if tokenizer_model else {})
 

@@ -26,7 +26,7 @@ from megatron_dyt.cpu import device
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.mcore import handshake
 from megatron_dyt.parsed_args import set_parsed_args
-from megatron_dyt.training import preflight
+from megatron_dyt.training import gpu_needs, preflight
 
 _log = logging.getLogger(__name__)
 
@@ -108,12 +108,13 @@ def simulate(flags: Sequence[str], world_size: int, vocab_size: int) -> tuple[Na
     """
     import megatron_dyt
 
+    on_gpus = torch.cuda.is_available()  # Before the CPU runtime says that there are none.
     device.activate(["--device", "cpu"])
     megatron_dyt.register()
     compat.check_training_version()
     with _environment(world_size), handshake.suspended(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args = _validated(flags, vocab_size)
+        args = _validated(flags, vocab_size, on_gpus)
         stages = [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]
     return args, stages
 
@@ -130,7 +131,7 @@ def _environment(world_size: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _validated(flags: Sequence[str], vocab_size: int) -> Namespace:
+def _validated(flags: Sequence[str], vocab_size: int, on_gpus: bool) -> Namespace:
     from megatron.training import arguments
 
     errors, report = io.StringIO(), io.StringIO()
@@ -138,6 +139,9 @@ def _validated(flags: Sequence[str], vocab_size: int) -> Namespace:
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(report):
             args = arguments.parse_args()
+            if on_gpus:
+                gpu_needs.check(args)
+            missing = gpu_needs.missing(args)  # The validation sets what a CPU needs.
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 arguments.validate_args(args)
@@ -150,6 +154,8 @@ def _validated(flags: Sequence[str], vocab_size: int) -> Namespace:
         raise UserError(f"Megatron refuses the flags: {describe(refusal)}") from refusal
     finally:
         sys.argv = own
+    for line in missing:
+        _log.info(f"not on this machine, and needed on the cluster: {line}")
     # Such as that it switches a flag off.
     for text in dict.fromkeys(" ".join(str(each.message).split()) for each in caught):
         _log.info(f"Megatron warns: {text}")

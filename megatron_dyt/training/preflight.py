@@ -10,17 +10,19 @@ import logging
 import os
 from argparse import Namespace
 
+import torch
+
 from megatron_dyt import rendezvous
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.data import tokenizer_check
 from megatron_dyt.errors import UserError
-from megatron_dyt.training import data_check
+from megatron_dyt.training import data_check, gpu_needs
 
 _log = logging.getLogger(__name__)
 
 
 def check(args: Namespace) -> None:
-    """Raise `UserError`, on every rank, when the data, tokenizer or checkpoint of `args` cannot work.
+    """Raise `UserError`, on every rank, when data, tokenizer, checkpoint or kernels of `args` cannot work.
 
     `args` are Megatron's parsed arguments, before its own validation. Leftovers of an interrupted
     save in the --save directory are removed.
@@ -31,6 +33,8 @@ def check(args: Namespace) -> None:
 
 def check_files(args: Namespace) -> None:
     """All checks, on this rank alone."""
+    if torch.cuda.is_available():  # Not under the CPU runtime.
+        gpu_needs.check(args)
     check_tokenizer(args)
     check_data(args)
     check_evaluation(args)

@@ -48,6 +48,7 @@ case "$*" in
   "-m megatron_dyt dry-run "*) echo dry run ;;
   "-m megatron_dyt plan "*) echo --micro-batch-size 1 ;;
   "-m megatron_dyt prepare-data "*) echo "0.25 some/prefix 0.75 other/prefix" ;;
+  "-c import importlib.util as util; "*) exit 1 ;;
   *)
     echo "${RANK:-}/${WORLD_SIZE:-} ${LOCAL_RANK:-} ${MASTER_ADDR:-} $*" >> "$FAKE_HOME/python"
     mkdir -p "$OUT/checkpoint"

@@ -63,9 +63,9 @@ def test_containers_are_for_looking_and_for_training(home: Path) -> None:
     image = "--container-image=dyt"
     run(home, **fakes.slurm(home), SRUN_FLAGS=image, FAKE_TRAIN='echo 10 > "$TRACKER"')
     calls = told(home, "srun").splitlines()
-    assert len(calls) == 5  # recipe, plan, its flags, dry run, training
+    assert len(calls) == 6  # recipe, plan, its flags, the extension, dry run, training
     assert all(image in call for call in calls)
-    assert [call.split("--ntasks ")[1].split()[0] for call in calls] == ["1", "1", "1", "1", "4"]
+    assert [call.split("--ntasks ")[1].split()[0] for call in calls] == [*"11111", "4"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 137])

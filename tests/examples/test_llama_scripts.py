@@ -1,5 +1,6 @@
 """The launch scripts: what they refuse, what they print, and a small training through one of them."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -102,6 +103,19 @@ def test_look_first_prints_the_plan_and_what_would_run(name: str, norm: str, tmp
     assert flags[-2:] == ["--seed", "7"]
     assert ("--dyt-stats-interval" in flags) == (norm == "DyT")
     assert asked == ["--nodes", "128", "--gpus-per-node", "8", "--vocab-size", "32000"]
+
+
+def test_the_flags_are_for_what_is_installed(tmp_path: Path) -> None:
+    """Here neither Transformer Engine nor apex."""
+    from megatron_dyt.training import gpu_needs
+
+    _, _, flags = looked_at("125m", tmp_path, TRANSFORMER_IMPL="local")
+    extension = importlib.util.find_spec(gpu_needs.FUSION) is not None
+    assert ("--no-gradient-accumulation-fusion" in flags) != extension
+    local = {"--no-rope-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm"}
+    assert local <= set(flags)
+    _, _, flags = looked_at("125m", tmp_path)
+    assert not local & set(flags)
 
 
 @pytest.mark.parametrize("norm", ["DyT", "RMSNorm"])

@@ -84,6 +84,33 @@ def test_what_megatron_switches_off_is_said(
     assert ("Megatron warns: --async-save is not supported" in capsys.readouterr().out) != stays
 
 
+GPU_DEFAULTS = [*load("125m").flags(), *RUN, "--micro-batch-size", "1"]
+
+
+def test_what_the_cluster_needs_and_this_machine_lacks_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither apex nor Transformer Engine is here, and the CPU runtime does without."""
+    args, _stages = dry_run.simulate(GPU_DEFAULTS, 8, 32000)
+    assert not args.gradient_accumulation_fusion
+    assert "needed on the cluster: gradient accumulation fusion" in capsys.readouterr().out
+    without = "--no-gradient-accumulation-fusion --no-rope-fusion --no-masked-softmax-fusion"
+    dry_run.simulate([*GPU_DEFAULTS, *without.split(), "--transformer-impl", "local"], 8, 32000)
+    assert "needed on the cluster" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from megatron_dyt import cpu
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    yield
+    cpu.disable()  # Puts back what it found.
+
+
+def test_where_there_are_gpus_it_is_refused(gpus: None) -> None:
+    with pytest.raises(UserError, match=r"cannot train on GPUs.*--no-gradient-accumulation-fusion"):
+        dry_run.simulate(GPU_DEFAULTS, 8, 32000)
+
+
 @pytest.mark.parametrize("norm", ["DyT", "RMSNorm"])
 def test_a_plan_can_be_tried_at_once(norm: str) -> None:
     command = ["plan", "--model", "125m", "--nodes", "2", "--dry-run", "--norm", norm]

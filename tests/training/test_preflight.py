@@ -35,6 +35,12 @@ def arguments(**given: Any) -> Namespace:
             "mock_data": False,
             "sft": False,
             "exit_on_missing_checkpoint": False,
+            # Needs nothing of a GPU's.
+            "transformer_impl": "local",
+            "normalization": "DyT",
+            "gradient_accumulation_fusion": False,
+            "apply_rope_fusion": False,
+            "masked_softmax_fusion": False,
             **given,
         }
     )

@@ -1,0 +1,130 @@
+"""What the flags need on a GPU is missed before Megatron builds a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_dyt.errors import UserError
+from megatron_dyt.training import gpu_needs
+
+EXTENSIONS = ("fused_weight_gradient_mlp_cuda", "scaled_masked_softmax_cuda")
+
+
+def arguments(**given: Any) -> Namespace:
+    """Megatron's defaults for a model with RoPE in bf16, as far as they are looked at."""
+    defaults: dict[str, Any] = {
+        "transformer_impl": "transformer_engine",
+        "normalization": "DyT",
+        "gradient_accumulation_fusion": True,
+        "apply_rope_fusion": True,
+        "masked_softmax_fusion": True,
+        "no_persist_layer_norm": False,
+        "sequence_parallel": True,
+        "multi_latent_attention": False,
+        "position_embedding_type": "rope",
+        "use_rotary_position_embeddings": False,
+        "bf16": True,
+        "fp16": False,
+    }
+    return Namespace(**(defaults | given))
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`install("transformer_engine", ...)`: these are there, the others are not."""
+    find = importlib.util.find_spec
+
+    def install(*names: str) -> None:
+        for name in EXTENSIONS:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in names else None)
+        te = ModuleSpec("transformer_engine", None) if "transformer_engine" in names else None
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: te if name == "transformer_engine" else find(name)
+        )
+
+    return install
+
+
+def first_words(args: Namespace) -> list[str]:
+    return [line.split(" (the default)")[0] for line in gpu_needs.missing(args)]
+
+
+def test_nothing_is_missing_where_everything_is_there(install: Callable[..., None]) -> None:
+    install("transformer_engine", *EXTENSIONS)
+    assert gpu_needs.missing(arguments()) == []
+
+
+def test_transformer_engine_does_not_bring_apex(install: Callable[..., None]) -> None:
+    install("transformer_engine")
+    (line,) = gpu_needs.missing(arguments())
+    assert line.startswith("gradient accumulation fusion (the default): apex's extension fused_weight_")
+    assert "Give --no-gradient-accumulation-fusion" in line
+    assert gpu_needs.missing(arguments(gradient_accumulation_fusion=False)) == []
+
+
+def test_an_extension_that_does_not_load_is_missing(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """One for another torch is found, and does not import."""
+    install("transformer_engine")
+    monkeypatch.delitem(sys.modules, "fused_weight_gradient_mlp_cuda")
+    (tmp_path / "fused_weight_gradient_mlp_cuda.so").write_bytes(b"no library")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert first_words(arguments()) == ["gradient accumulation fusion"]
+    assert gpu_needs.fusion_flags() == ["--no-gradient-accumulation-fusion"]
+
+
+def test_without_both_everything_is_named_at_once(install: Callable[..., None]) -> None:
+    install()
+    expected = ["--transformer-impl transformer_engine", "gradient accumulation fusion", "RoPE fusion"]
+    assert first_words(arguments()) == expected
+    with pytest.raises(UserError, match=r"transformer_impl|--transformer-impl local\. .*--no-rope-fusion"):
+        gpu_needs.check(arguments())
+
+
+@pytest.mark.parametrize(
+    "given", [{"position_embedding_type": "learned_absolute"}, {"multi_latent_attention": True}], ids=str
+)
+def test_rope_fusion_is_not_wanted_without_its_rope(given: Any, install: Callable[..., None]) -> None:
+    install()
+    assert "RoPE fusion" not in first_words(arguments(**given))
+
+
+def test_local_layers_want_more_and_torchs_norm_less(install: Callable[..., None]) -> None:
+    install("transformer_engine")
+    local = arguments(transformer_impl="local", gradient_accumulation_fusion=False)
+    assert first_words(local) == ["masked softmax fusion"]
+    local.bf16 = False
+    assert first_words(local) == []
+    local.normalization = "RMSNorm"
+    lines = gpu_needs.missing(local)
+    assert [line.split(": ")[0] for line in lines] == [
+        "a persistent norm kernel (the default) with --transformer-impl local",
+        "--sequence-parallel with --transformer-impl local",
+    ]
+
+
+@pytest.mark.needs("training_loop")
+def test_megatron_refuses_the_same(install: Callable[..., None]) -> None:
+    """Its own layer and norm, built on a CPU as on a GPU without these packages."""
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    assert layers._grad_accum_fusion_available is False
+    config = Namespace(
+        **{"layernorm_zero_centered_gamma": False, "memory_efficient_layer_norm": False},
+        **{"persist_layer_norm": False, "sequence_parallel": False, "normalization": "RMSNorm"},
+    )
+    WrappedTorchNorm(config, 4)
+    for name in ("persist_layer_norm", "sequence_parallel"):
+        broken = Namespace(**{**vars(config), name: True})
+        with pytest.raises(AssertionError, match="not supported by torch"):
+            WrappedTorchNorm(broken, 4)
