@@ -11,7 +11,9 @@ import click
 from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, Fields, Filters
 from megatron_dyt.errors import UserError
 
-_FORMATS = "files, directories or quoted patterns: .jsonl and .json, with .zst or .gz behind, .parquet"
+_FORMATS = (
+    "files, directories or quoted patterns: .jsonl, .json or .ndjson, with .zst or .gz behind; .parquet"
+)
 _PATH = click.Path(path_type=Path)
 
 
@@ -41,7 +43,9 @@ class _SeveralValues(click.Command):
 @click.option("--hf-config", metavar="NAME", help="its subset")
 @click.option("--hf-split", default="train", metavar="NAME", show_default=True)
 @click.option("--hf-revision", metavar="COMMIT", help="pins its content")
-@click.option("--json-key", default=Fields.text, show_default=True, help="key or column of the text")
+@click.option(
+    "--json-key", default=Fields.text, show_default=True, help="key or column of the text, or path of keys"
+)
 @click.option(
     "--domain-key", default=Fields.domain, show_default=True, help="path of keys to a record's domain"
 )
@@ -161,7 +165,9 @@ def prepare_data(
 
 @click.command("train-tokenizer", cls=_SeveralValues)
 @click.option("--input", "inputs", multiple=True, required=True, metavar="PATH ...", help=_FORMATS)
-@click.option("--json-key", default=Fields.text, show_default=True, help="key or column of the text")
+@click.option(
+    "--json-key", default=Fields.text, show_default=True, help="key or column of the text, or path of keys"
+)
 @click.option("--vocab-size", type=int, required=True, help="number of pieces")
 @click.option("--output", type=_PATH, required=True, help="the .model file to write")
 @click.option(

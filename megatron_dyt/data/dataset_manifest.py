@@ -218,7 +218,7 @@ class DatasetManifest(Counts):
         vocab_size: the tokenizer's largest id + 1.
         tokenizer: its path or name, as it was given.
         sources: where the text was, as it was given.
-        outputs: the dataset's files by name; none where all documents were filtered out.
+        outputs: the dataset's files by name; none where no document was left.
         made_from: decides whether the dataset is the one that is asked for.
     """
 
@@ -314,7 +314,12 @@ class DirectoryManifest(Counts):
         _write(self, self.path(directory))
 
     def left_out(self) -> dict[str, int]:
-        return {"broken shards": len(self.broken_shards), **super().left_out()}
+        without = sum(not shard.documents for shard in self.shards.values())
+        return {
+            "broken shards": len(self.broken_shards),
+            **super().left_out(),
+            "shards without documents": without,
+        }
 
 
 def manifests(directory: Path) -> dict[str, DatasetManifest]:

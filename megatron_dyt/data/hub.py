@@ -110,7 +110,8 @@ def find(dataset: HubDataset, fields: Fields) -> list[HubSource]:
     """
     stream = dataset.stream()
     columns = stream.column_names
-    if columns is not None and fields.text not in columns:
+    # What is in a column shows when its rows are read.
+    if columns is not None and not {fields.text, fields.text.split(".")[0]} & set(columns):
         raise UserError(
             f'Hugging Face data set {dataset} has no column "{fields.text}"; it has {", ".join(columns)}: '
             "choose with --json-key"

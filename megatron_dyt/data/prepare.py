@@ -89,7 +89,7 @@ def prepare(sources: Sequence[Source], settings: Settings, destination: Destinat
     else:
         manifest = shard_directory.write_manifest(place, [shard.name for shard in shards], broken, settings)
     if not manifest.documents:
-        raise UserError(f"no document is left: {_left_out(manifest) or 'all shards are broken'}")
+        raise UserError(f"no document is left: {_left_out(manifest) or 'the input is empty'}")
     if replaced := [prefix for prefix in existing if prefix.name not in broken]:
         # Megatron names cached sample indices by the path, not the content (megatron_dataset.py).
         _log.warning(

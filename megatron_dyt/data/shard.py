@@ -26,7 +26,7 @@ from megatron_dyt.data.dataset_manifest import (
     output_paths,
 )
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
-from megatron_dyt.data.sources import BrokenSourceError, Document, Malformed, Source
+from megatron_dyt.data.sources import NO_JSON, BrokenSourceError, Document, Malformed, Source
 from megatron_dyt.data.tokenizers import Encoder, Tokenizer
 from megatron_dyt.data.word_cache import Ids
 from megatron_dyt.data.word_table import Integers
@@ -93,7 +93,7 @@ def write(shard: Shard, settings: Settings, encode: Encoder, report: Report) -> 
     """Write the shard and return its manifest. Memory is bounded by the largest document.
 
     Raises:
-        BrokenSourceError: a source cannot be read to its end, or there is no text.
+        BrokenSourceError: a source cannot be read to its end, or all its records are malformed.
         UserError: another process is writing it.
     """
     data, _index = output_paths(shard.prefix)
@@ -119,7 +119,7 @@ def _write(shard: Shard, settings: Settings, encode: Encoder, report: Report) ->
         # An old manifest must not vouch for a half-replaced dataset.
         manifest_path(shard.prefix).unlink(missing_ok=True)
     if not work.counts.documents:
-        # All were filtered out, and a dataset without documents is an error to Megatron.
+        # All were empty or filtered out, and a dataset without documents is an error to Megatron.
         for path in outputs:
             path.unlink()
     _write_malformed(malformed_path(shard.prefix), work.named)
@@ -167,7 +167,7 @@ class _Work:
             for document, tokens in zip(batch, lengths.tolist(), strict=True):
                 self.counts.add_document(document.text, document.domain, tokens)
             report(position, self.counts)
-        if not self.counts.documents and not self.counts.filtered:
+        if self.named and not self.counts.documents and not self.counts.filtered:
             raise BrokenSourceError(self._no_text())
 
     def _batches(self) -> Iterator[tuple[int, list[Document]]]:
@@ -212,14 +212,19 @@ class _Work:
 
     def _no_text(self) -> str:
         where = ", ".join(map(str, self.shard.sources))
-        if not self.named:
-            return f"there is no text in {where}: all its documents are empty"
         unit = self.shard.sources[0].unit
         count = sum(self.counts.malformed.values())
+        empty = self.counts.empty_documents
+        besides = f", besides {empty:,} empty ones" if empty else ""
+        hint = (
+            f"--json-key says under which key the text is, now {self.settings.fields.text!r}; "
+            "--skip-broken-shards leaves this out"
+        )
+        if str(self.named[0]["problem"]).startswith(NO_JSON):
+            hint = "One record to a line is read; of an array: jq -c '.[]' FILE"
         return (
-            f"there is no text in {where}: {count:,} records and all malformed. The first, {unit} "
-            f"{self.named[0].get(unit)}: {self.named[0]['problem']}. --json-key says under which key the "
-            f"text is, now {self.settings.fields.text!r}"
+            f"there is no text in {where}: {count:,} records and all malformed{besides}. The first, {unit} "
+            f"{self.named[0].get(unit)}: {self.named[0]['problem']}. {hint}"
         )
 
     def _with_ends(self, ids: Ids, lengths: Integers) -> tuple[Ids, Integers]:

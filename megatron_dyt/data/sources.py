@@ -10,34 +10,43 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from megatron_dyt.data.dataset_manifest import Fields, Identity
 from megatron_dyt.errors import UserError
 
+_log = logging.getLogger(__name__)
+
+_JSON = (".jsonl", ".json", ".ndjson")
+_COMPRESSIONS = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", "": None}
 # What a file's name ends with: (format, compression).
 FORMATS = {
-    ".jsonl.zst": ("json", "zstd"),
-    ".jsonl.gz": ("json", "gzip"),
-    ".jsonl": ("json", None),
-    ".json.zst": ("json", "zstd"),
-    ".json.gz": ("json", "gzip"),
-    ".json": ("json", None),
-    ".parquet": ("parquet", None),
-}
+    kind + end: ("json", compression) for kind in _JSON for end, compression in _COMPRESSIONS.items()
+} | {".parquet": ("parquet", None)}
+ENDINGS = ".jsonl, .json or .ndjson, with .zst, .zstd or .gz behind, or .parquet"
 # What is beside the text in a directory: descriptions of data sets, and what this command writes.
 _NO_TEXT = re.compile(r"(dataset_infos?|state|manifest|.*\.manifest)\.json|.*\.malformed\.jsonl")
+# Text for certain, in what nothing here reads: to pass over it would lose it.
+_UNREAD_TEXT = re.compile(r".*\.(jsonl?|ndjson|parquet)\.(bz2|xz|lzma|lz4|snappy|sz|deflate|br|zip|7z)")
+# The kind of malformed lines that hold no record at all.
+NO_JSON = "not valid JSON"
 # A text takes up to ten times its bytes while it is worked on, and a worker is to stay below 1 GB.
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 # Each may be as long as a book; a batch costs about 6 us.
 _PARQUET_ROWS = 4
+# The largest window that zstd writes (--long=31) and a decoder of 64 bits takes. libzstd's own limit is 2^27.
+_ZSTD_WINDOW_LOG = 31
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,9 @@ class FileSource:
         return {"name": self.path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
     def read(self, fields: Fields) -> Iterator[tuple[int, Item]]:
+        if self.size == 0:
+            # In any format; Spark and filters write such parts.
+            return
         with _broken_is_said(self.path):
             if self._format == "parquet":
                 yield from _read_parquet(self.path, fields)
@@ -141,19 +153,17 @@ def suffix_of(path: Path) -> str:
 
 
 def find(inputs: Sequence[str]) -> list[FileSource]:
-    """The files that `inputs` name: files, directories (searched to the bottom) and glob patterns.
+    """The files that `inputs` name: files, directories (see `_files_of_text`) and glob patterns.
 
     Raises:
-        UserError: something is missing, empty, of unknown format, or given twice.
+        UserError: something is missing, of unknown format, or given twice.
     """
     paths: list[Path] = []
     for given in inputs:
         paths += _expand(given)
     for path in paths:
         if not suffix_of(path):
-            raise UserError(f"input {path}: its name must end with one of {', '.join(FORMATS)}")
-        if path.stat().st_size == 0:
-            raise UserError(f"input {path} is empty")
+            raise UserError(f"input {path}: its name must end with {ENDINGS}")
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
@@ -167,18 +177,58 @@ def _expand(given: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(each for each in _below(path) if suffix_of(each) and not _NO_TEXT.fullmatch(each.name))
-        if not found:
-            raise UserError(f"input {given}: no file in it ends with one of {', '.join(FORMATS)}")
-        return found
+        return _files_of_text(path)
     found = sorted(Path(each) for each in glob.glob(given, recursive=True) if os.path.isfile(each))
     if not found:
         raise UserError(f"input {given} does not exist; give files, directories or quoted patterns")
     return found
 
 
+def _files_of_text(directory: Path) -> list[Path]:
+    """The files below a directory that are data, in order; what else is there is counted in a line.
+
+    Raises:
+        UserError: there are none, or some are text in a compression that is not read.
+    """
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in _below(directory):
+        if _UNREAD_TEXT.fullmatch(path.name) and not _is_hidden(path.name):
+            raise UserError(
+                f"input {path}: this compression is not read. Pack it as .zst or .gz, or give a pattern that "
+                f"leaves it out, such as '{directory}/**/*.jsonl'"
+            )
+        is_text = suffix_of(path) and not _NO_TEXT.fullmatch(path.name) and not _is_hidden(path.name)
+        (found if is_text else others).append(path)
+    if not found:
+        there = f"; it has {_kinds(others)}" if others else ""
+        raise UserError(f"input {directory}: no file in it ends with {ENDINGS}{there}")
+    if others:
+        _log.info("%s: %d files are read; left out: %s", directory, len(found), _kinds(others))
+    return sorted(found)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether Spark, Hive and Hadoop pass over a file or directory of this name.
+
+    _SUCCESS, _temporary, _delta_log, .part-0.crc, .cache, ._x.jsonl; but _year=2020 is a partition.
+    """
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def _kinds(paths: Iterable[Path]) -> str:
+    """Files by what their names end with, and those that are no text whatever they end with."""
+
+    def kind(path: Path) -> str:
+        if _is_hidden(path.name):
+            return "that begin with . or _"
+        return path.name if suffix_of(path) else path.suffix or path.name
+
+    return ", ".join(f"{count:,} {name}" for name, count in Counter(map(kind, paths)).most_common())
+
+
 def _below(directory: Path) -> Iterator[Path]:
-    """All files below a directory, also behind links, each directory once."""
+    """All files below a directory, also behind links, each directory once, and no hidden directory."""
     seen: set[str] = set()
     for place, directories, files in os.walk(directory, onerror=_raise, followlinks=True):
         real = os.path.realpath(place)
@@ -186,7 +236,7 @@ def _below(directory: Path) -> Iterator[Path]:
             directories.clear()
             continue
         seen.add(real)
-        directories.sort()
+        directories[:] = sorted(name for name in directories if not _is_hidden(name))
         yield from (Path(place, name) for name in files)
 
 
@@ -204,14 +254,28 @@ def _broken_is_said(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, pyarrow.ArrowException, _zstd().ZstdError) as error:
+        reason = " ".join(str(error).split())
+        # Arrow's error is Python's too; zstd's has its text alone.
+        if isinstance(error, MemoryError) or "not enough memory" in reason:
+            raise UserError(
+                f"{path} needs more memory than there is ({reason}); give more, or fewer --workers"
+            ) from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = " ".join(str(error).split())
         raise BrokenSourceError(
             f"{path} is truncated or damaged ({reason}); get it again, or leave it out "
             "(prepare-data: --skip-broken-shards)"
         ) from error
+
+
+def _zstd() -> ModuleType:
+    # pyarrow's decoder has libzstd's limit of the window, which cannot be raised there.
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
 
 
 def _read_json(path: Path, compression: str | None, fields: Fields) -> Iterator[tuple[int, Item]]:
@@ -226,7 +290,22 @@ def _read_json(path: Path, compression: str | None, fields: Fields) -> Iterator[
 def _decompressed(raw: Any, compression: str | None) -> Any:
     import pyarrow
 
+    if compression == "zstd":
+        zstd = _zstd()
+        options = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
+        return zstd.ZstdFile(_InPieces(raw), options=options)
     return pyarrow.CompressedInputStream(raw, compression) if compression else raw
+
+
+class _InPieces:
+    """A stream that is read in pieces as large as pyarrow's, and not zstd's of 8 KiB."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+
+    def read(self, size: int) -> bytes:
+        piece: bytes = self.raw.read(64 << 10)
+        return piece
 
 
 def split_lines(stream: Any) -> Iterator[bytes | None]:
@@ -259,22 +338,43 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[int, Item]]:
     size = path.stat().st_size
     # Pages are read when they are needed; by default a whole row group is.
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
-        columns = file.schema_arrow.names
-        if fields.text not in columns:
+        columns = dict(_columns(file.schema_arrow))
+        wanted = [_column_of(path, columns) for path in (fields.text, fields.domain)]
+        if wanted[0] is None:
             raise BrokenSourceError(
                 f'{path} has no column "{fields.text}"; it has {", ".join(columns)}: choose with --json-key'
             )
-        wanted = [fields.text, *(name for name in columns if name == fields.domain.split(".")[0])]
         rows, total = 0, max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted, use_threads=False):
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=list(filter(None, wanted)), use_threads=False):
             for index in range(batch.num_rows):
                 rows += 1
                 yield size * rows // total, _row(batch, index, rows, fields)
 
 
+def _columns(fields: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and type of every column; those in a struct have its path and a dot in front."""
+    import pyarrow
+
+    for field in fields:
+        if pyarrow.types.is_struct(field.type):
+            yield from _columns(field.type, f"{within}{field.name}.")
+        else:
+            yield within + field.name, field.type
+
+
+def _column_of(path: str, columns: dict[str, Any]) -> str | None:
+    """The column that holds what is at `path`: its own, or a map whose keys the rest of it names."""
+    import pyarrow
+
+    maps = (name for name in columns if pyarrow.types.is_map(columns[name]) and path.startswith(f"{name}."))
+    return path if path in columns else next(maps, None)
+
+
 def _row(batch: Any, index: int, number: int, fields: Fields) -> Item:
     try:
-        record = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        record = {
+            name: batch.column(name)[index].as_py(maps_as_pydicts="lossy") for name in batch.schema.names
+        }
     except UnicodeDecodeError as error:
         # Parquet says that it is text, and nobody has looked.
         return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
@@ -296,26 +396,28 @@ def parse_line(line: bytes | None, number: int, fields: Fields) -> Item:
         return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
     # A line of brackets alone exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
-        return Malformed(number, "not valid JSON", str(error))
+        return Malformed(number, NO_JSON, str(error))
     if not isinstance(record, dict):
         return Malformed(number, "not a JSON object", f"a {type(record).__name__}")
     return as_item(record, number, fields)
 
 
 def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
-    """The document of a record, or what is wrong with it; bytes are taken for UTF-8."""
-    if fields.text not in record:
-        keys = ", ".join(map(repr, list(record)[:10]))
+    """The document of a record, or what is wrong with it; null is an empty text, bytes are UTF-8."""
+    try:
+        text = _value_at(record, fields.text)
+    except KeyError:
+        keys = ", ".join(map(repr, _paths(record)[:10]))
         return Malformed(number, f'no "{fields.text}"', f"it has {keys or 'no fields'}")
-    text = record[fields.text]
     if isinstance(text, bytes):
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
             return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
+    if text is None:
+        text = ""
     if not isinstance(text, str):
-        kind = "null" if text is None else type(text).__name__
-        return Malformed(number, f'"{fields.text}" is not a string', f"it is {kind}")
+        return Malformed(number, f'"{fields.text}" is not a string', f"it is {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -324,9 +426,35 @@ def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
     return Document(text, _domain(record, fields.domain))
 
 
-def _domain(record: Any, path: str) -> str | None:
-    for key in path.split("."):
-        if not isinstance(record, dict):
-            return None
-        record = record.get(key)
-    return record if isinstance(record, str) else None
+def _domain(record: dict[str, Any], path: str) -> str | None:
+    try:
+        domain = _value_at(record, path)
+    except KeyError:
+        return None
+    return domain if isinstance(domain, str) else None
+
+
+def _value_at(record: Any, path: str) -> Any:
+    """What is under a path of keys with dots between them; KeyError where a key is missing.
+
+    Keys may have dots themselves; one that is the whole path comes first. In null everything is null.
+    """
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        raise KeyError(path)
+    if path in record:
+        return record[path]
+    for dot in re.finditer(r"\.", path):
+        if (key := path[: dot.start()]) in record:
+            return _value_at(record[key], path[dot.end() :])
+    raise KeyError(path)
+
+
+def _paths(record: dict[str, Any]) -> list[str]:
+    """The keys of a record, and of the records in it, as one writes them for --json-key."""
+    return [
+        path
+        for key, value in record.items()
+        for path in ([f"{key}.{inner}" for inner in value] if isinstance(value, dict) and value else [key])
+    ]

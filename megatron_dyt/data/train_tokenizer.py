@@ -106,7 +106,14 @@ def train(
         UserError: bad input, no text, or a vocabulary that the text cannot fill or that cannot hold
             the 256 bytes, 3 special pieces and the characters of the text.
     """
-    texts = sample_texts(find([str(each) for each in inputs]), max_bytes, Fields(text=text_key))
+    sources = find([str(each) for each in inputs])
+    _log.info(
+        "training a tokenizer of %d pieces on at most %.1f MB of the text in %.1f MB of files ...",
+        vocab_size,
+        max_bytes / 1e6,
+        sum(source.size for source in sources) / 1e6,
+    )
+    texts = sample_texts(sources, max_bytes, Fields(text=text_key))
     # Lines, because SentencePiece never learns a piece across a newline, which is a byte piece.
     # A list, because SentencePiece hides what an iterator raises.
     lines = [line for text in texts for line in text.split("\n") if line]
@@ -141,13 +148,6 @@ def write_tokenizer(
     inputs: Sequence[str], vocab_size: int, output: Path, max_bytes: int, text_key: str
 ) -> None:
     """Train a tokenizer (see `train`) and write it to `output`, whole or not at all."""
-    size = sum(source.size for source in find(inputs))
-    _log.info(
-        "training a tokenizer of %d pieces on at most %.1f MB of the text in %.1f MB of files ...",
-        vocab_size,
-        max_bytes / 1e6,
-        size / 1e6,
-    )
     started = time.monotonic()
     write_atomically(output, train(inputs, vocab_size, max_bytes, text_key))
     _log.info("%s: %d pieces, %.1f s", output, vocab_size, time.monotonic() - started)

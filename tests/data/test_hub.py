@@ -45,12 +45,23 @@ def test_identity_changes_with_the_files(directory: Path) -> None:
 
 
 def test_rows_without_text_are_malformed(directory: Path) -> None:
-    (directory / "train-0.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    (directory / "train-0.jsonl").write_text('{"text": [1]}\n{"text": null}\n')
     part = find(HubDataset(str(directory)), Fields())[0]
     assert [item for _position, item in part.read(Fields())] == [
-        Document("x"),
-        Malformed(2, '"text" is not a string', "it is null"),
+        Malformed(1, '"text" is not a string', "it is list"),
+        Document(""),
     ]
+
+
+def test_text_in_a_record_of_the_record(directory: Path) -> None:
+    part = find(HubDataset(str(directory)), Fields("meta.pile_set_name"))[0]
+    assert next(item for _position, item in part.read(Fields("meta.pile_set_name"))) == Document("A", "A")
+
+
+def test_a_file_without_rows_is_a_part_without_documents(directory: Path) -> None:
+    (directory / "train-1.jsonl").write_text("")
+    parts = find(HubDataset(str(directory)), Fields())
+    assert [len(list(part.read(Fields()))) for part in parts] == [4, 0, 4]
 
 
 def test_bad_data_sets_are_named(directory: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 import tokenizers
@@ -115,6 +117,41 @@ def test_finished_shards_are_left_alone_and_others_written(
     # Equal content keeps its file: the malformed lines and the total are the same again.
     assert untouched >= {"00.bin", "00.idx", "02.bin", "02.idx"}
     assert not untouched & {"01.bin", "01.idx", "01.manifest.json"}
+
+
+def test_empty_parts_are_counted_and_do_not_stop(
+    run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pile / "03.jsonl.zst").touch()
+    (pile / "04.jsonl.gz").write_bytes(gzip.compress(b""))
+    (pile / "05.jsonl").write_text('{"text": ""}\n\n{"text": null}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], "string")}), pile / "06.parquet")
+    command = ("--input", pile, "--output", tmp_path / "out", "--workers", 2)
+    text = output_of(capsys, lambda: run(*command))
+    assert "7 shards, 10 documents" in text
+    assert "left out: 3 empty, 2 malformed (named in *.malformed.jsonl), 4 shards without documents" in text
+    manifest = read(tmp_path / "out" / "manifest.json")
+    assert {name for name, shard in manifest["shards"].items() if not shard["documents"]} == {
+        "03",
+        "04",
+        "05",
+        "06",
+    }
+    assert not list((tmp_path / "out").glob("0[3-6].bin"))
+    assert "up to date" in output_of(capsys, lambda: run(*command))
+    prepare("--verify", tmp_path / "out")
+    blend = output_of(capsys, lambda: prepare("--print-blend", tmp_path / "out")).split()
+    assert [Path(word).name for word in blend[1::2]] == ["00", "01", "02"]
+
+
+@pytest.mark.parametrize("destination", ["--output", "--output-prefix"])
+def test_nothing_but_empty_parts_is_an_error(run: Run, tmp_path: Path, destination: str) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.jsonl", "b.parquet"):
+        (tmp_path / "in" / name).touch()
+    why = "2 shards without documents" if destination == "--output" else "the input is empty"
+    with pytest.raises(UserError, match=f"no document is left: {why}"):
+        run("--input", tmp_path / "in", destination, tmp_path / "out")
 
 
 def test_more_input_extends_the_directory(run: Run, pile: Path, tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def test_a_shard_of_which_nothing_is_left_has_no_files(settings: Settings, corpu
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('{"text": ""}\n\n', "all its documents are empty"),
+        ('{"body": "x"}\n\n{"text": ""}\n', "1 records and all malformed, besides 2 empty ones"),
+        ('[\n{"text": "x"},\n{"text": "y"},\n]', r"line 1: not valid JSON .*One record to a line is read"),
         ('{"body": "x"}\n' * 3, r"3 records and all malformed. The first, line 1: no \"text\" .*--json-key"),
         ('{"body": "x"}\n' * 5000 + '{"text": "y"}', r"1,000 records and all malformed"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from megatron_dyt.data.sources import (
     split_lines,
 )
 from megatron_dyt.errors import UserError
+
+zstd = sources._zstd()
 
 RECORDS: list[dict[str, Any]] = [
     {"text": f"document {number} é\n漢字 " * 50, "meta": {"pile_set_name": "AB"[number % 2]}}
@@ -69,6 +73,79 @@ def test_compressed_parts_one_after_the_other_are_one_file(tmp_path: Path) -> No
     assert [item for _position, item in FileSource(both).read(Fields())] == DOCUMENTS
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_of_no_bytes_holds_no_documents(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a{suffix}").touch()
+    assert list(FileSource(tmp_path / f"a{suffix}").read(Fields())) == []
+
+
+# Frames of zstd with a window of 2 GiB, and what `pzstd` puts in front of each of its frames.
+LONG = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.enable_long_distance_matching: 1}
+SKIPPED = struct.pack("<III", 0x184D2A50, 4, 1234)
+
+
+def long_window(content: bytes) -> bytes:
+    """Without the size of the content, by which zstd would make the window smaller."""
+    compressor = zstd.ZstdCompressor(options=LONG)
+    return compressor.compress(content[:1]) + compressor.compress(content[1:]) + compressor.flush()
+
+
+def test_every_window_of_zstd_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(long_window(json_lines(RECORDS)))
+    assert zstd.get_frame_info(path.read_bytes()).decompressed_size is None
+    with pytest.raises(OSError, match="too much memory"), pyarrow.input_stream(str(path)) as plain:
+        plain.read()
+    assert [item for _position, item in FileSource(path).read(Fields())] == DOCUMENTS
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BrokenSourceError, match="truncated or damaged"):
+        list(FileSource(path).read(Fields()))
+
+
+def test_zstd_frames_of_all_kinds_in_a_row(tmp_path: Path) -> None:
+    first, second = json_lines(RECORDS[:300]), json_lines(RECORDS[300:])
+    path = tmp_path / "a.jsonl.zst"
+    empty = zstd.compress(b"")
+    path.write_bytes(SKIPPED + zstd.compress(first) + empty + SKIPPED + long_window(second) + SKIPPED)
+    assert [item for _position, item in FileSource(path).read(Fields())] == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pyarrow.ArrowMemoryError("malloc of size 2147483648 failed"),
+        zstd.ZstdError("Unable to decompress Zstandard data: Allocation error : not enough memory"),
+    ],
+)
+def test_too_little_memory_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sources, "_read_json", fail)
+    source = FileSource(write(tmp_path / "a.jsonl.zst"))
+    with pytest.raises(UserError, match=r"a.jsonl.zst needs more memory than there is") as failure:
+        list(source.read(Fields()))
+    assert not isinstance(failure.value, BrokenSourceError)
+
+
+def bgzip(content: bytes) -> bytes:
+    """As samtools' bgzip: small gzip members with their size in the header, and an empty one at the end."""
+    members = b""
+    for part in (*(content[start : start + 65280] for start in range(0, len(content), 65280)), b""):
+        packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+        packed = packer.compress(part) + packer.flush()
+        header = struct.pack("<4BI2BH2BHH", 31, 139, 8, 4, 0, 0, 255, 6, 66, 67, 2, len(packed) + 25)
+        members += header + packed + struct.pack("<II", zlib.crc32(part), len(part))
+    return members
+
+
+def test_bgzip_is_gzip(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(bgzip(json_lines(RECORDS)))
+    assert [item for _position, item in FileSource(tmp_path / "a.jsonl.gz").read(Fields())] == DOCUMENTS
+
+
 def test_malformed_records_stand_in_their_places(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": \n\n{"text": "\xff"}\n{"text": "last, without an end"}')
@@ -90,12 +167,66 @@ def test_parquet_rows_can_be_malformed_too(tmp_path: Path) -> None:
     assert items == [
         Document("good", "A"),
         Malformed(2, "not UTF-8", "invalid start byte at byte 0"),
-        Malformed(3, '"body" is not a string', "it is null"),
+        Document(""),
     ]
     with pytest.raises(
-        BrokenSourceError, match=r'no column "text"; it has body, meta: choose with --json-key'
+        BrokenSourceError, match=r'no column "text"; it has body, meta.pile_set_name: choose with --json-key'
     ):
         list(FileSource(tmp_path / "a.parquet").read(Fields()))
+
+
+STRUCT = pyarrow.struct({"content": pyarrow.string(), "lang": pyarrow.string()})
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "expected"),
+    [
+        ({"text": pyarrow.array(["a", None], pyarrow.large_string())}, Fields(), [("a", None), ("", None)]),
+        ({"text": pyarrow.array(["a", None], pyarrow.string_view())}, Fields(), [("a", None), ("", None)]),
+        ({"text": pyarrow.nulls(2)}, Fields(), [("", None), ("", None)]),
+        (
+            {
+                "data": pyarrow.array([{"content": "a", "lang": "en"}, {"lang": "de"}, None], STRUCT),
+                "n": [1, 2, 3],
+            },
+            Fields("data.content", "data.lang"),
+            [("a", "en"), ("", "de"), ("", None)],
+        ),
+        # A column with a dot in its name comes before a path.
+        (
+            {"data": pyarrow.array([{"content": "a"}], STRUCT), "data.content": ["b"]},
+            Fields("data.content"),
+            [("b", None)],
+        ),
+        ({"a.b": pyarrow.array([{"content": "a"}], STRUCT)}, Fields("a.b.content"), [("a", None)]),
+        # As Spark writes an object.
+        (
+            {
+                "text": ["a", "b"],
+                "meta": pyarrow.array(
+                    [{"pile_set_name": "X", "c": "d"}, None], pyarrow.map_("string", "string")
+                ),
+            },
+            Fields(),
+            [("a", "X"), ("b", None)],
+        ),
+    ],
+)
+def test_columns_of_other_types(
+    tmp_path: Path, columns: dict[str, Any], fields: Fields, expected: list[tuple[str, str | None]]
+) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    items = [item for _position, item in FileSource(tmp_path / "a.parquet").read(fields)]
+    assert items == [Document(*each) for each in expected]
+
+
+def test_row_groups_may_be_empty(tmp_path: Path) -> None:
+    schema = pyarrow.schema({"text": pyarrow.string()})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", schema) as file:
+        for texts in ([], ["a"], [], ["b", "c"], []):
+            file.write_table(pyarrow.table({"text": texts}, schema))
+    items = [item for _position, item in FileSource(tmp_path / "a.parquet").read(Fields())]
+    assert items == [Document("a"), Document("b"), Document("c")]
 
 
 def as_text(values: list[bytes]) -> pyarrow.Array:
@@ -206,6 +337,26 @@ def test_inputs_are_files_directories_and_patterns(tmp_path: Path) -> None:
     assert [source.path for source in find([str(tmp_path / "*" / "*.jsonl.zst")])] == [paths[2]]
 
 
+# What Spark, Delta Lake, macOS, git and `hf download` leave beside the data, and a partition.
+BESIDE = """_SUCCESS ._SUCCESS.crc .part-0.json.gz.crc _temporary/0/part-0.json _delta_log/0.json
+    _delta_log/0.checkpoint.parquet ._0.jsonl .git/a.json .cache/huggingface/download/0.parquet.metadata
+    _metadata.json README.md LICENSE 0.csv 1.csv state.json"""
+DATA = "_year=2020/part-0.json part-0.json.gz z.ndjson.zstd"
+
+
+def test_what_is_data_in_a_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (*BESIDE.split(), *DATA.split()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with caplog.at_level("INFO"):
+        assert [str(source.path.relative_to(tmp_path)) for source in find([str(tmp_path)])] == DATA.split()
+    left_out = "5 that begin with . or _, 2 .csv, 1 .md, 1 LICENSE, 1 state.json"
+    assert sorted(caplog.messages[0].split("left out: ")[1].split(", ")) == sorted(left_out.split(", "))
+    assert "3 files are read" in caplog.messages[0]
+    # What is named is taken.
+    assert len(find([str(tmp_path / "_delta_log" / "0.json"), str(tmp_path / ".git")])) == 2
+
+
 def test_linked_directories_are_searched_once(tmp_path: Path) -> None:
     path = write(tmp_path / "elsewhere" / "1.jsonl", RECORDS[:1])
     inside = write(tmp_path / "in" / "0.jsonl", RECORDS[:1])
@@ -232,9 +383,13 @@ def test_what_describes_a_data_set_is_no_text(tmp_path: Path) -> None:
     [
         (["none.jsonl"], "none.jsonl does not exist"),
         (["*.parquet"], r"\*.parquet does not exist"),
-        (["a.txt"], r"a.txt: its name must end with one of .jsonl.zst"),
-        (["empty.jsonl"], "empty.jsonl is empty"),
-        (["nothing"], "no file in it ends with"),
+        (["a.txt"], r"a.txt: its name must end with .jsonl, .json or .ndjson, with .zst"),
+        (["nothing"], r"no file in it ends with .* \.parquet$"),
+        (["other"], r"no file in it ends with .* \.parquet; it has 2 .csv, 1 that begin with . or _"),
+        (
+            ["packed"],
+            r"packed.1.jsonl.xz: this compression is not read. Pack it as .zst .*'packed/\*\*/\*.jsonl'",
+        ),
         (["a.jsonl", "./a.jsonl"], "a.jsonl is given twice"),
     ],
 )
@@ -244,8 +399,14 @@ def test_bad_inputs_are_named(
     monkeypatch.chdir(tmp_path)
     write(Path("a.jsonl"), RECORDS[:1])
     Path("a.txt").write_text("x")
-    Path("empty.jsonl").touch()
-    Path("nothing").mkdir()
+    for directory, names in (
+        ("nothing", ""),
+        ("other", "a.csv b.csv _b.jsonl.xz"),
+        ("packed", "0.jsonl 1.jsonl.xz"),
+    ):
+        Path(directory).mkdir()
+        for name in names.split():
+            Path(directory, name).touch()
     with pytest.raises(UserError, match=problem):
         find(given)
 
@@ -278,6 +439,36 @@ def test_domain_is_looked_up_by_its_path(record: dict[str, Any], path: str, doma
 
 
 @pytest.mark.parametrize(
+    ("line", "path", "text"),
+    [
+        ('{"data": {"content": "x"}}', "data.content", "x"),
+        ('{"a": {"b": {"c": "x"}}}', "a.b.c", "x"),
+        # Keys with dots: as the whole path, and within it.
+        ('{"data.content": "x", "data": {"content": "y"}}', "data.content", "x"),
+        ('{"a.b": {"c.d": "x"}}', "a.b.c.d", "x"),
+        # Null, whole or on the way, is an empty text.
+        ('{"text": null}', "text", ""),
+        ('{"data": {"content": null}}', "data.content", ""),
+        ('{"data": null}', "data.content", ""),
+    ],
+)
+def test_text_is_looked_up_by_its_path(line: str, path: str, text: str) -> None:
+    assert parse_line(line.encode(), 1, Fields(path)) == Document(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        (b'{"id": 1, "data": {"body": "x", "n": 2}}', "it has 'id', 'data.body', 'data.n'"),
+        (b'{"data": ["content"]}', "it has 'data'"),
+        (b'{"data": {}}', "it has 'data'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named(line: bytes, detail: str) -> None:
+    assert parse_line(line, 1, Fields("data.content")) == Malformed(1, 'no "data.content"', detail)
+
+
+@pytest.mark.parametrize(
     ("line", "kind", "detail"),
     [
         (b'{"text": "cut', "not valid JSON", "Unterminated string"),
@@ -289,7 +480,6 @@ def test_domain_is_looked_up_by_its_path(record: dict[str, Any], path: str, doma
         (b'{"body": "x", "id": 1}', 'no "text"', "it has 'body', 'id'"),
         (b"{}", 'no "text"', "no fields"),
         (b'{"text": 5}', '"text" is not a string', "it is int"),
-        (b'{"text": null}', '"text" is not a string', "it is null"),
         (b'{"text": "ab\\ud800"}', "not valid Unicode", "at character 2"),
     ],
 )

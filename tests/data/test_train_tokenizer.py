@@ -146,7 +146,7 @@ def test_command_writes_the_model_and_nothing_else(source_jsonl: Path, tmp_path:
         ('{"text": "abc abd"}\n', "0", "must be at least 1, not 0"),
         ('{"text": ""}\n', "300", "no text in"),
         ('{"text": "abc"}\n{"text"\n', "300", "in.jsonl, line 2: not valid JSON"),
-        ("", "300", "in.jsonl is empty"),
+        ("", "300", "no text in"),
         (None, "300", "in.jsonl does not exist"),
     ],
 )
