@@ -14,7 +14,7 @@ from megatron_dyt.version import __version__
 if TYPE_CHECKING:
     from megatron_dyt.config import DyTConfig
     from megatron_dyt.mcore.register import is_registered, register
-    from megatron_dyt.nn import ConvertedNorm, DynamicTanh, convert_norms
+    from megatron_dyt.nn import ConvertedNorm, DynamicTanh, convert_norms, restore_norms
 
 _HOME = {
     "ConvertedNorm": "megatron_dyt.nn",
@@ -23,6 +23,7 @@ _HOME = {
     "convert_norms": "megatron_dyt.nn",
     "is_registered": "megatron_dyt.mcore.register",
     "register": "megatron_dyt.mcore.register",
+    "restore_norms": "megatron_dyt.nn",
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "convert_norms",
     "is_registered",
     "register",
+    "restore_norms",
 ]
 
 

@@ -9,7 +9,9 @@ for training to make up (docs/convert.md has figures).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ DECADES = 2
 # First a quarter of a decade apart; each round after that looks 4 times as closely around the best, so the
 # last one's are 0.2 % of alpha apart.
 COARSE, FINE, ROUNDS = 17, 9, 5
+# Two rows of a batch that hold the same differ by rounding alone, in bf16 over many layers.
+_SAME = 0.05
 
 
 class Fit(NamedTuple):
@@ -73,35 +77,116 @@ def _fit_at(alpha: float, x: Tensor, y: Tensor, function: str, bias: bool) -> Fi
     return Fit(alpha, weight, center_y - weight * center_x, float(error))
 
 
-class CalibratingNorm(nn.Module):
-    """Stands in for a norm during one forward pass, and fits `dyt` to it when it is called.
+@dataclass
+class Site:
+    """A DyT that is being fitted to the norm that it replaces.
 
     The batch holds the calibration data twice. Its first half passes through the norms, as before the
     conversion; its second half through the DyTs, fitted so far. So one pass fits all sites, in the order in
     which they run, with one site's activations in memory.
 
-    Args:
-        sequential: fit what the second half brings to what the norm gives for the first, so that a
-            site makes up for the errors of those before it. Otherwise fit the first half alone.
+    Attributes:
+        batch_dim: of the DyT's input, the dimension of the sequences.
+        fit: None until its forward has run.
     """
 
-    def __init__(self, norm: nn.Module, dyt: DynamicTanh, *, sequential: bool) -> None:
-        super().__init__()
-        self.norm, self.dyt, self.sequential = norm, dyt, sequential
-        self.fit: Fit | None = None
+    name: str
+    dyt: DynamicTanh
+    batch_dim: int = 0
+    fit: Fit | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        before, after = x.chunk(2)
+    def norm(self, x: Tensor) -> Tensor:
+        assert self.dyt.replaces is not None
+        y: Tensor = self.dyt.replaces(x)
+        return y
+
+    def look(self, x: Tensor) -> Tensor:
+        """What the norm gives; finds the dimension of the sequences, where both halves are equal."""
+        values = x.float().nan_to_num()  # Values that are not finite are for `fit` to refuse.
+        for dim, length in enumerate(x.shape):
+            if length % 2 == 0:
+                first, second = values.chunk(2, dim)
+                if torch.allclose(first, second, rtol=0, atol=_SAME * float(values.abs().max())):
+                    self.batch_dim = dim
+                    return self.norm(x)
+        raise ValueError(
+            f"the calibration cannot tell the sequences in the input of {self.name}, of shape "
+            f"{tuple(x.shape)}; leave it out with select=lambda name: ..."
+        )
+
+    def calibrate(self, x: Tensor, sequential: bool) -> Tensor:
+        """The norm's output for the first half of the sequences, and the fitted DyT's for the second."""
+        before, after = x.chunk(2, self.batch_dim)
         expected = self.norm(before)
         if self.fit is None:
+            channels = self.dyt.channel_dim
             self.fit = fit(
-                after if self.sequential else before,
-                expected,
+                (after if sequential else before).movedim(channels, -1),
+                expected.movedim(channels, -1),
                 function=self.dyt.function,
                 bias=self.dyt.bias is not None,
             )
             set_parameters(self.dyt, self.fit.alpha, self.fit.weight, self.fit.bias)
-        return torch.cat([expected, self.dyt(after)])
+        return torch.cat([expected, self.dyt.forward(after)], self.batch_dim)
+
+
+def calibrate(
+    model: nn.Module,
+    dyts: Mapping[str, DynamicTanh],
+    batch: Tensor | Mapping[str, Any],
+    *,
+    sequential: bool,
+) -> dict[str, Fit]:
+    """Fit the DyTs of `model`, given by name, to the norms that they replace (`DynamicTanh.replaces`).
+
+    Args:
+        batch: see `run_doubled`. Its first sequence runs once more, to find the dimension of the sequences at
+            each site.
+        sequential: fit what the second half brings to what the norm gives for the first, so that a
+            site makes up for the errors of those before it. Otherwise fit the first half alone.
+
+    Raises:
+        ValueError: the batch does not reach every DyT, or values are not finite.
+    """
+    sites = [Site(name, dyt) for name, dyt in dyts.items()]
+    with _hooks(sites, Site.look):
+        run_doubled(model, batch, rows=1)
+    with _hooks(sites, lambda site, x: site.calibrate(x, sequential)):
+        run_doubled(model, batch)
+    missed = [site.name for site in sites if site.fit is None]
+    if missed:
+        raise ValueError(
+            f"the calibration batch does not reach {some(missed)}; give a batch that does, or leave them out "
+            "with select=lambda name: ..."
+        )
+    return {site.name: site.fit for site in sites if site.fit}
+
+
+@contextlib.contextmanager
+def _hooks(sites: Sequence[Site], forward: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
+    """The sites' DyTs return what `forward` makes of their input. Norms evaluate meanwhile.
+
+    Hooks and no modules in their place: blocks such as Mamba's read the dtype of a norm's weight.
+    """
+    handles = []
+    for site in sites:
+        assert site.dyt.replaces is not None
+        site.dyt.replaces.eval()
+        handles.append(
+            site.dyt.register_forward_hook(lambda _, inputs, __, site=site: forward(site, inputs[0]))
+        )
+    try:
+        yield
+    finally:
+        for site, handle in zip(sites, handles, strict=True):
+            handle.remove()
+            assert site.dyt.replaces is not None
+            site.dyt.replaces.train(site.dyt.training)
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @torch.no_grad()
@@ -115,32 +200,37 @@ def set_parameters(dyt: DynamicTanh, alpha: float, weight: Tensor | None, bias: 
 
 
 @torch.no_grad()
-def run_doubled(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> None:
+def run_doubled(model: nn.Module, batch: Tensor | Mapping[str, Any], rows: int | None = None) -> None:
     """One forward pass of `batch`, put twice behind itself along the first dimension, in eval mode.
 
     Args:
         batch: what the model is called with: a tensor (sequences, ...), or its keyword arguments, of which
             the tensors that have `sequences` rows are doubled.
+        rows: take so many sequences alone.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         if isinstance(batch, Tensor):
-            model(torch.cat([batch, batch]))
+            model(_twice(batch, rows))
         else:
-            model(**_doubled(batch))
+            model(**_doubled(batch, rows))
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def _doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
-    rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
-    if rows is None:
+def _twice(tensor: Tensor, rows: int | None) -> Tensor:
+    return torch.cat([tensor[:rows], tensor[:rows]])
+
+
+def _doubled(batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
+    lengths = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    if not lengths:
         raise ValueError(f"calibration has {', '.join(batch) or 'nothing'}, but no tensor of sequences")
     return {
-        name: torch.cat([value, value])
-        if isinstance(value, Tensor) and value.dim() and len(value) == rows
+        name: _twice(value, rows)
+        if isinstance(value, Tensor) and value.dim() and len(value) == lengths[0]
         else value
         for name, value in batch.items()
     }

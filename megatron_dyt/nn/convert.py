@@ -1,23 +1,25 @@
-"""LayerNorm and RMSNorm of any torch model become DyT, in place.
+"""LayerNorm and RMSNorm of any torch model become DyT, in place, and back.
 
-Knows nothing of transformers: a norm is torch's own, or a module whose class is called ...Norm and that
-computes what LayerNorm or RMSNorm computes, which is tried (Llama's, Gemma's).
+Knows nothing of transformers or timm: `norms.py` finds out what is a norm, `callers.py` who computes one
+without calling it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_dyt.nn.calibrate import CalibratingNorm, run_doubled, set_parameters
+from megatron_dyt.nn.calibrate import calibrate, set_parameters, some
+from megatron_dyt.nn.callers import fused_reads, set_fast_paths
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
+from megatron_dyt.nn.norms import Norm, examine, tensors_of
 
-# Called ...Norm, and over other dimensions than the last.
-OTHER_NORMS = (nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,33 @@ class ConvertedNorm:
     error: float | None = None
 
 
+@dataclass(frozen=True)
+class LeftNorm:
+    """One norm that stayed.
+
+    Attributes:
+        name: of the module in the model.
+        kind: its class's name, such as "BatchNorm2d".
+        reason: why DyT cannot take its place.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+
+class Conversion(list[ConvertedNorm]):
+    """What was converted, in the order of `model.named_modules()`.
+
+    Attributes:
+        left: what `select` took and was not converted.
+    """
+
+    def __init__(self, converted: Iterable[ConvertedNorm], left: Iterable[LeftNorm]) -> None:
+        super().__init__(converted)
+        self.left = list(left)
+
+
 def convert_norms(
     model: nn.Module,
     calibration: Tensor | Mapping[str, Any] | None = None,
@@ -44,17 +73,19 @@ def convert_norms(
     function: str = "tanh",
     sequential: bool = True,
     select: Callable[[str], bool] | None = None,
-) -> list[ConvertedNorm]:
+) -> Conversion:
     """Replace every LayerNorm and RMSNorm of `model` by a `DynamicTanh`, in place. Experimental.
 
-    The norm's weight and bias are kept, and alpha is `alpha_init`: right for a model that is to be trained
-    from the start (see docs/initial-scale.md for alpha). A trained model needs `calibration`: it fits alpha,
-    weight and bias to what each norm did there, and the model still has to be trained on.
+    What is a norm is tried, whatever its class; what is one and cannot be replaced is left, and a warning
+    says why. The norm's weight and bias are kept, and alpha is `alpha_init`: right for a model that is to be
+    trained from the start (see docs/initial-scale.md for alpha). A trained model needs `calibration`: it fits
+    alpha, weight and bias to what each norm did there, and the model still has to be trained on.
+
+    The parameters are new ones: make the optimizer after this. `restore_norms` takes it back.
 
     Args:
         calibration: a batch that the model can be called with: a tensor such as token ids (sequences,
-            length), or keyword arguments. It runs once, with twice as many sequences. First dimension of
-            every norm's input must be the sequences.
+            length), or keyword arguments. It runs with twice as many sequences.
         alpha_init: finite and > 0; or a function of the module's name. Ignored with calibration.
         bias: whether DyT has a bias; None: where the norm has one, and everywhere with calibration.
         function: see `DynamicTanh`.
@@ -62,129 +93,145 @@ def convert_norms(
         select: names of modules to convert; None for all.
 
     Returns:
-        What was converted, in the order of `model.named_modules()`.
+        What was converted; its attribute `left` is the rest.
 
     Raises:
-        ValueError: no norm was found, a module called ...Norm does something else, or the calibration
-            does not reach every norm. The model is then as it was.
+        ValueError: no norm can be converted, or the calibration does not reach every norm. The model is then
+            as it was, as after any other error.
     """
-    norms = {name: norm for name, norm in find_norms(model) if select is None or select(name)}
+    norms, left = find_norms(model, select)
     if not norms:
         raise ValueError(
             f"{type(model).__name__} has no LayerNorm or RMSNorm"
             + (" that `select` takes" if select else "")
-            + "; convert_norms replaces the norms inside a model"
+            + " to convert; convert_norms replaces the norms inside a model"
+            + "".join(f". {line}" for line in _summary(left))
         )
-    pairs: dict[nn.Module, DynamicTanh] = {}
-    for name, norm in norms.items():
+    dyts: dict[str, DynamicTanh] = {}
+    for name, (module, norm) in norms.items():
         alpha = alpha_init(name) if callable(alpha_init) else alpha_init
-        pairs[norm] = _dyt_like(name, norm, alpha, bias, function, calibration is not None)
-    report = [ConvertedNorm(name, pairs[norm].alpha_init) for name, norm in norms.items()]
-    if calibration is not None:
-        report = _calibrate(model, norms, pairs, calibration, sequential)
-    _replace(model, pairs)
-    return report
+        has_bias = bias if bias is not None else calibration is not None or norm.shift is not None
+        dyts[name] = _dyt_like(module, norm, _nearest(model, name), alpha, has_bias, function)
+    try:
+        _replace(model, {module: dyts[name] for name, (module, _) in norms.items()})
+        fits = {} if calibration is None else calibrate(model, dyts, calibration, sequential=sequential)
+    except BaseException:
+        _restore(model, dyts.values())
+        raise
+    _log.info(f"{len(dyts)} norms of {type(model).__name__} became DyT")
+    for line in _summary(left):
+        _log.warning(line)
+    return Conversion(
+        (
+            ConvertedNorm(name, fits[name].alpha, fits[name].error)
+            if name in fits
+            else ConvertedNorm(name, dyt.alpha_init)
+            for name, dyt in dyts.items()
+        ),
+        left,
+    )
 
 
-def find_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every norm over the last dimension; one that is used twice comes once."""
+def restore_norms(model: nn.Module) -> list[str]:
+    """Put the norms that `convert_norms` replaced back, as they were before, and return their names.
+
+    They are moved to where the DyTs are now (device and dtype). What the DyTs have learnt is lost.
+
+    Raises:
+        ValueError: `model` has no DyT that replaced a norm, or the norm was on the meta device and has no
+            values.
+    """
+    dyts = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DynamicTanh) and module.replaces is not None
+    }
+    if not dyts:
+        raise ValueError(f"{type(model).__name__} has no DyT that convert_norms put in the place of a norm")
+    _restore(model, dyts.values())
+    return list(dyts)
+
+
+def find_norms(
+    model: nn.Module, select: Callable[[str], bool] | None = None
+) -> tuple[dict[str, tuple[nn.Module, Norm]], list[LeftNorm]]:
+    """The norms inside a model by name, and those that have to stay; one that is used twice comes once."""
+    norms: dict[str, tuple[nn.Module, Norm]] = {}
+    left: list[LeftNorm] = []
+    callers, owners = _callers(model), _owners(model)
     for name, module in model.named_modules():
-        if name and is_norm(module):
-            yield name, module
+        # Weight norm and spectral norm are parametrizations of weights.
+        if not name or "parametrizations" in name.split(".") or (select and not select(name)):
+            continue
+        found = examine(module)
+        if isinstance(found, Norm):
+            shared = {owner for each in tensors_of(module).values() for owner in owners[id(each)]} - {name}
+            if shared:
+                found = f"it shares a tensor with {some(sorted(shared))}"
+            elif module in callers:
+                found = callers[module]
+        if isinstance(found, str):
+            left.append(LeftNorm(name, type(module).__name__, found))
+        elif found is not None:
+            norms[name] = (module, found)
+    return norms, left
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm or RMSNorm, or looks like one by class name and weight."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return True
-    weight = getattr(module, "weight", None)
-    named = type(module).__name__.endswith("Norm") and not isinstance(module, OTHER_NORMS)
-    return named and isinstance(weight, Tensor) and weight.dim() == 1
+def _callers(model: nn.Module) -> dict[nn.Module, str]:
+    """Children that are not only called, and what their parents do with them."""
+    reads = {kind: fused_reads(kind) for kind in {type(module) for module in model.modules()}}
+    return {
+        child: f"{type(parent).__name__}.forward reads {read} and may compute the norm without calling it"
+        for parent in model.modules()
+        for name, read in reads[type(parent)].items()
+        if (child := parent._modules.get(name)) is not None
+    }
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """Names of the modules that have a tensor, by its id."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for tensor in tensors_of(module).values():
+            owners.setdefault(id(tensor), set()).add(name)
+    return owners
+
+
+def _summary(left: Iterable[LeftNorm]) -> list[str]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for each in left:
+        groups.setdefault((each.kind, each.reason), []).append(each.name)
+    return [f"left {some(names)} ({kind}): {reason}" for (kind, reason), names in groups.items()]
+
+
+def _nearest(model: nn.Module, name: str) -> Tensor:
+    """A floating-point parameter of the module `name`, or of the smallest one around it that has any."""
+    while True:
+        for parameter in model.get_submodule(name).parameters():
+            if parameter.is_floating_point():
+                return parameter
+        if not name:
+            return torch.empty(0)
+        name = name.rpartition(".")[0]
 
 
 def _dyt_like(
-    name: str, norm: nn.Module, alpha: float, bias: bool | None, function: str, calibrated: bool
+    module: nn.Module, norm: Norm, like: Tensor, alpha: float, bias: bool, function: str
 ) -> DynamicTanh:
-    """A DyT of the norm's size, device and dtype, with its weight and bias."""
-    weight, shift = _affine(name, norm)
-    if bias is None:
-        bias = calibrated or shift is not None
-    sample = next(norm.parameters(), torch.empty(0))
+    """A DyT of the norm's weight and bias, with the device and dtype of `like`."""
     dyt = DynamicTanh(
-        _size(name, norm),
+        norm.size,
         alpha_init=alpha,
         bias=bias,
+        channel_dim=norm.channel_dim,
         function=function,
-        device=sample.device,
-        dtype=sample.dtype,
+        device=like.device,
+        dtype=like.dtype,
     )
-    if not sample.is_meta:
-        set_parameters(dyt, alpha, weight, shift)
-    return dyt.train(norm.training)
-
-
-def _size(name: str, norm: nn.Module) -> int:
-    shape = getattr(norm, "normalized_shape", None)
-    if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and shape is not None:
-        if len(shape) != 1:
-            raise ValueError(f"{name} normalizes the last {len(shape)} dimensions; DyT takes the last alone")
-        return int(shape[0])
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
-
-
-def _affine(name: str, norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """What a norm multiplies by and adds, None for nothing; found by trying it, because some store 1 less."""
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if isinstance(norm, nn.LayerNorm | nn.RMSNorm) or weight is None or weight.is_meta:
-        return weight, bias
-    x = torch.linspace(-1, 2, 2 * weight.numel(), dtype=torch.float32, device=weight.device)
-    x = torch.stack([x[::2], x[1::2].flip(0).square()])
-    with torch.no_grad():
-        try:
-            found = norm(x.to(weight.dtype)).float()
-        except Exception as error:
-            raise _no_norm(name, norm) from error
-        for gain in (weight.float(), 1 + weight.float()):
-            for centered in (x, x - x.mean(-1, keepdim=True)):
-                shape = centered / centered.square().mean(-1, keepdim=True).sqrt()
-                expected = shape * gain + (0 if bias is None else bias.float())
-                if torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
-                    return gain, bias
-    raise _no_norm(name, norm)
-
-
-def _no_norm(name: str, norm: nn.Module) -> ValueError:
-    return ValueError(
-        f"{name} ({type(norm).__name__}) computes neither LayerNorm nor RMSNorm over its last dimension; "
-        "leave it out with select=lambda name: ..."
-    )
-
-
-def _calibrate(
-    model: nn.Module,
-    norms: dict[str, nn.Module],
-    pairs: dict[nn.Module, DynamicTanh],
-    batch: Tensor | Mapping[str, Any],
-    sequential: bool,
-) -> list[ConvertedNorm]:
-    """Fit every DyT in one forward pass. Afterwards the model has its norms again."""
-    sites = {norm: CalibratingNorm(norm, dyt, sequential=sequential) for norm, dyt in pairs.items()}
-    _replace(model, sites)
-    try:
-        run_doubled(model, batch)
-    finally:
-        _replace(model, {site: norm for norm, site in sites.items()})
-    fits = {name: sites[norm].fit for name, norm in norms.items()}
-    missed = [name for name, found in fits.items() if found is None]
-    if missed:
-        raise ValueError(
-            f"the calibration batch does not reach {', '.join(missed[:4])}"
-            + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
-            + "; give a batch that does, or leave them out with select=lambda name: ..."
-        )
-    return [ConvertedNorm(name, found.alpha, found.error) for name, found in fits.items() if found]
+    if not like.is_meta:
+        set_parameters(dyt, alpha, norm.gain, norm.shift)
+    vars(dyt)["replaces"] = module  # not by assignment, which would make it a submodule
+    return dyt.train(module.training)
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -193,3 +240,19 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child is not None and child in new:
                 parent._modules[name] = new[child]
+    set_fast_paths(model)
+
+
+def _restore(model: nn.Module, dyts: Iterable[DynamicTanh]) -> None:
+    norms: dict[nn.Module, nn.Module] = {}
+    for dyt in dyts:
+        norm = dyt.replaces
+        assert norm is not None
+        first = next(norm.parameters(), None)
+        if first is not None and first.is_meta and not dyt.weight.is_meta:
+            raise ValueError("the norms were converted on the meta device and have no values to restore")
+        # The others' dtypes may differ from the first one's, as they did before.
+        moved = first is not None and first.dtype != dyt.weight.dtype
+        norm.to(device=dyt.weight.device, dtype=dyt.weight.dtype if moved else None)
+        norms[dyt] = norm.train(dyt.training)
+    _replace(model, norms)

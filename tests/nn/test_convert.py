@@ -1,8 +1,10 @@
-"""Norms become DyT, whoever made them, and a model that cannot be converted stays as it was."""
+"""Norms become DyT and norms again, and a model that cannot be converted stays as it was."""
 
 from __future__ import annotations
 
 import copy
+import io
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,50 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_dyt import DynamicTanh, convert_norms
+from megatron_dyt import DynamicTanh, convert_norms, restore_norms
 from megatron_dyt.nn.calibrate import fit
 
 SIZE = 12
-
-
-class ZeroCenteredNorm(nn.Module):
-    """Gemma's: the weight is what it multiplies by, less 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(SIZE))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() * (1 + self.weight)
-
-
-class CenteredNorm(nn.Module):
-    """A LayerNorm of somebody's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(SIZE)), nn.Parameter(torch.zeros(SIZE))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x - x.mean(-1, keepdim=True)
-        return x / x.square().mean(-1, keepdim=True).add(1e-5).sqrt() * self.weight + self.bias
-
-
-class ScaleNorm(nn.Module):
-    """Called a norm, and none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(SIZE))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
-def llama_norm() -> nn.Module:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    return LlamaRMSNorm(SIZE)
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -62,47 +24,6 @@ def randomized(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return module
-
-
-KINDS: dict[str, tuple[Callable[[], nn.Module], bool, float]] = {
-    # how it is made, whether it has a bias, what its weight multiplies by beyond the stored one
-    "LayerNorm": (lambda: nn.LayerNorm(SIZE), True, 0),
-    "LayerNorm without bias": (lambda: nn.LayerNorm(SIZE, bias=False), False, 0),
-    "RMSNorm": (lambda: nn.RMSNorm(SIZE), False, 0),
-    "transformers": (llama_norm, False, 0),
-    "zero-centered": (ZeroCenteredNorm, False, 1),
-    "own LayerNorm": (CenteredNorm, True, 0),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_weight_and_bias_are_kept(kind: str, dtype: torch.dtype) -> None:
-    make, has_bias, less = KINDS[kind]
-    norm = randomized(make()).to(dtype)
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), norm)
-    (found,) = convert_norms(model, alpha_init=0.3)
-    dyt = model[1]
-    assert isinstance(dyt, DynamicTanh)
-    assert (found.name, found.alpha, found.error) == ("1", 0.3, None)
-    assert {parameter.dtype for parameter in dyt.parameters()} == {dtype}
-    assert all(parameter.requires_grad for parameter in dyt.parameters())
-    assert torch.equal(dyt.weight, (norm.weight.float() + less).to(dtype))
-    x = torch.randn(5, SIZE).to(dtype)
-    expected = torch.tanh(0.3 * x.double()) * dyt.weight.double()
-    if has_bias:
-        expected = expected + norm.bias.double()
-    assert (dyt.bias is not None) == has_bias
-    assert torch.allclose(dyt(x).double(), expected, atol=1e-6 if dtype == torch.float32 else 0.02)
-
-
-def test_norms_without_weight() -> None:
-    model = nn.Sequential(
-        nn.LayerNorm(SIZE, elementwise_affine=False), nn.RMSNorm(8, elementwise_affine=False)
-    )
-    convert_norms(model)
-    assert [module.hidden_size for module in model] == [SIZE, 8]
-    assert torch.equal(model[0].weight, torch.ones(SIZE))
 
 
 def test_places_and_names() -> None:
@@ -125,20 +46,15 @@ def test_places_and_names() -> None:
     assert list(model["others"]) == others
 
 
-def test_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.RMSNorm(SIZE), CenteredNorm())
-    convert_norms(model, alpha_init=0.7)
-    assert all(isinstance(module, DynamicTanh) and module.alpha.is_meta for module in model)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), "Sequential has no LayerNorm or RMSNorm"),
         (lambda: nn.LayerNorm(4), "replaces the norms inside a model"),
-        (lambda: nn.Sequential(ScaleNorm()), r"0 \(ScaleNorm\) computes neither .*select=lambda"),
-        (lambda: nn.Sequential(nn.LayerNorm((3, 4))), "0 normalizes the last 2 dimensions"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm((3, 4))),
+            r"left 0 \(BatchNorm1d\): it norm.* left 1 \(LayerNorm\): it normalizes the last 2 dimensions",
+        ),
     ],
 )
 def test_what_cannot_be_converted(make: Callable[[], nn.Module], message: str) -> None:
@@ -149,6 +65,134 @@ def test_what_cannot_be_converted(make: Callable[[], nn.Module], message: str) -
 def test_wrong_alpha() -> None:
     with pytest.raises(ValueError, match=r"alpha_init is -1"):
         convert_norms(nn.Sequential(nn.RMSNorm(4)), alpha_init=-1.0)
+
+
+def test_what_was_left_is_said_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.BatchNorm1d(SIZE) for _ in range(6)), nn.GroupNorm(2, SIZE), nn.RMSNorm(SIZE))
+    logger = logging.getLogger("megatron_dyt.nn.convert")
+    logger.addHandler(caplog.handler)
+    report = convert_norms(model)
+    logger.removeHandler(caplog.handler)
+    assert [each.name for each in report.left] == [str(index) for index in range(7)]
+    records = dict.fromkeys(caplog.records)  # once, whether or not the logger propagates
+    lines = [record.getMessage() for record in records if record.levelno == logging.WARNING]
+    assert len(lines) == 2
+    assert lines[0].startswith("left 0, 1, 2, 3 and 2 more (BatchNorm1d): it normalizes over the batch")
+    assert lines[1].startswith("left 6 (GroupNorm): ")
+
+
+def test_what_select_leaves_out_is_not_mentioned() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(SIZE), nn.RMSNorm(SIZE))
+    assert convert_norms(model, select=lambda name: name == "1").left == []
+
+
+def test_norms_that_share_a_weight_stay() -> None:
+    model = nn.ModuleDict({name: nn.RMSNorm(SIZE) for name in ("a", "b", "c")})
+    model["b"].weight = model["a"].weight
+    report = convert_norms(model)
+    assert [each.name for each in report] == ["c"]
+    assert [each.reason for each in report.left] == ["it shares a tensor with b", "it shares a tensor with a"]
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_norm_without_parameters_follows_its_neighbours(around: bool) -> None:
+    inner = nn.ModuleDict({"norm": nn.LayerNorm(SIZE, elementwise_affine=False)})
+    if not around:
+        inner["linear"] = nn.Linear(SIZE, SIZE)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), inner).to(torch.bfloat16)
+    convert_norms(model)
+    assert inner["norm"].weight.dtype == torch.bfloat16
+
+
+# --- undo, save and load --------------------------------------------------------------------------
+
+
+def mixed_model() -> nn.Module:
+    torch.manual_seed(3)
+    shared = nn.RMSNorm(SIZE)
+    return randomized(
+        nn.Sequential(nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE), shared, nn.Sequential(shared, nn.Tanh()))
+    )
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model: nn.Module, modules: list[nn.Module], state: dict[str, Tensor]) -> None:
+    assert list(model.modules()) == modules
+    now = bits(model)
+    assert list(now) == list(state)
+    assert all(torch.allclose(now[name], each, 0, 0, equal_nan=True) for name, each in state.items())
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_restored_it_is_the_same_model_to_the_bit(calibrated: bool) -> None:
+    model = mixed_model()
+    modules, state = list(model.modules()), bits(model)
+    convert_norms(model, torch.randn(4, SIZE) if calibrated else None)
+    assert len(bits(model)) > len(state)
+    torch.nn.init.normal_(model[1].weight)
+    assert restore_norms(model) == ["1", "2"]
+    assert_same(model, modules, state)
+
+
+def test_a_converted_model_is_copied_and_pickled_with_its_norms() -> None:
+    model = mixed_model()
+    state = bits(model)
+    convert_norms(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        restore_norms(other)
+        assert_same(other, list(other.modules()), state)
+        assert other[1] is not model[1].replaces
+
+
+def test_restored_norms_follow_the_models_dtype_and_mode() -> None:
+    model = mixed_model()
+    convert_norms(model)
+    model.to(torch.bfloat16).eval()
+    restore_norms(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in model.modules())
+
+
+def test_only_what_was_converted_can_be_restored() -> None:
+    with pytest.raises(ValueError, match="has no DyT that convert_norms put in the place of a norm"):
+        restore_norms(nn.Sequential(DynamicTanh(SIZE), nn.RMSNorm(SIZE)))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.RMSNorm(SIZE))
+    convert_norms(model)
+    model.to_empty(device="cpu")
+    with pytest.raises(ValueError, match="converted on the meta device"):
+        restore_norms(model)
+
+
+def test_a_second_conversion_leaves_the_first_one_alone() -> None:
+    model = mixed_model()
+    convert_norms(model, select=lambda name: name == "1")
+    first = model[1]
+    with pytest.raises(ZeroDivisionError):
+        convert_norms(model, alpha_init=lambda name: 1 / 0)
+    assert model[1] is first
+    convert_norms(model)
+    assert model[1] is first
+    assert isinstance(model[2], DynamicTanh)
+    assert restore_norms(model) == ["1", "2"]
+
+
+def test_a_state_dict_says_what_to_convert_before_it_is_loaded() -> None:
+    model, fresh = mixed_model(), mixed_model()
+    convert_norms(model, torch.randn(4, SIZE), select=lambda name: name != "2")
+    state = bits(model)
+    convert_norms(fresh, bias=True, select=lambda name: f"{name}.alpha" in state)
+    fresh.load_state_dict(state)
+    x = torch.randn(5, SIZE)
+    assert torch.equal(fresh(x), model(x))
+    with pytest.raises(RuntimeError, match=r"1\.alpha"):
+        mixed_model().load_state_dict(state)
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -216,10 +260,22 @@ def test_without_a_bias(blocks: Blocks) -> None:
     assert all(norm.bias is None for norm in blocks.norms)
 
 
+def stop(x: Tensor) -> None:
+    raise KeyboardInterrupt("as if by Ctrl-C")
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """timm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda model: setattr(model, "head", nn.RMSNorm(SIZE)), "does not reach head; give a batch"),
+        (lambda model: setattr(model, "forward", stop), "as if by Ctrl-C"),
         (lambda model: model.linears[1].weight.data.fill_(float("nan")), "not finite"),
     ],
 )
@@ -227,8 +283,65 @@ def test_a_failure_leaves_the_model_as_it_was(
     blocks: Blocks, spoil: Callable[[Blocks], None], message: str
 ) -> None:
     spoil(blocks)
-    modules = list(blocks.modules())
-    with pytest.raises(ValueError, match=message):
+    modules, state = list(blocks.modules()), bits(blocks)
+    with pytest.raises((ValueError, KeyboardInterrupt), match=message):
         convert_norms(blocks, inputs())
-    assert list(blocks.modules()) == modules
+    assert_same(blocks, modules, state)
     assert all(module.training for module in modules)
+
+
+class Wrapped(nn.Module):
+    """A norm, and how its input is made of the batch."""
+
+    def __init__(self, arrange: Callable[[Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.arrange, self.norm = arrange, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As Mamba's blocks do it.
+        return self.norm(self.arrange(x).to(self.norm.weight.dtype))
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 1),  # length first
+        lambda x: x.flatten(0, 1),  # sequences of tokens in a row
+        lambda x: x.unflatten(1, (4, 5)).permute(1, 2, 0, 3),
+    ],
+)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_sequences_are_found_wherever_they_stand(
+    arrange: Callable[[Tensor], Tensor], sequential: bool
+) -> None:
+    model = Wrapped(arrange, randomized(nn.RMSNorm(SIZE)))
+    expected = model(inputs()).detach()
+    (found,) = convert_norms(model, inputs(), sequential=sequential)
+    best = fit(arrange(inputs()), expected)
+    assert (found.alpha, found.error) == pytest.approx((best.alpha, best.error), rel=1e-5)
+    torch.testing.assert_close(model.norm.weight.detach(), best.weight)
+
+
+def test_channels_first_is_fitted_along_its_channels() -> None:
+    norm = randomized(LayerNorm2d(SIZE))
+    model = Wrapped(lambda x: x.unflatten(1, (4, 5)).permute(0, 3, 1, 2), norm)
+    expected = model(inputs()).detach()
+    (found,) = convert_norms(model, inputs())
+    best = fit(inputs().unflatten(1, (4, 5)), expected.permute(0, 2, 3, 1))
+    assert found.error == pytest.approx(best.error, rel=1e-5)
+    torch.testing.assert_close(model.norm.weight.detach(), best.weight)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda x: x.transpose(0, 1).flatten(0, 1),  # the first tokens of all sequences, then the second ones
+        lambda x: torch.arange(5.0 * SIZE).view(5, SIZE),  # nothing of the batch
+    ],
+)
+def test_a_site_without_a_dimension_of_sequences_is_refused(arrange: Callable[[Tensor], Tensor]) -> None:
+    model = Wrapped(arrange, nn.RMSNorm(SIZE))
+    with pytest.raises(ValueError, match="cannot tell the sequences in the input of norm, of shape"):
+        convert_norms(model, inputs())
+    assert isinstance(model.norm, nn.RMSNorm)

@@ -1,0 +1,208 @@
+"""Which modules are a LayerNorm or RMSNorm over one dimension: found by trying them, not by their class.
+
+A subclass of nn.LayerNorm may normalize another dimension than the last, or multiply by 1 + weight; a class
+of any name may be an RMSNorm. So a copy of the module gets random weights and inputs of several shapes, and
+what it returns is compared with
+
+    gain * (x - mean(x)) / std(x) + shift        gain * x / rms(x) + shift
+
+where gain is a tensor of the module, 1 + such a tensor, or nothing, and shift another one, or nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from megatron_dyt.errors import describe
+from megatron_dyt.nn.dynamic_tanh import DynamicTanh
+
+# What is known by its class, and why it is left.
+_OTHER_NORMS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    (
+        _BatchNorm,
+        "it normalizes over the batch, where DyT costs accuracy (arXiv 2503.10622, Table 16: ResNet-50 falls "
+        "from 76.2 % to 68.9 %)",
+    ),
+    (nn.GroupNorm, "it normalizes groups of channels over all positions; DyT stands for a norm of one token"),
+    (_InstanceNorm, "it normalizes each channel over all positions; DyT stands for a norm of one token"),
+    ((nn.LocalResponseNorm, nn.CrossMapLRN2d), "it divides each channel by its neighbours alone"),
+)
+_NEITHER = "it computes neither LayerNorm nor RMSNorm of one dimension"
+
+# A copy's answers are in fp32, or rounded to bf16 (8 bits) a few times; its eps is not known.
+_TOLERANCE = 0.02
+_MOST_DIMENSIONS = 5
+
+
+class Norm(NamedTuple):
+    """A LayerNorm or RMSNorm over one dimension.
+
+    Attributes:
+        size: of that dimension.
+        channel_dim: the dimension: -1, or 1.
+        gain, shift: fp32 (size,), what the norm multiplies by and adds; None for nothing.
+    """
+
+    size: int
+    channel_dim: int
+    gain: Tensor | None
+    shift: Tensor | None
+
+
+class _Formula(NamedTuple):
+    """What a copy was found to compute; `gain` and `shift` are names of its tensors."""
+
+    centered: bool
+    gain: str | None
+    zero_centered: bool
+    shift: str | None
+
+
+def examine(module: nn.Module) -> Norm | str | None:
+    """The norm that a module is, why DyT cannot take its place, or None for what is no norm."""
+    is_torchs = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    has_layers = any(True for child in module.children() for _ in child.parameters())
+    if isinstance(module, DynamicTanh) or (has_layers and not is_torchs):
+        return None
+    found = _examine(module)
+    is_called_norm = is_torchs or "norm" in type(module).__name__.lower()
+    return None if isinstance(found, str) and not is_called_norm else found
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers of a module itself, by name."""
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    return {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+
+
+def _examine(module: nn.Module) -> Norm | str:
+    for kinds, reason in _OTHER_NORMS:
+        # FrozenBatchNorm2d of detection models is a module of its own.
+        if isinstance(module, kinds) or (kinds is _BatchNorm and "BatchNorm" in type(module).__name__):
+            return reason
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if "forward" in vars(module) or any(hooks):
+        return (
+            "it has hooks, or a forward put over its class's, which DyT would lose; convert before they come"
+        )
+    if inputs := _further_inputs(module):
+        return f"its forward takes {', '.join(inputs)} too, and DyT takes x alone"
+    tensors = tensors_of(module)
+    size = _size(module, tensors)
+    if isinstance(size, str):
+        return size
+    try:
+        found = _try(module, size, tensors)
+    except Exception as error:  # whatever other people's code raises
+        return f"it cannot be tried ({describe(error)})"
+    if isinstance(found, str):
+        return found
+    formula, channel_dim = found
+    gain, shift = (
+        None if name is None else tensors[name].detach().flatten().float()
+        for name in (formula.gain, formula.shift)
+    )
+    return Norm(size, channel_dim, gain + 1 if gain is not None and formula.zero_centered else gain, shift)
+
+
+def _further_inputs(module: nn.Module) -> list[str]:
+    """What `forward` can be called with besides x, such as a gate or a residual."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters[1:] if each.kind not in variadic]
+
+
+def _size(module: nn.Module, tensors: Mapping[str, Tensor]) -> int | str:
+    """The size of the normalized dimension, or why it is not known."""
+    shape = getattr(module, "normalized_shape", ())
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if len(shape) > 1:
+        return f"it normalizes the last {len(shape)} dimensions together; DyT takes one"
+    sizes = {tensor.numel() for tensor in tensors.values()} or set(shape)
+    vectors = all(tensor.numel() == max(tensor.shape, default=0) for tensor in tensors.values())
+    if len(sizes) > 1 or len(tensors) > 2 or not vectors:
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        return f"it has other tensors than a weight and a bias of one size ({found})"
+    if not sizes:
+        return "it has no weight and no normalized_shape, which would tell its size"
+    if sizes == {1}:
+        return "it normalizes a single channel, so that what comes in is lost already"
+    return int(sizes.pop())
+
+
+def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Formula, int] | str:
+    """What a copy of `norm` computes and the dimension that it normalizes, or why it cannot be said."""
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    twin = copy.deepcopy(norm).requires_grad_(False)
+    if device.type == "meta":
+        device = torch.device("cpu")
+        twin.to_empty(device=device)
+    twin.float().eval()
+    source = torch.Generator().manual_seed(0)
+    values = {}
+    # Where a model is built on the default device meta, what `twin` creates has to be here all the same.
+    with torch.no_grad(), device:
+        for name, tensor in tensors_of(twin).items():
+            value = torch.rand(size, generator=source, device="cpu").add(0.5).to(device)
+            tensor.copy_(value.view_as(tensor))
+            values[name] = value
+        found: dict[tuple[int, int], _Formula] = {}
+        errors = []
+        inputs = list(_inputs(size, source))
+        for x, dim in inputs:
+            try:
+                y = twin(x.to(device))
+            except Exception as error:  # a shape that it does not take, or code that cannot run here
+                errors.append(error)
+                continue
+            formula = _match(x.to(device), y, dim, values)
+            if formula is not None:
+                found[x.dim(), dim] = formula
+    if not found:
+        return f"it cannot be tried ({describe(errors[0])})" if len(errors) == len(inputs) else _NEITHER
+    # Of a matrix the last dimension is dimension 1 as well.
+    dims = {dim for dimensions, dim in found if dimensions > 2} or {-1}
+    if len(dims) > 1 or len(set(found.values())) > 1:
+        return "what it normalizes depends on the shape of its input"
+    return next(iter(found.values())), dims.pop()
+
+
+def _inputs(size: int, source: torch.Generator) -> Iterator[tuple[Tensor, int]]:
+    """Tensors of 2 to 5 dimensions that have `size` in dimension -1 or 1 alone, and that dimension."""
+    others = [length for length in (2, 3, 4, 5) if length != size][:2] * 2
+    for dimensions in range(2, _MOST_DIMENSIONS + 1):
+        for dim in (-1, 1) if dimensions > 2 else (-1,):
+            shape = others[: dimensions - 1]
+            shape.insert(1 if dim == 1 else len(shape), size)
+            # Mean and std tell the two formulas apart, and make an eps of 0.01 too small to be seen.
+            yield torch.randn(shape, generator=source, device="cpu") * 3 + 2, dim
+
+
+def _match(x: Tensor, y: object, dim: int, values: Mapping[str, Tensor]) -> _Formula | None:
+    """The formula that gives y from x with the weights `values`."""
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    x, y = x.movedim(dim, -1), y.float().movedim(dim, -1)
+    atol = _TOLERANCE * float(y.abs().max())
+    gains = [(None, False), *((name, less) for name in values for less in (False, True))]
+    for centered in (False, True):
+        core = x - x.mean(-1, keepdim=True) if centered else x
+        core = core / core.square().mean(-1, keepdim=True).sqrt()
+        for gain, less in gains:
+            scaled = core if gain is None else core * (values[gain] + less)
+            for shift in (None, *(name for name in values if name != gain)):
+                expected = scaled if shift is None else scaled + values[shift]
+                if torch.allclose(y, expected, rtol=_TOLERANCE, atol=atol):
+                    return _Formula(centered, gain, less, shift)
+    return None
