@@ -1,0 +1,134 @@
+"""Whether the optimizer's state in a torch_dist checkpoint loads into this run's parallel layout.
+
+Parameters load into any layout. The optimizer's state has two limits of Megatron's. The distributed optimizer's
+default format (`dp_reshardable`) stores the buckets of its gradient buffers as they are, so that model chunks
+and bucket sizes must stay; only the number of data parallel ranks may change. And with expert parallelism the
+experts have an optimizer of their own, which no format tells from one for all. Megatron finds out when models
+are built, with a message that names another flag, or none; the saved arguments tell it before.
+docs/checkpoints.md lists which layouts resume from which.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+from megatron_dyt.errors import UserError
+
+# What Megatron saves for `--dist-ckpt-optim-fully-reshardable`, and what older versions called so.
+ANY_LAYOUT = ("fully_reshardable", "fully_sharded_model_space")
+# Flags, beside the sizes below, that deal layers to pipeline stages.
+_PLACEMENT = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+_ANEW = "--no-load-optim loads the parameters alone, and Adam starts anew."
+
+
+def refuse_other(args: Namespace, path: Path) -> None:
+    """Raise `UserError` when the optimizer's state in `path` cannot be loaded into the layout of `args`.
+
+    Args:
+        args: Megatron's, of this run, validated or not.
+        path: one iteration of a checkpoint, such as `.../iter_0000100`.
+    """
+    if args.no_load_optim or args.finetune or args.ckpt_format != "torch_dist":
+        return
+    from megatron.core import dist_checkpointing
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        return
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    saved = common.get("args")
+    if saved is None or getattr(saved, "no_save_optim", False):
+        return
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    problem = _experts(args, saved) or _buckets(args, saved, metadata, path)
+    if problem:
+        raise UserError(f"the optimizer's state in {path} does not load into this layout. {problem} {_ANEW}")
+
+
+def _experts(args: Namespace, saved: Namespace) -> str | None:
+    now, then = args.expert_model_parallel_size, saved.expert_model_parallel_size
+    if (now > 1) == (then > 1):
+        return None
+    return (
+        f"It was saved with --expert-model-parallel-size {then}, and this run has {now}: with 1 Megatron has one "
+        "optimizer, with more a second one for the experts, and neither reads the other's state. Keep to "
+        f"{'1' if then == 1 else 'any size above 1'}."
+    )
+
+
+def _buckets(args: Namespace, saved: Namespace, metadata: dict[str, object], path: Path) -> str | None:
+    kind = metadata.get("distrib_optim_sharding_type")
+    if not args.use_distributed_optimizer or kind is None or kind in ANY_LAYOUT:
+        return None
+    now, then = chunks(args), chunks(saved)
+    if now == then and bucket_size(args) != bucket_size(saved) and not _one_bucket(path, args, saved):
+        now, then = {"ddp_bucket_size": bucket_size(args)}, {"ddp_bucket_size": bucket_size(saved)}
+    differing = [_named(name, now[name], then[name]) for name in now if now[name] != then[name]]
+    if not differing:
+        return None
+    return (
+        "The distributed optimizer's default format is for another number of data parallel ranks alone, and "
+        f"this run has {', '.join(differing)}. Give the values it was saved with; to change them, go on with "
+        "those until one more checkpoint is saved with --dist-ckpt-optim-fully-reshardable, which loads into "
+        "any."
+    )
+
+
+def _named(name: str, now: object, then: object) -> str:
+    return f"--{name.replace('_', '-')} {now} (saved: {then})"
+
+
+def chunks(args: Namespace) -> dict[str, object]:
+    """What decides which part of the model a rank has, by flag."""
+    sizes: dict[str, object] = {
+        "tensor_model_parallel_size": args.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "num_virtual_stages_per_pipeline_rank": _virtual_stages(args),
+        "expert_model_parallel_size": args.expert_model_parallel_size,
+    }
+    if args.expert_model_parallel_size > 1:
+        given = args.expert_tensor_parallel_size
+        sizes["expert_tensor_parallel_size"] = given or args.tensor_model_parallel_size
+    return sizes | {name: getattr(args, name, None) for name in _PLACEMENT}
+
+
+def _virtual_stages(args: Namespace) -> int:
+    per_rank, per_stage = args.num_virtual_stages_per_pipeline_rank, args.num_layers_per_virtual_pipeline_stage
+    if per_rank or not per_stage or not args.num_layers:
+        return per_rank or 1
+    counted = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)
+    return int((args.num_layers + sum(counted)) // args.pipeline_model_parallel_size // per_stage)
+
+
+def bucket_size(args: Namespace) -> int | str:
+    """Parameters after which a gradient bucket ends, as Megatron decides it.
+
+    The default grows with the data parallel ranks (`DistributedDataParallel.__init__`), from 40 of them on.
+    """
+    if not args.overlap_grad_reduce:
+        return "infinite, without --overlap-grad-reduce"
+    if getattr(args, "ddp_num_buckets", None):
+        return f"of --ddp-num-buckets {args.ddp_num_buckets}"
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    return int(args.ddp_bucket_size or max(40_000_000, 1_000_000 * (args.world_size // model)))
+
+
+def _one_bucket(path: Path, *layouts: Namespace) -> bool:
+    """Whether no buffer in the checkpoint is as large as the smallest bucket: then size does not matter."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    sizes = [size for each in layouts if isinstance(size := bucket_size(each), int)]
+    buffers: Counter[str] = Counter()
+    for key, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        buffer, bucket, name = key.partition(".bucket_idx_")
+        if bucket and name.endswith(".param") and isinstance(entry, TensorStorageMetadata):
+            buffers[buffer] += entry.size.numel()
+    return bool(sizes) and max(buffers.values(), default=0) < min(sizes)
