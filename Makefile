@@ -16,7 +16,7 @@ VERSIONS ?=
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-versions compatibility test-megatron-lm check-patches lint format bench docs build clean
+.PHONY: help setup quickstart test test-versions compatibility test-megatron-lm check-patches test-layouts lint format bench docs build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ check-patches: setup ## check patches/ (MEGATRON_LM=clone: against the releases 
 
 test-megatron-lm: setup ## run Megatron-LM's own scripts, unmodified and patched (MEGATRON_LM=clone)
 	@MEGATRON_LM="$(MEGATRON_LM)" $(PY) -m pytest tests/megatron_lm --no-cov $(PYTEST_ARGS)
+
+test-layouts: setup ## checkpoints of DP2, TP2, PP2 and EP2, each continued in every other (2 to 5 minutes)
+	@MEGATRON_DYT_LAYOUTS=1 $(PY) -m pytest tests/distributed/test_checkpoints.py -k every_layout --no-cov $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy, shellcheck
 	@$(PY) -m ruff check .

@@ -14,15 +14,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dyt.checkpoints import crc, iterations
+from megatron_dyt.checkpoints import crc, iterations, optimizer_layout
 from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT, DamagedCheckpoint
+from megatron_dyt.checkpoints.saved_args import READ_ERRORS
 from megatron_dyt.parsed_args import parsed_args
 
 _log = logging.getLogger(__name__)
 
 
 def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`training.load_checkpoint` that takes an earlier checkpoint for a damaged one, if allowed to."""
+    """`training.load_checkpoint` that takes an earlier checkpoint for a damaged one, if allowed to.
+
+    Where it fails because of the optimizer's layout, the error says so: Megatron's names another flag.
+    """
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -33,6 +37,10 @@ def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
                 result = original(*args, **kwargs)
             except DamagedCheckpoint as error:
                 _step_back(flags, error)
+            except READ_ERRORS:
+                if flags is not None and (path := _to_load(flags)):
+                    optimizer_layout.refuse_other(flags, path)
+                raise
             else:
                 _set_aside(flags)
                 return result

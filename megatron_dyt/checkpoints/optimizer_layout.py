@@ -1,10 +1,11 @@
 """Whether the optimizer's state in a torch_dist checkpoint loads into this run's parallel layout.
 
-Parameters load into any layout. The optimizer's state has two limits of Megatron's. The distributed optimizer's
-default format (`dp_reshardable`) stores the buckets of its gradient buffers as they are, so that model chunks
-and bucket sizes must stay; only the number of data parallel ranks may change. And with expert parallelism the
-experts have an optimizer of their own, which no format tells from one for all. Megatron finds out when models
-are built, with a message that names another flag, or none; the saved arguments tell it before.
+Parameters load into any layout. The optimizer's state has limits of Megatron's. The default format of the
+distributed optimizer (`dp_reshardable`) stores the buckets of its gradient buffers as they are, so that model
+chunks and bucket sizes must stay; only the number of data parallel ranks may change. And with expert
+parallelism the experts have an optimizer of their own, whose state one for all cannot read, nor the other way
+round. Megatron finds out when models are built, with a message that names another flag, or none; the saved
+arguments tell it before.
 docs/checkpoints.md lists which layouts resume from which.
 """
 
@@ -14,6 +15,8 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
+from megatron_dyt.checkpoints import iterations
+from megatron_dyt.checkpoints.saved_args import READ_ERRORS
 from megatron_dyt.errors import UserError
 
 # What Megatron saves for `--dist-ckpt-optim-fully-reshardable`, and what older versions called so.
@@ -26,6 +29,14 @@ _PLACEMENT = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+# No optimizer's state is loaded, its format is another one, or the layout is the checkpoint's own.
+_NOT_LOADED = (
+    "no_load_optim",
+    "finetune",
+    "freeze_all_layers",
+    "use_megatron_fsdp",
+    "use_mp_args_from_checkpoint_args",
+)
 _ANEW = "--no-load-optim loads the parameters alone, and Adam starts anew."
 
 
@@ -36,20 +47,38 @@ def refuse_other(args: Namespace, path: Path) -> None:
         args: Megatron's, of this run, validated or not.
         path: one iteration of a checkpoint, such as `.../iter_0000100`.
     """
-    if args.no_load_optim or args.finetune or args.ckpt_format != "torch_dist":
+    if any(getattr(args, flag, False) for flag in _NOT_LOADED):
         return
-    from megatron.core import dist_checkpointing
-
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        return
-    common = dist_checkpointing.load_common_state_dict(str(path))
-    saved = common.get("args")
+    saved, kind = _saved(path)
     if saved is None or getattr(saved, "no_save_optim", False):
         return
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
-    problem = _experts(args, saved) or _buckets(args, saved, metadata, path)
-    if problem:
+    if problem := _kinds(args, saved) or _experts(args, saved) or _buckets(args, saved, kind, path):
         raise UserError(f"the optimizer's state in {path} does not load into this layout. {problem} {_ANEW}")
+
+
+def _saved(path: Path) -> tuple[Namespace | None, str | None]:
+    """(arguments of the run that saved, format of its distributed optimizer); None for what is not there."""
+    from megatron.core import dist_checkpointing
+
+    try:
+        if path.name == iterations.RELEASE or not dist_checkpointing.check_is_distributed_checkpoint(
+            str(path)
+        ):
+            return None, None
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except READ_ERRORS:  # Damaged: that is found, and maybe passed over, when it is loaded.
+        return None, None
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    return common.get("args"), metadata.get("distrib_optim_sharding_type")
+
+
+def _kinds(args: Namespace, saved: Namespace) -> str | None:
+    now, then = args.use_distributed_optimizer, saved.use_distributed_optimizer
+    # Others are distributed by their name, and Megatron's validation then sets the flag.
+    if now == then or args.optimizer not in ("adam", "sgd"):
+        return None
+    with_, give = ("with", "Give") if then else ("without", "Leave out")
+    return f"It was saved {with_} --use-distributed-optimizer, which is another format. {give} the flag."
 
 
 def _experts(args: Namespace, saved: Namespace) -> str | None:
@@ -57,14 +86,13 @@ def _experts(args: Namespace, saved: Namespace) -> str | None:
     if (now > 1) == (then > 1):
         return None
     return (
-        f"It was saved with --expert-model-parallel-size {then}, and this run has {now}: with 1 Megatron has one "
-        "optimizer, with more a second one for the experts, and neither reads the other's state. Keep to "
+        f"It was saved with --expert-model-parallel-size {then}, and this run has {now}: with 1 Megatron has "
+        "one optimizer, with more a second one for the experts, and neither reads the other's state. Keep to "
         f"{'1' if then == 1 else 'any size above 1'}."
     )
 
 
-def _buckets(args: Namespace, saved: Namespace, metadata: dict[str, object], path: Path) -> str | None:
-    kind = metadata.get("distrib_optim_sharding_type")
+def _buckets(args: Namespace, saved: Namespace, kind: str | None, path: Path) -> str | None:
     if not args.use_distributed_optimizer or kind is None or kind in ANY_LAYOUT:
         return None
     now, then = chunks(args), chunks(saved)
@@ -100,7 +128,10 @@ def chunks(args: Namespace) -> dict[str, object]:
 
 
 def _virtual_stages(args: Namespace) -> int:
-    per_rank, per_stage = args.num_virtual_stages_per_pipeline_rank, args.num_layers_per_virtual_pipeline_stage
+    per_rank, per_stage = (
+        args.num_virtual_stages_per_pipeline_rank,
+        args.num_layers_per_virtual_pipeline_stage,
+    )
     if per_rank or not per_stage or not args.num_layers:
         return per_rank or 1
     counted = (args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split)

@@ -138,9 +138,8 @@ def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:
     what = f"the checkpoint {checkpoint_dir} cannot be read ({type(cause).__name__}: {text})."
     if "shape mismatch" in text.lower():
         return UserError(
-            f"{what} It was saved with another layout or architecture. The distributed optimizer's state "
-            "loads with other data-parallel sizes and the same --ddp-bucket-size only, unless it was saved "
-            "with --dist-ckpt-optim-fully-reshardable; --no-load-optim leaves it out."
+            f"{what} It was saved with another architecture, or the optimizer's state with another layout "
+            "(docs/checkpoints.md); --no-load-optim leaves that out."
         )
     return UserError(f"{what} It may be incomplete or damaged: {OTHER_CHECKPOINT}.")
 

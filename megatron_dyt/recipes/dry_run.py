@@ -63,7 +63,7 @@ def run(
 
     Args:
         vocab_size: entries of the tokenizer.
-        files: check tokenizer and data files too, as training does.
+        files: check tokenizer, data files and the checkpoint too, as training does.
         parameters: how many the whole model must have.
 
     Raises:
@@ -85,6 +85,7 @@ def run(
     if files:
         preflight.check_tokenizer(args)
         preflight.check_data(args)
+        preflight.check_load(args)
     return [*report(args, stages, world_size), f"dry run: fine, in {time.monotonic() - began:.0f} s"]
 
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 import torch
 
 from megatron_dyt import rendezvous
-from megatron_dyt.checkpoints import iterations
+from megatron_dyt.checkpoints import iterations, optimizer_layout
 from megatron_dyt.data import tokenizer_check
 from megatron_dyt.errors import UserError
 from megatron_dyt.training import data_check, gpu_needs
@@ -129,7 +129,7 @@ def check_save(args: Namespace) -> None:
 
 
 def check_load(args: Namespace) -> None:
-    """The checkpoint to load is there and whole.
+    """The checkpoint to load is there and whole, and its optimizer's state for this layout.
 
     --load of a directory without any checkpoint starts from scratch when it is also the --save
     directory (so that one command starts and resumes a run); otherwise it is an error. With
@@ -144,6 +144,8 @@ def check_load(args: Namespace) -> None:
         if iteration is not None:
             if flag != "load" or not getattr(args, "dyt_load_fallback", False):
                 iterations.check_readable(directory, iteration)
+            if flag == "load":
+                optimizer_layout.refuse_other(args, iterations.iteration_directory(directory, iteration))
         elif args.exit_on_missing_checkpoint or not _is_fresh_start(args, flag):
             raise UserError(
                 f"--{flag.replace('_', '-')} {directory}: {iterations.missing_tracker(directory)}; to start "

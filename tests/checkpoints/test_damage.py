@@ -12,6 +12,7 @@ import pytest
 
 from megatron_dyt.checkpoints import crc, damage
 from megatron_dyt.checkpoints.iterations import TRACKER, DamagedCheckpoint
+from megatron_dyt.errors import UserError
 
 Run = Callable[[list[str]], SimpleNamespace]
 
@@ -134,6 +135,28 @@ def test_another_directory_is_left_as_it_is(
     run = megatron_run(resuming(tiny_llama, copy, "--dyt-load-fallback", "--save", str(tmp_path / "new")))
     assert len(run.losses) == 3
     assert contents(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("told", "raised"), [("for another layout", UserError), (None, RuntimeError)], ids=["layout", "other"]
+)
+def test_megatrons_error_for_another_layout_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str | None, raised: type[Exception]
+) -> None:
+    def refuse_other(_args: object, path: Path) -> None:
+        assert path == tmp_path / "iter_0000003"
+        if told:
+            raise UserError(told)
+
+    def load_checkpoint() -> None:
+        raise RuntimeError("Please use `--ckpt-fully-parallel-save` flag")
+
+    (tmp_path / TRACKER).write_text("3")
+    monkeypatch.setattr(damage, "parsed_args", lambda: SimpleNamespace(load=str(tmp_path)))
+    monkeypatch.setattr(damage, "_check_start", lambda *_, **__: None)
+    monkeypatch.setattr(damage.optimizer_layout, "refuse_other", refuse_other)
+    with pytest.raises(raised, match=told or "fully-parallel-save"):
+        damage.wrap_load_checkpoint(load_checkpoint)()
 
 
 def test_object_stores_are_left_alone() -> None:

@@ -9,6 +9,7 @@ A case is a plain dictionary, because it travels to the worker as JSON:
     load        whether the flags load a checkpoint, so that no weights are set
     allowed     name of the tolerances in `compare.ALLOWED`
     unmarked    {"norm" or "embedding": [parameter names]} that lose their sequence-parallel mark
+    may_fail    whether a UserError is a result, under "error"
     without     names of `worker.ABSENCES`: other special cases that the run has to do without
 
 "{output}" in a flag becomes the directory of the results.
@@ -92,6 +93,7 @@ def case(model: str, name: str = "", flags: str = "", steps: int = STEPS, **opti
         "load": False,
         "allowed": "fp32",
         "unmarked": {},
+        "may_fail": False,
         "without": [],
     } | options
 

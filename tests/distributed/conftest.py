@@ -79,7 +79,17 @@ def saves_and_mutants(launch: Launch, one: None, checkpoints: Path) -> None:
     """The runs of two processes that save or load a checkpoint, and those with a mark taken away."""
     saves = [checkpoint_cases.saving(saver, checkpoints) for saver in checkpoint_cases.SAVERS]
     loads = [checkpoint_cases.loading(load, checkpoints) for load in checkpoint_cases.BY_TWO]
+    loads += [checkpoint_cases.loading(load, checkpoints, may_fail=True) for load in checkpoint_cases.REFUSED]
     launch("saves_and_mutants", 2, [*saves, *loads, *cases.MUTANTS])
+
+
+@pytest.fixture(scope="session")
+def layouts(launch: Launch, checkpoints: Path) -> None:
+    """Every layout of two processes loaded by every other."""
+    launch("moe_reference", 1, [cases.case("moe")])
+    saves = [checkpoint_cases.saving(saver, checkpoints) for saver in checkpoint_cases.MATRIX_SAVERS]
+    loads = [checkpoint_cases.loading(load, checkpoints, may_fail=True) for load in checkpoint_cases.MATRIX]
+    launch("layouts", 2, [*saves, *loads])
 
 
 @pytest.fixture(scope="session")

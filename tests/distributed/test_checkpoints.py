@@ -1,7 +1,8 @@
-"""A checkpoint saved in one layout is the same model, and the same training, in another one."""
+"""A checkpoint saved in one layout is the same model, and the same training, in another, or is refused."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -60,3 +61,27 @@ def test_two_processes_go_on(load: cases.Load, run_of: RunOf) -> None:
 @pytest.mark.usefixtures("reloads")
 def test_one_process_goes_on(load: cases.Load, run_of: RunOf) -> None:
     check(load, run_of)
+
+
+def refusal_of(load: cases.Load, run_of: RunOf) -> str:
+    """What both ranks were told, which is one thing."""
+    loaded = run_of(f"{load.model}-{load.saver}_loaded_by_{load.name}")
+    assert all("error" in rank for rank in loaded.ranks), "it was loaded"
+    (told,) = {str(rank["error"]) for rank in loaded.ranks}
+    return told
+
+
+@pytest.mark.parametrize(("load", "told"), cases.REFUSED.items(), ids=map(named, cases.REFUSED))
+@pytest.mark.usefixtures("saves_and_mutants")
+def test_an_optimizer_for_another_layout_is_refused(load: cases.Load, told: str, run_of: RunOf) -> None:
+    assert told in refusal_of(load, run_of)
+
+
+@pytest.mark.skipif("MEGATRON_DYT_LAYOUTS" not in os.environ, reason="minutes: make test-layouts")
+@pytest.mark.parametrize("load", cases.MATRIX, ids=named)
+@pytest.mark.usefixtures("layouts")
+def test_every_layout_goes_on_in_every_other_or_is_refused(load: cases.Load, run_of: RunOf) -> None:
+    if cases.resumes(load):
+        check(load, run_of)
+    else:
+        assert "does not load into this layout" in refusal_of(load, run_of)

@@ -34,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dyt import cpu, pretrain
 from megatron_dyt.cpu import device, replacements
+from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches, Replacement
 from megatron_dyt.training import launch
-from tests.distributed import record
+from tests.distributed import context_parallel, record
 from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
@@ -62,7 +63,12 @@ def main(job_file: str) -> None:
         print(f"case {case['name']}", flush=True)
         # A prefix of its own for each case: the groups of the next one have the same names.
         groups = dist.PrefixStore(case["name"], store)
-        result = run(case, output, groups, rank, world_size)
+        try:
+            result = run(case, output, groups, rank, world_size)
+        except UserError as error:
+            if not case["may_fail"]:
+                raise
+            result = {"error": str(error)}
         record.save(result, output, case["name"], rank)
 
 
@@ -83,6 +89,7 @@ def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: i
             *(ABSENCES[name] for name in case["without"]),
             # The CPU runtime has these; on GPUs the local layers need them as well.
             *([] if cpu.is_enabled() else replacements.latent_attention_rows()),
+            *(context_parallel.rows() if "--context-parallel-size" in case["argv"] else []),
         ]
     )
     try:
