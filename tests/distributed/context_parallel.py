@@ -67,6 +67,6 @@ def _gathering(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def positions(rank: int, ranks: int, length: int) -> Tensor:
-    """Where a rank's `length` tokens stand: the chunks `rank` from the front and from the back, of 2 * `ranks`."""
+    """Where a rank's `length` tokens stand: a half in chunk `rank` of 2 * `ranks`, a half in its mirror."""
     half = length // 2
     return torch.cat([torch.arange(half) + chunk * half for chunk in (rank, 2 * ranks - 1 - rank)])
