@@ -48,8 +48,8 @@ _max_shard_size = click.option(
 @click.option(
     "--bos/--no-bos",
     default=None,
-    help="The tokenizer begins a text with BOS, not with an end of document (default: as the training data "
-    "do, by their manifest; BOS where that is not in reach).",
+    help="Whether the tokenizer begins a text with BOS (default: as the training data do, by their manifest; "
+    "with BOS where that is not in reach).",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Export the model alone, with its padded vocabulary.")
 @_max_shard_size

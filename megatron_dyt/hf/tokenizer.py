@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -30,7 +31,7 @@ class TokenizerFacts(NamedTuple):
     """What the model's configuration needs of a tokenizer."""
 
     vocab_size: int  # Rows of the embedding that its ids need.
-    bos: int | None  # What a text begins with.
+    bos: int | None  # What a document begins with, or where it has no BOS, what ends the one before.
     eos: int | None
     pad: int | None
 
@@ -38,10 +39,11 @@ class TokenizerFacts(NamedTuple):
 def write_tokenizer(args: Namespace, directory: Path, bos: bool | None = None) -> TokenizerFacts:
     """Write the tokenizer of the run with these stored arguments into `directory`.
 
-    AutoTokenizer then puts BOS in front of a text, or else EOS, which ends the document before and is then
-    called `bos_token`, and gives otherwise the ids that the run's own tokenizer gives; but a special token's
-    name in a text becomes that token. `bos` says which; None is as the manifests of the training data say,
-    and BOS where none is in reach. A Hugging Face tokenizer is copied as it is.
+    AutoTokenizer then gives the ids that the run's own tokenizer gives, with BOS in front where the training
+    documents have it; but a special token's name in a text becomes that token. `bos` says whether they have
+    it; None is as the manifests of the training data say, and yes where none is in reach. Without BOS in
+    them EOS is called `bos_token`, as with GPT-2: what a first token follows. Padding is at the left, by the
+    token for the unknown where the model has none for it. A Hugging Face tokenizer is copied as it is.
 
     Raises:
         UserError: a tokenizer that is missing, of a kind that cannot be exported, or whose conversion
@@ -68,26 +70,32 @@ def write_tokenizer(args: Namespace, directory: Path, bos: bool | None = None) -
 
 def _write_sentencepiece(model: Path, directory: Path, max_length: int, with_bos: bool) -> TokenizerFacts:
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
 
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    _refuse_other_models(proto, model)
     original = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    with_bos = with_bos and original.bos_id() >= 0
     ids = {
         "unk": original.unk_id(),
-        "bos": original.bos_id() if with_bos and original.bos_id() >= 0 else original.eos_id(),
+        "bos": original.bos_id() if with_bos else original.eos_id(),
         "eos": original.eos_id(),
-        "pad": original.pad_id(),
+        # Not EOS, as whose loss a fine-tuning that leaves out padding would leave out the end of each text.
+        "pad": original.pad_id() if original.pad_id() >= 0 else original.unk_id(),
     }
     known = {f"{name}_token": original.id_to_piece(piece) for name, piece in ids.items() if piece >= 0}
     converted = PreTrainedTokenizerFast(
-        tokenizer_object=_backend(model, original, ids["bos"]),
+        tokenizer_object=_backend(proto, original, with_bos),
         clean_up_tokenization_spaces=False,
+        padding_side="left",  # As LLaMA's: a generated text follows its prompt.
         model_max_length=max_length,
         **known,
     )
     converted.save_pretrained(str(directory))
-    _complete_settings(directory / "tokenizer_config.json", "bos_token" in known)
+    _complete_settings(directory / "tokenizer_config.json", with_bos)
     shutil.copyfile(model, directory / "tokenizer.model")
-    _compare(original, directory, model)
+    _compare(original, directory, model, _defined(proto))
     bos, eos, pad = (ids[name] if ids[name] >= 0 else None for name in ("bos", "eos", "pad"))
     return TokenizerFacts(original.get_piece_size(), bos, eos, pad)
 
@@ -99,19 +107,25 @@ def _complete_settings(path: Path, bos: bool) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _backend(model: Path, original: Any, bos_id: int) -> Any:
-    """The `tokenizers.Tokenizer` that does what a SentencePiece BPE model does; `bos_id` first, unless < 0.
+def _backend(proto: Any, original: Any, with_bos: bool) -> Any:
+    """The `tokenizers.Tokenizer` that does what a SentencePiece BPE model does, with BOS first if asked.
 
     transformers' LlamaTokenizer is not that: it adds no second space to a text that begins with one.
     """
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model.read_bytes())
-    _refuse_other_models(proto, model)
     pieces = [piece.piece for piece in proto.pieces]
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
+    defined = _defined(proto)
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: number for number, piece in enumerate(pieces)},
@@ -119,8 +133,15 @@ def _backend(model: Path, original: Any, bos_id: int) -> Any:
             unk_token=pieces[original.unk_id()],
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
+            # A user-defined symbol is no merge of others: as a word of its own it is taken as it is.
+            ignore_merges=bool(defined),
         )
     )
+    if defined:
+        # SentencePiece takes the longest that begins at a place, and merges nothing with it. Added tokens
+        # would not do: each part of a text beside one gets a space in front.
+        longest_first = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
     prefix = proto.normalizer_spec.add_dummy_prefix
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -129,12 +150,13 @@ def _backend(model: Path, original: Any, bos_id: int) -> Any:
     special = (proto.SentencePiece.UNKNOWN, proto.SentencePiece.CONTROL)
     tokenizer.add_tokens(
         [
-            AddedToken(piece.piece, normalized=False, special=piece.type in special)
+            AddedToken(piece.piece, normalized=False, special=True)
             for piece in proto.pieces
-            if piece.type in (*special, proto.SentencePiece.USER_DEFINED)
+            if piece.type in special
         ]
     )
-    if bos_id >= 0:
+    if with_bos:
+        bos_id = original.bos_id()
         bos = pieces[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
@@ -160,6 +182,11 @@ def _refuse_other_models(proto: Any, model: Path) -> None:
         )
 
 
+def _defined(proto: Any) -> list[str]:
+    """The symbols that a user has defined, which are tokens wherever they stand in a text."""
+    return [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
+
+
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """The pairs that SentencePiece merges, best first: it prefers the pair whose piece scores highest."""
     ranked = sorted(scores, key=lambda piece: -scores[piece])
@@ -171,12 +198,12 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _compare(original: Any, directory: Path, model: Path) -> None:
-    """UserError unless AutoTokenizer on `directory` gives the original's ids."""
+def _compare(original: Any, directory: Path, model: Path, defined: list[str]) -> None:
+    """UserError unless AutoTokenizer on `directory` gives the original's ids, also for `defined` symbols."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(str(directory))
-    for text in PROBES:
+    for text in (*PROBES, "".join(defined), "a".join(defined), " ".join(["", *defined, ""])):
         expected = original.encode(text)
         got = loaded(text, add_special_tokens=False)["input_ids"]
         if got != expected:

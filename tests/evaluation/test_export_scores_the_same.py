@@ -38,16 +38,17 @@ def whole_texts() -> list[Instance]:
     return [Instance("loglikelihood_rolling", {}, (text,), i, metadata=("task", i, 1)) for i, text in texts]
 
 
-@pytest.mark.parametrize("norm", ["RMSNorm", "DyT"])
+@pytest.mark.parametrize(("norm", "bos"), [("RMSNorm", False), ("DyT", True)])
 def test_same_as_the_export_in_lm_eval_s_hf(
     trained: Callable[..., Trained],
     requests: list[Instance],
     fresh_megatron: None,
     tmp_path: Path,
     norm: str,
+    bos: bool,
 ) -> None:
     saved = trained(norm, unusual="--rotary-base 500")
-    lm = MegatronDyTLM.of(load_model(str(saved.directory)), batch_tokens=400)
+    lm = MegatronDyTLM.of(load_model(str(saved.directory), bos=bos), batch_tokens=400)
     assert lm.scorer.share
     ours = lm.loglikelihood(requests)
     rolling = lm.loglikelihood_rolling(whole_texts())
@@ -56,10 +57,17 @@ def test_same_as_the_export_in_lm_eval_s_hf(
     tokens = lm.generator.generate(prompts, max_new=8, max_length=SEQUENCE, done=done)
 
     output = tmp_path / "export"
-    words = ["export", "--load", str(saved.directory), "--output", str(output)]
+    words = [
+        "export",
+        "--load",
+        str(saved.directory),
+        "--output",
+        str(output),
+        "--bos" if bos else "--no-bos",
+    ]
     cli.main.main(words, standalone_mode=False)
     cpu.disable()  # Under it transformers cannot load a model.
-    theirs = hf(output)
+    theirs = hf(output, add_bos_token=True)
     for one, other in zip(ours, theirs.loglikelihood(requests), strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-4)
         assert one[1] == other[1]
@@ -67,21 +75,21 @@ def test_same_as_the_export_in_lm_eval_s_hf(
         ids = torch.tensor([prompt])
         both = theirs.model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=[], pad_token_id=0)
         assert both[0].tolist() == prompt + new
-    # With it, lm-eval scores the BOS of a whole text as well, after the BOS that it puts there itself.
-    theirs.add_bos_token = False
-    expected = theirs.loglikelihood_rolling(whole_texts())
-    assert rolling == pytest.approx(expected, abs=1e-3)
+    # By itself, lm-eval scores the BOS of a whole text as well, after the BOS that it puts there.
+    for plain in [hf(output, add_bos_token=False), *([] if bos else [hf(output)])]:
+        expected = plain.loglikelihood_rolling(whole_texts())
+        assert rolling == pytest.approx(expected, abs=1e-3)
     assert len({round(one[0], 3) for one in ours}) > len(ours) / 2
 
 
-def hf(directory: Path) -> Any:
+def hf(directory: Path, **flags: bool) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
         pretrained=str(directory),
         trust_remote_code=True,
-        add_bos_token=True,
         dtype=torch.float32,
         device="cpu",
         batch_size=8,
+        **flags,
     )

@@ -219,6 +219,25 @@ def test_transformers_uses_an_export_as_its_own(
     assert torch.equal(ended, cached[:, : first + 1])
 
 
+def test_texts_generated_together_are_those_generated_one_by_one(
+    save_gpt: Save, tmp_path: Path, tokenizer_model: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
+    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
+    output = saved.export(tmp_path / "out")
+    model, tokenizer = hf_model(output), AutoTokenizer.from_pretrained(str(output), trust_remote_code=True)
+    texts = ["a", "Permission is", "The work"]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    together = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), **options)
+    assert (together == tokenizer.pad_token_id).any()
+    for text, ids in zip(texts, together, strict=True):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **options)[0]
+        assert ids[-len(alone) :].tolist() == alone.tolist()
+        assert set(ids[: -len(alone)].tolist()) <= {tokenizer.pad_token_id}
+
+
 def test_failure_leaves_nothing(save_gpt: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save_gpt("DyT")
     monkeypatch.setattr(module, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))

@@ -6,6 +6,7 @@ import io
 import json
 from argparse import Namespace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -31,6 +32,16 @@ def train(path: Path, **settings: Any) -> Path:
     return path
 
 
+# One is the beginning of another; letters that pieces have too; spaces; what regular expressions mean.
+SYMBOLS = ["<tab>", "[x]", "<a>", "<a><b>", "ab", "▁▁▁", "\n\n", "|", "7"]
+
+
+def mixed_texts() -> list[str]:
+    """Symbols, parts of them, spaces and words in every order."""
+    random, parts = Random(5), [*SYMBOLS, *"ab<>[]x▁ 日\n", "   ", "the", " license", "tab"]
+    return ["".join(random.choices(parts, k=random.randrange(20))) for _ in range(500)]
+
+
 def run_args(model: Path, kind: str = "SentencePieceTokenizer") -> Namespace:
     return Namespace(tokenizer_type=kind, tokenizer_model=str(model), max_position_embeddings=64)
 
@@ -40,7 +51,8 @@ def run_args(model: Path, kind: str = "SentencePieceTokenizer") -> Namespace:
     [
         {},
         {"add_dummy_prefix": True},  # LLaMA 2's own.
-        {"user_defined_symbols": ["<tab>", "[x]"], "pad_id": 3},
+        {"user_defined_symbols": SYMBOLS, "pad_id": 3},
+        {"user_defined_symbols": SYMBOLS, "add_dummy_prefix": True},
     ],
 )
 def test_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -51,22 +63,25 @@ def test_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
     output.mkdir()
     (output / "config.json").write_text(json.dumps({"model_type": "llama"}))
     facts = write_tokenizer(run_args(model), output)
-    assert facts == TokenizerFacts(350, 1, 2, settings.get("pad_id"))
+    # Padding that can be nothing else: with bytes for all characters no text has an unknown one.
+    assert facts == TokenizerFacts(350, 1, 2, settings.get("pad_id", 0))
     original = sentencepiece.SentencePieceProcessor(model_file=str(model))
     loaded = AutoTokenizer.from_pretrained(str(output))
     assert loaded.bos_token_id == 1
     assert loaded.model_max_length == 64
-    for text in (CODE, TEXT, " two  leading", "ends with spaces  ", "<tab>[x] [x]y", "日本 🙂\x00"):
+    assert (loaded.pad_token_id, loaded.padding_side) == (facts.pad, "left")
+    for text in (CODE, TEXT, " two  leading", "ends with spaces  ", "日本 🙂\x00", *mixed_texts()):
         ids = original.encode(text)
         assert loaded(text)["input_ids"] == [1, *ids]
         assert loaded.decode(ids) == original.decode(ids)
 
 
 @pytest.mark.parametrize(
-    ("stated", "given", "first"), [(False, None, 2), (True, None, 1), (False, True, 1), (None, False, 2)]
+    ("stated", "given", "with_bos"),
+    [(False, None, False), (True, None, True), (False, True, True), (None, False, False), (None, None, True)],
 )
 def test_a_text_begins_as_the_training_documents_do(
-    tmp_path: Path, stated: bool | None, given: bool | None, first: int
+    tmp_path: Path, stated: bool | None, given: bool | None, with_bos: bool
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -79,14 +94,20 @@ def test_a_text_begins_as_the_training_documents_do(
         manifest(bos=stated).write(tmp_path / "data")
     facts = write_tokenizer(args, output, given)
     loaded = AutoTokenizer.from_pretrained(str(output))
-    assert facts.bos == loaded.bos_token_id == first
+    assert facts.bos == loaded.bos_token_id == (1 if with_bos else 2)
     assert loaded.eos_token_id == 2
-    assert loaded("a b")["input_ids"][0] == first
+    ids = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("a b")
+    assert loaded("a b")["input_ids"] == ([1, *ids] if with_bos else ids)
+    assert json.loads((output / "tokenizer_config.json").read_text())["add_bos_token"] is with_bos
+    # As lm-eval asks for it, with what ends the document before where there is no BOS.
+    asked = AutoTokenizer.from_pretrained(str(output), add_bos_token=True)
+    assert asked("a b")["input_ids"] == [facts.bos, *ids]
 
 
-def test_a_text_begins_with_eos_where_the_vocabulary_has_no_bos(tmp_path: Path) -> None:
+def test_eos_is_called_bos_where_the_vocabulary_has_none(tmp_path: Path) -> None:
     model = train(tmp_path / "t.model", vocab_size=350, bos_id=-1, eos_id=1)
     assert write_tokenizer(run_args(model), tmp_path).bos == 1
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is False
 
 
 def test_other_sentencepiece_models(tmp_path: Path) -> None:
