@@ -68,7 +68,8 @@ class _Formula(NamedTuple):
 
 def examine(module: nn.Module) -> Norm | str | None:
     """The norm that a module is, why DyT cannot take its place, or None for what is no norm."""
-    is_torchs = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    is_torchs = isinstance(module, (nn.LayerNorm, nn.RMSNorm, _BatchNorm, nn.GroupNorm, _InstanceNorm))
+    # A container called a norm, such as an adaptive one with a linear layer; the norm inside comes by itself.
     has_layers = any(True for child in module.children() for _ in child.parameters())
     if isinstance(module, DynamicTanh) or (has_layers and not is_torchs):
         return None
