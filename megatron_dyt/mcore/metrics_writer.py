@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-import json
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dyt import compat, log
+from megatron_dyt import compat
+from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.version import __version__
-
-_log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 # The timer of the steps since the last log line; Megatron stops it during evaluations and saves.
@@ -66,18 +63,16 @@ _NOTHING = Sums(0.0, 0, 0, 0, {})
 
 
 class MetricsWriter:
-    """Writes one run's file. Where that fails, it says so once, and training goes on without.
+    """Writes one run's file.
 
     Args:
         path: the file, which is appended to.
-        args: Megatron's validated arguments.
+        args: Megatron's validated arguments, after a checkpoint was loaded.
     """
 
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        self.path = path
+        self.file = JsonLines(path, args.iteration)
         self.args = args
-        self.started = False
-        self.failed = False
         # The dictionary of sums that Megatron's `training_log` works on, while it runs.
         self.running: dict[str, Any] | None = None
         # (seconds, whether Megatron sets the sums to zero now, the sums), where a line was logged.
@@ -142,26 +137,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line; the first one of a process comes after a line that describes the run."""
-        if self.failed:
-            return
-        lines = [record] if self.started else [self._start(), record]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        try:
-            if not self.started:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # A run that was killed may have left half a line.
-                text = text if _ends_a_line(self.path) else "\n" + text
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
-            self.started = True
-        except OSError as error:
-            self.failed = True
-            _log.warning(
-                "%s cannot be written (%s); training goes on without it",
-                self.path,
-                error,
-                extra=log.ALL_RANKS,
-            )
+        self.file.append(*([record] if self.file.started else [self._start(), record]))
 
     def _start(self) -> dict[str, Any]:
         return {
@@ -209,14 +185,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)
-
-
-def _ends_a_line(path: Path) -> bool:
-    if not path.exists() or not path.stat().st_size:
-        return True
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read() == b"\n"
 
 
 def _global_batch_size() -> int:

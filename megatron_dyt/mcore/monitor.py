@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -23,6 +22,7 @@ from megatron_dyt import log
 from megatron_dyt.config import is_dyt
 from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.embedding import EmbeddingScale
+from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
 from megatron_dyt.ops.reference import FUNCTIONS
@@ -79,7 +79,7 @@ class Monitor:
     Args:
         chunks: the model's chunks on this rank (several under virtual pipeline stages).
         linear_gain: std * sqrt(hidden) of the linear layers, for the start-up warning.
-        stats_file: JSON-lines file, or None.
+        stats_file: where statistics are written, or None.
         interval: steps between two lines of it.
         reports: whether this rank logs and writes (one rank of each pipeline stage does).
     """
@@ -89,7 +89,7 @@ class Monitor:
         chunks: list[nn.Module],
         *,
         linear_gain: float,
-        stats_file: str | None = None,
+        stats_file: JsonLines | None = None,
         interval: int = 0,
         reports: bool = True,
     ) -> None:
@@ -145,7 +145,7 @@ class Monitor:
             if self.reports:
                 self.log_start()
         if looked and self._due(iteration) and self.reports and self.stats_file:
-            self.write(self.stats_file, iteration)
+            self.stats_file.append(self.record(iteration))
         self.stop_looking()
         self.samples = {}
         if self._due(iteration + 1):
@@ -196,8 +196,8 @@ class Monitor:
                 "--dyt-preset unit, or --init-method-std near 1/sqrt(hidden)."
             )
 
-    def write(self, file: str, iteration: int) -> None:
-        """Append one line to the statistics file."""
+    def record(self, iteration: int) -> dict[str, object]:
+        """The line of the statistics file for a step."""
         sites = [
             SiteRecord(
                 name=site.name,
@@ -214,9 +214,7 @@ class Monitor:
         record: dict[str, object] = {"iteration": iteration, "sites": sites}
         if self.scale_value is not None:
             record["embedding_scale"] = float(self.scale_value)
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        return record
 
 
 def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:
@@ -281,7 +279,7 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     return Monitor(
         chunks,
         linear_gain=config.init_method_std * config.hidden_size**0.5,
-        stats_file=os.path.join(args.save, name) if args.save else None,
+        stats_file=JsonLines(Path(args.save) / name, args.iteration) if args.save else None,
         interval=getattr(args, "dyt_stats_interval", 0),  # Absent with --yaml-cfg.
         reports=ranks.is_first_of_stage(),
     )

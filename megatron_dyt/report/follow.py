@@ -6,6 +6,7 @@ With `--log` it also keeps the run's output in a file, and shows of it what a pe
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import statistics
@@ -81,6 +82,8 @@ class Tail:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.position = 0
+        # The file's number: a resumed run puts another in its place when lines of the old one are void.
+        self.inode = 0
 
     def read(self) -> list[Record]:
         """The records of the new complete lines; none while there is no file."""
@@ -88,11 +91,15 @@ class Tail:
         if not path.is_file():
             return []
         with path.open("rb") as file:
+            replaced = self.inode not in (0, inode := os.fstat(file.fileno()).st_ino)
+            self.inode, self.position = inode, 0 if replaced else self.position
             file.seek(self.position)
             # What stands behind the last newline is a line that is being written.
             whole, newline, _ = file.read().rpartition(b"\n")
         self.position += len(whole + newline)
-        return list(metrics.parse(whole.decode(errors="replace").splitlines()))
+        records = list(metrics.parse(whole.decode(errors="replace").splitlines()))
+        starts = [index for index, record in enumerate(records) if isinstance(record, Start)]
+        return records[starts[-1] :] if replaced and starts else records  # Before it stands what is known.
 
 
 class Display:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.mcore import monitor
+from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.mcore.monitor import Monitor
 
 Make = Callable[..., Any]
@@ -77,7 +78,7 @@ def test_statistics_are_those_of_the_step_before_its_update(
     make_monitor: Make, loss_of: LossOf, tmp_path: Path
 ) -> None:
     file = tmp_path / "save" / "dyt_stats.jsonl"
-    watch, model = make_monitor(stats_file=str(file), interval=3)
+    watch, model = make_monitor(stats_file=JsonLines(file), interval=3)
     watch.look()
     for step in range(1, 8):
         loss_of(model)
@@ -120,7 +121,7 @@ def test_saturation_begins_where_the_function_does(
 
 
 def test_nothing_is_recorded_between_two_looks(make_monitor: Make, loss_of: LossOf, tmp_path: Path) -> None:
-    watch, model = make_monitor(stats_file=str(tmp_path / "s"), interval=10)
+    watch, model = make_monitor(stats_file=JsonLines(tmp_path / "s"), interval=10)
     watch.look()
     loss_of(model)
     watch.after_step(1)
@@ -134,7 +135,7 @@ def test_nothing_is_recorded_between_two_looks(make_monitor: Make, loss_of: Loss
 def test_ranks_that_do_not_report_log_and_write_nothing(
     make_monitor: Make, loss_of: LossOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch, model = make_monitor(stats_file=str(tmp_path / "s"), interval=1, reports=False)
+    watch, model = make_monitor(stats_file=JsonLines(tmp_path / "s"), interval=1, reports=False)
     watch.look()
     loss_of(model)
     watch.after_step(1)

@@ -61,6 +61,19 @@ def test_a_terminal_has_a_bar_with_step_loss_pace_and_time_left(tmp_path: Path) 
     display.close()
 
 
+def test_of_a_file_that_a_resumed_run_replaced_its_own_part_is_news(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [start_line(), step_line(10, 6.0), validation_line(10, 5.5), step_line(20, 5.0)])
+    tail = Tail(tmp_path)
+    assert len(tail.read()) == 4
+    lines = [start_line(), step_line(10, 6.0), validation_line(10, 5.5), start_line(), step_line(11, 5.9)]
+    write_lines(tmp_path / "new", lines)
+    (tmp_path / "new").replace(path)
+    assert [getattr(record, "iteration", None) for record in tail.read()] == [None, 11]
+    append(path, step_line(21, 4.9))
+    assert [record.iteration for record in tail.read()] == [21]
+
+
 def test_a_log_has_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(follow.time, "monotonic", lambda: now[0])
