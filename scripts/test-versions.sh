@@ -8,7 +8,8 @@
 #   scripts/test-versions.sh                    every supported release (megatron_dyt/compat.py: TESTED)
 #   scripts/test-versions.sh 0.18.2 [0.19.2]    these
 #
-# Environment: PYTEST_ARGS is passed through to pytest; WORKERS is the number of pytest processes (2).
+# Environment: PYTEST_ARGS is passed through to pytest; WORKERS is the number of pytest processes (2). WITH_TE is a
+# folder of scripts/build-te.sh: then tests/te run, and nothing else.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -42,13 +43,14 @@ install() {
 }
 
 run() {
-  local release=$1 tests=("${UNIT[@]}") parallel=("${PARALLEL[@]}")
+  local release=$1 tests=("${UNIT[@]}") parallel=("${PARALLEL[@]}") path=$PWD/.venv-versions/$1 results=build/results
   [ -d ".venv-versions/$release/megatron/training" ] || parallel=("${PARALLEL_WITHOUT_LOOP[@]}")
+  [ -z "${WITH_TE:-}" ] || { tests=(tests/te) parallel=() path=$WITH_TE:$path results=build/results-te; }
   echo "test-versions: megatron-core $release"
   # shellcheck disable=SC2086 # PYTEST_ARGS is a list of words.
-  PYTHONPATH=$PWD/.venv-versions/$release MEGATRON_DYT_CORE_CASES=1 \
+  PYTHONPATH=$path MEGATRON_DYT_CORE_CASES=1 \
     "$PY" -m pytest -n "${WORKERS:-2}" --no-cov -q -W ignore -m "not slow" -p no:cacheprovider \
-    --record-results=build/results ${PYTEST_ARGS:-} "${tests[@]}" "${parallel[@]}"
+    --record-results="$results" ${PYTEST_ARGS:-} "${tests[@]}" "${parallel[@]}"
 }
 
 for each in "${releases[@]}"; do

@@ -1,8 +1,8 @@
-"""Small models of each of Megatron's families, of its local layers, and a loss of fixed data for each.
+"""Small models of each of Megatron's families, and a loss of fixed data for each.
 
-`FAMILIES[name](config)` builds one; the model's weights are drawn with a fixed seed. `loss_of(name,
-model)` is a scalar that depends on every parameter, the same number on every tensor parallel rank. The
-config is one for `SIZES` (see `config_for`).
+`build(name, config)` makes one of Megatron's local layers, or with `te=True` of Transformer Engine's, where
+that is installed; its weights are drawn with a fixed seed. `loss_of(name, model)` is a scalar that depends on
+every parameter, the same number on every tensor parallel rank. The config is one for `SIZES` (`config_for`).
 """
 
 from __future__ import annotations
@@ -71,29 +71,35 @@ def gpt(config: Any, **stage: bool) -> Any:
     )
 
 
-def t5(config: Any) -> Any:
+def t5(config: Any, te: bool = False) -> Any:
     from megatron.core.models.T5 import t5_spec
     from megatron.core.models.T5.t5_model import T5Model
 
+    encoder, decoder = (
+        getattr(t5_spec, f"get_t5_{part}_with_{'transformer_engine' if te else 'local'}_block_spec")
+        for part in ("encoder", "decoder")
+    )
     return T5Model(
         config,
         encoder_config=config,
-        transformer_encoder_layer_spec=t5_spec.get_t5_encoder_with_local_block_spec(config.num_layers),
-        transformer_decoder_layer_spec=t5_spec.get_t5_decoder_with_local_block_spec(config.num_layers),
+        transformer_encoder_layer_spec=encoder(config.num_layers),
+        transformer_decoder_layer_spec=decoder(config.num_layers),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         share_embeddings_and_output_weights=True,
     )
 
 
-def bert(config: Any, **stage: bool) -> Any:
-    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+def bert(config: Any, te: bool = False, **stage: bool) -> Any:
+    from megatron.core.models.bert import bert_layer_specs as specs
     from megatron.core.models.bert.bert_model import BertModel
 
     return BertModel(
         config,
         num_tokentypes=2,
-        transformer_layer_spec=bert_layer_local_spec,
+        transformer_layer_spec=(
+            specs.get_bert_layer_with_transformer_engine_spec() if te else specs.bert_layer_local_spec
+        ),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         share_embeddings_and_output_weights=True,
@@ -101,14 +107,14 @@ def bert(config: Any, **stage: bool) -> Any:
     )
 
 
-def vit(config: Any, subtype: str = "clip") -> Any:
+def vit(config: Any, subtype: str = "clip", te: bool = False) -> Any:
+    from megatron.core.models.vision import vit_layer_specs as specs
     from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 
     siglip = subtype == "siglip"
     return CLIPViTModel(
         config,
-        get_vit_layer_with_local_spec(),
+        specs.get_vit_layer_with_transformer_engine_spec() if te else specs.get_vit_layer_with_local_spec(),
         add_class_token=not siglip,
         class_token_len=0 if siglip else 1,
         patch_dim=PATCH,
@@ -136,7 +142,7 @@ def radio(config: Any, norm: Any = torch.nn.LayerNorm) -> Any:
     )
 
 
-def hybrid(config: Any, **stage: bool) -> Any:
+def hybrid(config: Any, te: bool = False, **stage: bool) -> Any:
     path, name = "hybrid.hybrid_model", "HybridModel"
     if compat.hybrid_stack()[1] == "MambaStack":
         path, name = "mamba.mamba_model", "MambaModel"
@@ -146,13 +152,21 @@ def hybrid(config: Any, **stage: bool) -> Any:
     pattern = next(each for each in ("hybrid_layer_pattern", "hybrid_override_pattern") if each in parameters)
     return model(
         config,
-        hybrid_spec(),
+        megatrons_hybrid_spec() if te else hybrid_spec(),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         position_embedding_type="learned_absolute",
         **{pattern: MOE_PATTERN if config.num_moe_experts else DENSE_PATTERN},
         **stage,
     )
+
+
+def megatrons_hybrid_spec() -> Any:
+    """Megatron's own hybrid stack, of Transformer Engine's layers."""
+    is_hybrid = compat.hybrid_stack()[1] == "HybridStack"
+    name = "hybrid.hybrid_layer_specs" if is_hybrid else "mamba.mamba_layer_specs"
+    specs = importlib.import_module(f"megatron.core.models.{name}")
+    return specs.hybrid_stack_spec if is_hybrid else specs.mamba_stack_spec
 
 
 def hybrid_spec() -> Any:

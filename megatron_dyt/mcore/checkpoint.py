@@ -141,6 +141,11 @@ def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:
             f"{what} It was saved with another architecture, or the optimizer's state with another layout "
             "(docs/checkpoints.md); --no-load-optim leaves that out."
         )
+    if "missing key" in text.lower() and "_extra_state" in text:
+        return UserError(
+            f"{what} That is state of Transformer Engine's layers, empty without FP8, which a checkpoint of "
+            "local layers lacks: --dist-ckpt-strictness log_all loads the rest."
+        )
     return UserError(f"{what} It may be incomplete or damaged: {OTHER_CHECKPOINT}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from megatron_dyt import cpu
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """CPU runtime on, plugin registered, model parallel groups of size 1."""
+    with one_process(tmp_path_factory.mktemp("store") / "file"):
+        yield
+
+
+@contextlib.contextmanager
+def one_process(store: Path) -> Iterator[None]:
+    """What `world` says; `store` is a file for the process group."""
     cpu.enable()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -23,7 +31,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import megatron_dyt
 
     megatron_dyt.register()
-    store = tmp_path_factory.mktemp("store") / "file"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
