@@ -16,7 +16,7 @@ VERSIONS ?=
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-versions test-te compatibility test-megatron-lm check-patches test-layouts lint format bench docs build clean
+.PHONY: help setup quickstart test test-versions test-te compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench docs build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,11 +50,14 @@ test-megatron-lm: setup ## run Megatron-LM's own scripts, unmodified and patched
 test-layouts: setup ## checkpoints of DP2, TP2, PP2 and EP2, each continued in every other (2 to 5 minutes)
 	@MEGATRON_DYT_LAYOUTS=1 $(PY) -m pytest tests/distributed/test_checkpoints.py -k every_layout --no-cov $(PYTEST_ARGS)
 
+test-slurm: setup ## run the launch scripts on a Slurm cluster of two nodes, made on this machine (as root)
+	@MEGATRON_DYT_SLURM=1 $(PY) -m pytest tests/slurm --no-cov $(PYTEST_ARGS)
+
 lint: setup ## ruff, mypy, shellcheck
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@.venv/bin/shellcheck --external-sources .ci/run scripts/*.sh $(wildcard examples/*.sh examples/*/*.sh)
+	@.venv/bin/shellcheck --external-sources .ci/run scripts/*.sh tests/slurm/*.sh $(wildcard examples/*.sh examples/*/*.sh)
 
 format: setup ## sort imports and format the code
 	@$(PY) -m ruff check --fix-only --select I .

@@ -8,6 +8,7 @@ time-out is known by number. The store is the one that `init_process_group` will
 from __future__ import annotations
 
 import os
+import socket
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_dyt.errors import UserError
+from megatron_dyt.errors import TrainingFault, UserError
 
 # Seconds; instead of --distributed-timeout-minutes.
 VARIABLE = "MEGATRON_DYT_RANK_TIMEOUT"
@@ -23,6 +24,8 @@ VARIABLE = "MEGATRON_DYT_RANK_TIMEOUT"
 _GRACE = 30.0
 # Seconds that the others wait longer than rank 0, from which they receive who is missing.
 _MARGIN = 30.0
+# A verdict that begins so is no mistake of the user's.
+FAULT = "fault: "
 
 # Kept until the process ends: with it rank 0's server would go, which init_process_group takes over.
 _store: dist.Store | None = None
@@ -38,7 +41,7 @@ class Exchange:
     """
 
     def __init__(self, topic: str, seconds: float) -> None:
-        """Raises UserError when the store at MASTER_ADDR:MASTER_PORT cannot be reached in time."""
+        """Raises TrainingFault when the store at MASTER_ADDR:MASTER_PORT cannot be reached in time."""
         self.seconds = seconds
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -51,12 +54,34 @@ class Exchange:
         if self.world > 1:
             self._store = _connect(self.rank, seconds)
 
+    def settle(self, text: str, judge: Callable[[dict[int, str]], str]) -> None:
+        """Send this rank's text; fail on every rank unless rank 0's `judge`, given all texts, returns "".
+
+        Raises:
+            UserError: what it returned.
+            TrainingFault: likewise, where that begins with `FAULT`; or a rank did not answer in time, most
+                likely by a fault of its machine, after which a run is started again.
+        """
+        self.send(text)
+        if self.rank > 0:
+            verdict = self.receive_verdict()
+        else:
+            try:
+                verdict = judge(self.collect())
+            except TrainingFault as fault:
+                verdict = f"{FAULT}{fault}"
+            self.send_verdict(verdict)
+        if verdict.startswith(FAULT):
+            raise TrainingFault(verdict.removeprefix(FAULT))
+        if verdict:
+            raise UserError(verdict)
+
     def send(self, text: str) -> None:
         """Put this rank's text into the store."""
         self._store.set(f"{self._prefix}/{self.rank}", text)
 
     def collect(self) -> dict[int, str]:
-        """The texts of all ranks. Raises UserError naming those that did not write in time."""
+        """The texts of all ranks. Raises TrainingFault naming those that did not write in time."""
         keys = [f"{self._prefix}/{rank}" for rank in range(self.world)]
         try:
             self._store.wait(keys, timedelta(seconds=self.seconds))
@@ -65,7 +90,7 @@ class Exchange:
             self._delete(keys)
             if not missing:
                 raise
-            raise UserError(
+            raise TrainingFault(
                 f"{ranks(missing)} of {self.world} did not answer within {self.seconds:g} s. Such a rank "
                 "runs without megatron_dyt, with another script or --normalization, or has ended: look at "
                 "the end of its log."
@@ -84,14 +109,14 @@ class Exchange:
             self._delete(self._verdict_keys)  # Otherwise who is late still needs it.
 
     def receive_verdict(self) -> str:
-        """On the other ranks: rank 0's verdict. Raises UserError when there is none in time."""
+        """On the other ranks: rank 0's verdict. Raises TrainingFault when there is none in time."""
         try:
             self._store.wait([f"{self._prefix}/verdict"], timedelta(seconds=self.seconds + _MARGIN))
             verdict = self._store.get(f"{self._prefix}/verdict").decode()
             if self._received(1) == self.world - 1 and not verdict:
                 self._delete(self._verdict_keys)
         except RuntimeError as error:
-            raise UserError(
+            raise TrainingFault(
                 f"rank 0 did not answer within {self.seconds + _MARGIN:g} s, or has ended. It may run "
                 "without megatron_dyt, with another script or --normalization: look at the end of its log."
             ) from error
@@ -115,21 +140,39 @@ class Exchange:
         return int(self._store.add(f"{self._prefix}/received", count))
 
 
-def on_rank_0(topic: str, check: Callable[[], None], seconds: float) -> None:
-    """Run `check` on rank 0 alone; what it raises there is a `UserError` on every other rank."""
+def on_each_node(topic: str, check: Callable[[], None], seconds: float) -> None:
+    """Run `check` on the first rank of each node; all ranks fail when it does on one.
+
+    A file may be missing on one node. What `check` raises is raised there; on the other ranks it is a
+    `UserError` if it is one there, else a `TrainingFault`.
+    """
     exchange = Exchange(topic, seconds)
-    if exchange.world == 1:
-        check()
-    elif exchange.rank > 0:
-        if verdict := exchange.receive_verdict():
-            raise UserError(verdict)
-    else:
+    failure: Exception | None = None
+    # Without LOCAL_RANK nobody knows where a node begins.
+    if exchange.rank == 0 or _from_environment("LOCAL_RANK", 1) == 0:
         try:
             check()
         except Exception as error:
-            exchange.send_verdict(str(error))
-            raise
-        exchange.send_verdict("")
+            failure = error
+            # It fails anyway: no reason to wait for the others as long as for a start.
+            exchange.seconds = min(exchange.seconds, _GRACE)
+    try:
+        if exchange.world > 1:
+            exchange.settle(_as_text(exchange.rank, failure), _first_failure)
+    finally:
+        if failure is not None:
+            raise failure
+
+
+def _as_text(rank: int, failure: Exception | None) -> str:
+    if failure is None:
+        return ""
+    kind = "" if isinstance(failure, UserError) else f"{FAULT}{type(failure).__name__}: "
+    return f"{kind}{failure} (on {socket.gethostname()}, rank {rank})"
+
+
+def _first_failure(texts: dict[int, str]) -> str:
+    return next(filter(None, texts.values()), "")
 
 
 def time_out(args: Namespace) -> float:
@@ -176,7 +219,7 @@ def _connect(rank: int, seconds: float) -> dist.Store:
                 use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
             )
         except RuntimeError as error:
-            raise UserError(
+            raise TrainingFault(
                 f"rank {rank} found no rank 0 at MASTER_ADDR:MASTER_PORT = {host}:{port} in {seconds:g} s "
                 f"({' '.join(str(error).split())[:200]}). Is it running, and the port free?"
             ) from error

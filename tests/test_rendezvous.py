@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from argparse import Namespace
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dyt import rendezvous
-from megatron_dyt.errors import UserError
+from megatron_dyt.errors import TrainingFault, UserError
 from megatron_dyt.rendezvous import Exchange
 
 
@@ -74,14 +75,14 @@ def test_who_does_not_answer_is_named(together: Callable[..., list[Any]]) -> Non
         return each.collect()
 
     error, _ = together(0.3, first, sends("b"), world=4)
-    assert isinstance(error, UserError)
+    assert isinstance(error, TrainingFault)
     assert str(error).startswith("ranks 2, 3 of 4 did not answer within 0.3 s. ")
 
 
 def test_a_rank_0_that_sends_nothing_is_not_waited_for_forever(together: Callable[..., list[Any]]) -> None:
     start = time.monotonic()
     _, error = together(0.3, lambda _: None, lambda each: each.receive_verdict())
-    assert isinstance(error, UserError)
+    assert isinstance(error, TrainingFault)
     assert str(error).startswith("rank 0 did not answer within 0.5 s")
     assert time.monotonic() - start < 20  # Not for the 30 s of grace.
 
@@ -108,20 +109,79 @@ def test_but_not_longer_than_the_time_out(together: Callable[..., list[Any]]) ->
     assert 0.3 <= time.monotonic() - start < 20
 
 
-def test_a_check_of_rank_0_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`on_rank_0` in two ranks one after the other: the second finds what the first left."""
+def test_all_hear_of_who_does_not_answer(together: Callable[..., list[Any]]) -> None:
+    def part(each: Exchange) -> None:
+        each.settle("a", lambda _: "")
+
+    first, second = together(0.3, part, part, world=3)
+    assert isinstance(first, TrainingFault)
+    assert isinstance(second, TrainingFault)
+    assert str(first) == str(second)
+    assert "rank 2 of 3 did not answer" in str(first)
+
+
+def on_four_ranks(
+    monkeypatch: pytest.MonkeyPatch, failures: dict[int, Exception]
+) -> tuple[list[int], list[Exception | None]]:
+    """`on_each_node` on two nodes of two ranks, whose checks fail so: who checked, and what each raised."""
+    checked: list[int] = []
+    raised: list[Exception | None] = [None] * 4
     store = dist.HashStore()
     monkeypatch.setattr(rendezvous, "_connect", lambda *_: store)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    place = threading.local()
+    monkeypatch.setattr(rendezvous, "_from_environment", lambda name, _default: place.of[name])
+    # Each thread counts its own exchange.
+    monkeypatch.setattr(rendezvous, "_exchanges", _NoCount())
 
-    def check() -> None:
-        raise UserError("no such file")
+    def play(rank: int) -> None:
+        place.of = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2}
 
-    for rank, run in (("0", check), ("1", lambda: pytest.fail("rank 1 must not check"))):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(rendezvous, "_exchanges", {})
-        with pytest.raises(UserError, match="no such file"):
-            rendezvous.on_rank_0("files", run, 0.1)
+        def check() -> None:
+            checked.append(rank)
+            if rank in failures:
+                raise failures[rank]
+
+        try:
+            rendezvous.on_each_node("files", check, 10)
+        except Exception as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return sorted(checked), raised
+
+
+class _NoCount(dict[str, int]):
+    def __setitem__(self, key: str, value: int) -> None:
+        super().__setitem__(key, 1)
+
+    def get(self, key: str, default: int = 0) -> int:  # type: ignore[override]
+        return 0
+
+
+def test_the_first_rank_of_each_node_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_four_ranks(monkeypatch, {}) == ([0, 2], [None] * 4)
+
+
+@pytest.mark.parametrize("node", [0, 2])
+def test_wrong_input_on_one_node_is_so_for_all(monkeypatch: pytest.MonkeyPatch, node: int) -> None:
+    wrong = UserError("no such file")
+    _, raised = on_four_ranks(monkeypatch, {node: wrong})
+    assert raised[node] is wrong
+    others = [error for rank, error in enumerate(raised) if rank != node]
+    assert all(type(error) is UserError for error in others)
+    expected = f"no such file (on {socket.gethostname()}, rank {node})"
+    assert {str(error) for error in others} == {expected}
+
+
+def test_a_fault_of_one_node_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, raised = on_four_ranks(monkeypatch, {2: OSError("stale file handle")})
+    assert type(raised[2]) is OSError
+    assert all(type(raised[rank]) is TrainingFault for rank in (0, 1, 3))
+    assert str(raised[0]).startswith("OSError: stale file handle (on ")
 
 
 @pytest.mark.parametrize("verdict", ["", "bad"])
@@ -152,7 +212,7 @@ def test_who_answered_in_vain_leaves_nothing_either(together: Callable[..., list
         return each.collect()
 
     error, _ = together(0.3, first, sends("b"), world=3)
-    assert isinstance(error, UserError)
+    assert isinstance(error, TrainingFault)
     assert stores[0].num_keys() == 0
 
 
@@ -160,7 +220,7 @@ def test_one_rank_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(rendezvous, "_connect", lambda *_: pytest.fail("not needed"))
     done = []
-    rendezvous.on_rank_0("files", lambda: done.append(1), 1)
+    rendezvous.on_each_node("files", lambda: done.append(1), 1)
     assert done == [1]
 
 

@@ -10,8 +10,8 @@
 # LLaMA 1.4b: see common.sh beside this file for how to start it and what can be set.
 MODEL=1.4b # read by common.sh
 here=$(dirname "${BASH_SOURCE[0]}")
-# Slurm runs a copy of this file from a directory of its own; it is submitted from the top of the checkout.
-[ -f "$here/common.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/examples/llama
+# Slurm runs a copy of this file from a directory of its own, and knows where it was submitted from.
+[ -f "$here/common.sh" ] || here=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *Command=//p')")
 # shellcheck source=examples/llama/common.sh
-. "$here/common.sh"
+. "$here/common.sh" || exit 2
 main "$@"

@@ -13,45 +13,55 @@
 # with a checkpoint:  touch OUT/stop; scancel --signal=TERM JOB
 # Flags given on the command line come last and win.
 #
+# Exit codes: 0  all steps are there, or the run was stopped as OUT/stop asked
+#             1  it ended before the last step, and is not requeued
+#             2  the input is wrong: the last lines say what to change
+#
 # Settings (environment):
 #   TRAIN_DATA, VALID_DATA  what megatron-dyt prepare-data wrote: a directory with a manifest, prefixes, or a
 #                           blend (weight prefix weight prefix ...)
 #   TOKENIZER_MODEL         the SentencePiece file that the data was made with
 #   OUT                     where checkpoints and logs go           (default runs/llama-SIZE-NORM)
 #   NORM                    DyT or RMSNorm                          (default DyT)
-#   NODES, GPUS_PER_NODE    size of the cluster                     (default Slurm's; 1 and 8)
+#   NODES, GPUS_PER_NODE    size of the cluster                     (1 and 8; under Slurm what the job has)
 #   GPU_MEMORY, GPU_FLOPS   GB and bf16 TFLOP/s per GPU              (default 80 and 989: H100)
 #   SAVE_INTERVAL           steps between checkpoints               (default 500)
 #   PRECISION               bf16, or fp32 where there is no GPU     (default bf16)
 #   PLAN_FLAGS              sizes of your own, such as "--tp 8"     (see megatron-dyt plan --help)
 #   WANDB_PROJECT           logs to Weights & Biases too, by Megatron's own flags
 #   NODE_RANK, MASTER_ADDR, MASTER_PORT                             without Slurm
+#   SIGNAL_LEAD             seconds from Slurm's SIGTERM to the job's end (default 600); give it together with
+#                           another sbatch --signal=TERM@SECONDS
 #   SRUN_FLAGS              more flags for srun, such as "--container-image=... --container-mounts=..."
 #   PY                      interpreter                             (default .venv/bin/python, else python3)
 set -euo pipefail
 
 : "${MODEL:?source this from one of the size scripts, such as 7b.sh}"
 say() { printf 'llama-%s: %s\n' "$MODEL" "$*"; }
-fail() {
-  printf 'llama-%s: error: %s\n' "$MODEL" "$*" >&2
-  exit 2
+give_up() { # with an exit code and why
+  printf 'llama-%s: error: %s\n' "$MODEL" "${*:2}" >&2
+  exit "$1"
 }
+fail() { give_up 2 "$@"; }
 
 [ -n "${PY:-}" ] || { [ -x .venv/bin/python ] && PY=.venv/bin/python; } || PY=python3
 NORM=${NORM:-DyT}
 OUT=${OUT:-runs/llama-$MODEL-$NORM}
-NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}
-GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps TP communication by it.
 export MASTER_PORT=${MASTER_PORT:-29500}
-read -r -a SRUN <<<"srun --kill-on-bad-exit=0 ${SRUN_FLAGS:-}"
+# shellcheck source=examples/llama/slurm.sh
+. "$(dirname "${BASH_SOURCE[0]}")/slurm.sh"
 
 # A command that only looks: on this node, or where the containers of SRUN_FLAGS are. It must not take itself
 # for a rank of the job.
 alone() {
   local where=()
-  if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SRUN_FLAGS:-}" ]; then where=("${SRUN[@]}" --nodes 1 --ntasks 1); fi
+  if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SRUN_FLAGS:-}" ]; then
+    # SIGTERM for the job must not end it: what the signal means is looked at before the ranks start.
+    # shellcheck disable=SC2016 # The words are those of the task.
+    where=("${SRUN[@]}" --nodes 1 --ntasks 1 bash -c 'trap "" TERM; exec "$@"' look)
+  fi
   ${where[@]+"${where[@]}"} env -u RANK -u WORLD_SIZE -u SLURM_PROCID -u SLURM_NTASKS "$PY" "$@"
 }
 
@@ -161,10 +171,8 @@ take_lock() {
 
 # Whether "job ID" or "host NAME PID" runs, or cannot be asked.
 may_run() {
-  local answer
   if [ "$1" = job ]; then
-    answer=$(squeue -h -j "$2" 2>&1) || true
-    [[ -n $answer && $answer != *"Invalid job id"* ]]
+    is_queued "$2"
   else
     [ "$2" != "$(hostname)" ] || kill -0 "$3" 2>/dev/null
   fi
@@ -185,30 +193,20 @@ launch() {
   fi
 }
 
-# One task per GPU, without torchrun: Slurm's SIGTERM reaches the training processes themselves, and their exit
-# code, 2 for wrong input, reaches us. When a task has ended, the others have two minutes to end as well.
-launch_with_slurm() {
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  export MASTER_ADDR
-  # shellcheck disable=SC2016 # The variables are those of a task.
-  "${SRUN[@]}" --ntasks "$((NODES * GPUS_PER_NODE))" --ntasks-per-node "$GPUS_PER_NODE" \
-    --cpu-bind=none --wait 120 bash -c '
-      export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-      exec "$@"' task "$PY" -m megatron_dyt.pretrain "${TRAINING[@]}"
-}
-
-# torchrun, told to end, kills its processes after 30 s, which is too short for a checkpoint. So SIGTERM goes to
-# them and not to torchrun: they save, end, and torchrun with them.
+# torchrun, told to end, kills its processes after 30 s, which is too short for a checkpoint, and the torchruns of
+# other nodes wait five minutes for one that ended so. So SIGTERM goes to its processes and not to torchrun: they
+# save, end, and torchrun with them. In a session of its own it does not hear what a terminal, timeout or
+# kill send to the whole group.
 launch_with_torchrun() {
-  "$PY" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" "$@" \
+  setsid "$PY" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" "$@" \
     -m megatron_dyt.pretrain "${TRAINING[@]}" &
   local torchrun=$! code=0
   # shellcheck disable=SC2064 # The process of now.
-  trap "say 'SIGTERM: saving a checkpoint'; pkill -TERM -P $torchrun || true" TERM
+  trap "say 'told to end: saving a checkpoint'; pkill -TERM -P $torchrun || true" TERM INT HUP
   # A signal ends the waiting, not torchrun.
   while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
   wait "$torchrun" || code=$?
-  trap - TERM
+  trap - TERM INT HUP
   return "$code"
 }
 
@@ -228,19 +226,6 @@ finished() {
   [ "$(saved_step)" -ge "$steps" ]
 }
 
-# Counts, in a file, the starts in a row that brought no new checkpoint. After a damaged one was passed over, its
-# step is saved anew, so the files say it.
-count_vain_start() {
-  local file=$OUT/vain-starts count=0 last
-  last=$OUT/checkpoint/$(printf 'iter_%07d' "$(saved_step)")/metadata.json
-  if [ "$last" -nt "$OUT/started" ]; then
-    rm -f "$file"
-  else
-    [ -f "$file" ] && count=$(<"$file")
-    echo "$((count + 1))" >"$file"
-  fi
-}
-
 go_on() { # with the exit code
   local code=$1
   if finished; then
@@ -248,24 +233,17 @@ go_on() { # with the exit code
     say "finished: all steps are in $OUT/checkpoint"
     return
   fi
-  [ -n "${SLURM_JOB_ID:-}" ] ||
-    fail "stopped before the last step (exit code $code). Start it again to resume from the last complete checkpoint."
   [ "$code" -ne 2 ] || fail "the input is wrong (see above); not requeued."
-  if [ -e "$OUT/stop" ]; then
-    rm "$OUT/stop"
-    say "not requeued, as $OUT/stop asked; submitted again, it resumes from step $(saved_step)"
-    return
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    requeue "exit code $code"
+  else
+    give_up 1 "stopped before the last step (exit code $code). Start it again to resume from the last complete checkpoint."
   fi
-  count_vain_start
-  if [ -f "$OUT/vain-starts" ] && [ "$(<"$OUT/vain-starts")" -ge 3 ]; then
-    rm -f "$OUT/vain-starts"
-    fail "three starts in a row brought no new checkpoint (exit code $code); not requeued."
-  fi
-  say "not finished (exit code $code); requeued, it resumes from step $(saved_step)"
-  scontrol requeue "$SLURM_JOB_ID"
 }
 
 main() {
+  note_leftovers
+  set_cluster
   check_settings
   make_flags
   set_fusion
@@ -283,6 +261,11 @@ main() {
   mkdir -p "$OUT"
   [ "${NODE_RANK:-0}" != 0 ] || take_lock
   touch "$OUT/started"
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    remove_leftovers
+    check_stop
+    check_time
+  fi
   local code=0
   say "training into $OUT, from step $(saved_step)"
   launch || code=$?

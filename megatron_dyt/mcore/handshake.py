@@ -20,7 +20,6 @@ import torch
 
 from megatron_dyt import compat
 from megatron_dyt.config import is_dyt
-from megatron_dyt.errors import UserError
 from megatron_dyt.rendezvous import Exchange, ranks, time_out
 from megatron_dyt.version import __version__
 
@@ -42,7 +41,7 @@ def suspended() -> Iterator[None]:
 
 
 def compare_ranks(args: Namespace) -> None:
-    """Raise UserError on every rank unless all of them run the same.
+    """Raise UserError on every rank unless all of them run the same; TrainingFault if one is not heard of.
 
     Args:
         args: Megatron's args, validated.
@@ -50,17 +49,7 @@ def compare_ranks(args: Namespace) -> None:
     exchange = _exchange(args)
     if exchange is None:
         return
-    exchange.send(json.dumps(identity(args)))
-    if exchange.rank > 0:
-        verdict = exchange.receive_verdict()
-    else:
-        try:
-            verdict = differences(exchange.collect())
-        except UserError as error:
-            verdict = str(error)
-        exchange.send_verdict(verdict)
-    if verdict:
-        raise UserError(verdict)
+    exchange.settle(json.dumps(identity(args)), differences)
 
 
 def leave(args: Namespace, reason: BaseException) -> None:

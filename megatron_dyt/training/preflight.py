@@ -1,7 +1,7 @@
 """Input checked before training starts, so that what is wrong is said at once and clearly.
 
-Rank 0 looks at the files, and tells the others, which wait for it. Paths in object stores ("s3://...")
-are left to Megatron.
+The first rank of each node looks at the files, and rank 0 alone at checkpoints, which it may tidy; all wait
+for what they find. Paths in object stores ("s3://...") are left to Megatron.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ def check(args: Namespace) -> None:
     save in the --save directory are removed.
     """
     if not getattr(args, "yaml_cfg", None):
-        rendezvous.on_rank_0("preflight", lambda: check_files(args), rendezvous.time_out(args))
+        rendezvous.on_each_node("preflight", lambda: check_files(args), rendezvous.time_out(args))
 
 
 def check_files(args: Namespace) -> None:
-    """All checks, on this rank alone."""
+    """All checks that this rank has to make, on it alone."""
     if torch.cuda.is_available():  # Not under the CPU runtime.
         gpu_needs.check(args)
     check_tokenizer(args)
     check_data(args)
-    check_evaluation(args)
-    check_save(args)
-    check_load(args)
+    if int(os.environ.get("RANK") or 0) == 0:
+        check_evaluation(args)
+        check_save(args)
+        check_load(args)
 
 
 def check_tokenizer(args: Namespace) -> None:

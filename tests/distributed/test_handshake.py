@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -83,27 +84,27 @@ def test_flags_refused_on_all_ranks(endings: dict[str, list[list[str]]]) -> None
 
 def test_a_missing_file_that_rank_0_finds(endings: dict[str, list[list[str]]]) -> None:
     first, second = endings["a file is missing"]
-    assert first == second
-    assert first[0] == "UserError"
+    assert second[0] == first[0] == "UserError"
+    assert second[1] == f"{first[1]} (on {socket.gethostname()}, rank 0)"
     assert first[1].startswith("dataset nowhere: nowhere.idx does not exist")
 
 
 def test_a_rank_with_another_norm(endings: dict[str, list[list[str]]]) -> None:
     first, _ = endings["another norm"]
-    assert first[0] == "UserError"
+    assert first[0] == "TrainingFault"
     assert first[1].startswith("rank 1 of 2 did not answer within 4 s. Such a rank runs without megatron_dyt")
 
 
 def test_rank_0_without_the_plugin(endings: dict[str, list[list[str]]]) -> None:
     first, second = endings["no plugin on rank 0"]
     assert first == ["SystemExit", "2"]
-    assert second[0] == "UserError"
+    assert second[0] == "TrainingFault"
     assert re.match(r"rank 1 found no rank 0 at MASTER_ADDR:MASTER_PORT = 127.0.0.1:\d+ in 4 s", second[1])
 
 
 def test_a_rank_without_the_plugin(endings: dict[str, list[list[str]]]) -> None:
     first, second = endings["no plugin on rank 1"]
-    assert first[0] == "UserError"
+    assert first[0] == "TrainingFault"
     assert first[1].startswith("rank 1 of 2 did not answer within 4 s. Such a rank runs without megatron_dyt")
     # Megatron's parser: invalid choice 'DyT'.
     assert second == ["SystemExit", "2"]

@@ -1,4 +1,4 @@
-"""The launch scripts under Slurm and torchrun, both fakes: signals, requeues, and when a run is over."""
+"""The launch scripts by hand, around a fake of torchrun but in one test: signals, locks, how a run ends."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 from . import fakes
 
@@ -47,80 +50,16 @@ def told(home: Path, name: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_slurm_starts_a_task_a_gpu_with_torch_s_variables(home: Path) -> None:
-    result = run(home, "--seed", "9", **fakes.slurm(home), FAKE_TRAIN='echo 10 > "$TRACKER"')
-    assert result.returncode == 0, result.stderr
-    lines = sorted(told(home, "python").splitlines())
-    assert len(lines) == 4
-    for rank, line in enumerate(lines):
-        assert line.startswith(f"{rank}/4 {rank % 2} localhost -m megatron_dyt.pretrain --train-iters 10")
-        assert line.endswith("--seed 9")
-    assert "finished: all steps are in" in result.stdout
-    assert "requeue" not in told(home, "scontrol")
-
-
-def test_containers_are_for_looking_and_for_training(home: Path) -> None:
-    image = "--container-image=dyt"
-    run(home, **fakes.slurm(home), SRUN_FLAGS=image, FAKE_TRAIN='echo 10 > "$TRACKER"')
-    calls = told(home, "srun").splitlines()
-    assert len(calls) == 6  # recipe, plan, its flags, the extension, dry run, training
-    assert all(image in call for call in calls)
-    assert [call.split("--ntasks ")[1].split()[0] for call in calls] == [*"11111", "4"]
-
-
-@pytest.mark.parametrize("code", [0, 1, 137])
-def test_an_unfinished_run_is_requeued(home: Path, code: int) -> None:
-    result = run(home, **fakes.slurm(home), FAKE_TRAIN=f"{SAVE_THREE} exit {code}")
-    assert result.returncode == 0
-    assert f"not finished (exit code {code}); requeued, it resumes from step 3" in result.stdout
-    assert told(home, "scontrol").splitlines()[-1] == "requeue 17"
-
-
-def test_wrong_input_is_not_requeued(home: Path) -> None:
-    result = run(home, **fakes.slurm(home), FAKE_TRAIN="exit 2")
-    assert result.returncode == 2
-    assert "the input is wrong (see above); not requeued" in result.stderr
-    assert "requeue" not in told(home, "scontrol")
-
-
-def test_three_starts_without_progress_end_it(home: Path) -> None:
-    job = fakes.slurm(home)
-    assert run(home, **job, FAKE_TRAIN="exit 1").returncode == 0
-    assert run(home, **job, FAKE_TRAIN=f"{SAVE_THREE} exit 1").returncode == 0  # Progress: counted anew.
-    codes = [run(home, **job, FAKE_TRAIN="exit 1").returncode for _ in range(3)]
-    assert codes == [0, 0, 2]
-    assert told(home, "scontrol").count("requeue 17") == 4
-    assert run(home, **job, FAKE_TRAIN="exit 1").returncode == 0  # Started again by hand.
-
-
-def test_a_stop_file_keeps_a_job_from_being_requeued_once(home: Path) -> None:
-    job = fakes.slurm(home)
-    result = run(home, **job, FAKE_TRAIN=f'{SAVE_THREE} touch "$OUT/stop"')
-    assert result.returncode == 0
-    assert "not requeued, as" in result.stdout
-    assert "requeue" not in told(home, "scontrol")
-    assert run(home, **job, FAKE_TRAIN=SAVE_THREE).returncode == 0
-    assert "requeue 17" in told(home, "scontrol")
-
-
-def test_the_step_of_a_damaged_checkpoint_saved_anew_is_progress(home: Path) -> None:
-    job = fakes.slurm(home)
-    for _ in range(4):  # Each time 3 was damaged, 2 was loaded, and 3 is saved again.
-        assert run(home, **job, FAKE_TRAIN=f"{SAVE_THREE} exit 1").returncode == 0
-    assert not (home / "run/vain-starts").exists()
-
-
 @pytest.mark.parametrize("flags", [["--train-iters", "3"], ["--train-iters=3"]])
 def test_the_last_step_is_the_one_given_last(home: Path, flags: list[str]) -> None:
-    result = run(home, *flags, **fakes.slurm(home), FAKE_TRAIN=SAVE_THREE)
+    result = run(home, *flags, FAKE_TRAIN=SAVE_THREE)
     assert result.returncode == 0
     assert "finished: all steps are in" in result.stdout
-    assert "requeue" not in told(home, "scontrol")
 
 
 def test_without_slurm_it_says_how_to_go_on(home: Path) -> None:
     result = run(home, FAKE_TRAIN=f"{SAVE_THREE} exit 1")
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert "stopped before the last step (exit code 1). Start it again" in result.stderr
     assert run(home, FAKE_TRAIN='echo 10 > "$TRACKER"').returncode == 0
 
@@ -156,10 +95,54 @@ def test_sigterm_reaches_the_training_and_not_torchrun(home: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=300)
-    assert "SIGTERM: saving a checkpoint" in out
+    assert "told to end: saving a checkpoint" in out
     assert "stopped before the last step (exit code 0)" in errors
     assert told(home, "run/checkpoint/latest_checkpointed_iteration.txt") == "3\n"
     assert not (home / "told").exists()
+
+
+# torchrun itself; what it starts is $FAKE_TRAIN, in as many processes.
+REAL_TORCHRUN = f"""
+words=("$@"); ours=(); for word in "${{words[@]}}"; do
+  [ "$word" != megatron_dyt.pretrain ] || break; ours+=("$word"); done
+unset 'ours[-1]'
+exec {sys.executable} "${{ours[@]}}" --no-python bash -c "$FAKE_RANK"
+"""
+RANK_UNTIL_SIGTERM = f"""
+trap 'sleep 1; {SAVE_THREE} exit 0' TERM
+TRACKER=$OUT/checkpoint/latest_checkpointed_iteration.txt
+touch "$FAKE_HOME/up$RANK"; while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_signal_for_the_whole_group_stops_both_nodes(home: Path) -> None:
+    """`timeout`, a terminal and kill -- -PGID signal all that are in it. A torchrun that heard it would end
+    its ranks, and leave that of the other node to wait for five minutes."""
+    world = {"NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    fake = {"FAKE_TRAIN": REAL_TORCHRUN, "FAKE_RANK": RANK_UNTIL_SIGTERM, "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            ["bash", "examples/llama/7b.sh"],
+            **{"cwd": ROOT, "env": settings(home, **world, **fake, NODE_RANK=str(rank)), "text": True},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for rank in (0, 1)
+    ]
+    deadline = time.monotonic() + 300
+    while not ((home / "up0").exists() and (home / "up1").exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for node in nodes:
+        os.killpg(node.pid, signal.SIGTERM)
+    for node in nodes:
+        out, _ = node.communicate(timeout=100)
+        assert "told to end: saving a checkpoint" in out
+        assert "stopped before the last step (exit code 0)" in out
+    assert not (home / "run/lock").exists()
 
 
 def test_a_prepared_directory_becomes_its_blend(home: Path) -> None:
@@ -189,21 +172,17 @@ KEEP_LOCK = 'cp "$OUT/lock" "$FAKE_HOME/held"; echo 10 > "$TRACKER"'
 @pytest.mark.parametrize(
     ("lock", "held"),
     [
-        ("job 17", False),  # requeued
-        ("job 18", False),
-        ("job 19", True),
         (f"host {socket.gethostname()} {os.getpid()}", True),
         (f"host {socket.gethostname()} 999999999", False),
         ("host elsewhere 1", True),
     ],
     # Not by the values: the processes of `pytest -n` must name the tests alike.
-    ids=["own job", "ended job", "running job", "running process", "ended process", "other host"],
+    ids=["running process", "ended process", "other host"],
 )
 def test_two_runs_do_not_share_a_directory(home: Path, lock: str, held: bool) -> None:
     (home / "run").mkdir()
     (home / "run/lock").write_text(f"{lock}\n")
-    (home / "queue").write_text("19\n")
-    result = run(home, **fakes.slurm(home), FAKE_TRAIN=KEEP_LOCK)
+    result = run(home, FAKE_TRAIN=KEEP_LOCK)
     if held:
         assert result.returncode == 2
         assert f"error: {lock} trains into {home / 'run'}" in result.stderr
@@ -211,7 +190,7 @@ def test_two_runs_do_not_share_a_directory(home: Path, lock: str, held: bool) ->
         assert told(home, "python") == ""
     else:
         assert result.returncode == 0, result.stderr
-        assert told(home, "held") == "job 17\n"
+        assert told(home, "held").startswith(f"host {socket.gethostname()} ")
         assert not (home / "run/lock").exists()
 
 
