@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ _NEITHER = "it computes neither LayerNorm nor RMSNorm of one dimension"
 # A copy's answers are in fp32, or rounded to bf16 (8 bits) a few times; its eps is not known.
 _TOLERANCE = 0.02
 _MOST_DIMENSIONS = 5
+_FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class Norm(NamedTuple):
@@ -150,12 +151,12 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
         device = torch.device("cpu")
         twin.to_empty(device=device)
     twin.float().eval()
-    source = torch.Generator().manual_seed(0)
+    source = torch.Generator("cpu").manual_seed(0)
     values = {}
-    # Where a model is built on the default device meta, what `twin` creates has to be here all the same.
+    # Whatever the default device and dtype are, which transformers sets while it builds a model.
     with torch.no_grad(), device:
         for name, tensor in tensors_of(twin).items():
-            value = torch.rand(size, generator=source, device="cpu").add(0.5).to(device)
+            value = torch.rand(size, generator=source, **_FP32).add(0.5).to(device)
             tensor.copy_(value.view_as(tensor))
             values[name] = value
         found: dict[tuple[int, int], _Formula] = {}
@@ -187,7 +188,7 @@ def _inputs(size: int, source: torch.Generator) -> Iterator[tuple[Tensor, int]]:
             shape = others[: dimensions - 1]
             shape.insert(1 if dim == 1 else len(shape), size)
             # Mean and std tell the two formulas apart, and make an eps of 0.01 too small to be seen.
-            yield torch.randn(shape, generator=source, device="cpu") * 3 + 2, dim
+            yield torch.randn(shape, generator=source, **_FP32) * 3 + 2, dim
 
 
 def _match(x: Tensor, y: object, dim: int, values: Mapping[str, Tensor]) -> _Formula | None:

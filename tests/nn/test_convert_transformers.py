@@ -132,11 +132,12 @@ class ConvertedBert(transformers.BertModel):
         convert_norms(self, bias=True)
 
 
-def test_what_save_pretrained_wrote_is_loaded_by_a_class_that_converts() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_save_pretrained_wrote_is_loaded_by_a_class_that_converts(dtype: torch.dtype) -> None:
     case = CASES["LayerNorm"]
     model = built(case)
     convert_norms(model, case.batch)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = ConvertedBert.from_pretrained(folder).eval()
-    assert_equal(outputs(loaded, case.batch), outputs(model, case.batch))
+        loaded = ConvertedBert.from_pretrained(folder, dtype=dtype).eval()
+    assert_equal(outputs(loaded, case.batch), outputs(model.to(dtype), case.batch))

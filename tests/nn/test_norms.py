@@ -209,6 +209,18 @@ def test_on_the_meta_device_a_copy_is_tried(kind: str) -> None:
     assert all(each is None or each.is_meta for each in (norm.gain, norm.shift))
 
 
+def test_the_default_dtype_and_device_do_not_matter() -> None:
+    norm = nn.LayerNorm(SIZE)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            built = nn.LayerNorm(SIZE)
+            found = [examine(norm), examine(built), examine(WeightlessNorm())]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(isinstance(each, Norm) for each in found), found
+
+
 # --- what stays -----------------------------------------------------------------------------------
 
 
