@@ -57,6 +57,13 @@ class DyTProviderMixin(DyTFields):
         """Register the plugin, then Bridge's own `finalize`; calling it again is fine."""
         register()
         super().finalize()  # type: ignore[misc]  # the provider's
+        config = getattr(self, "dyt", None)
+        if config is not None and config.running_scale:
+            raise UserError(
+                f"dyt_running_scale is {config.running_scale}: Megatron's own training loop updates the scale, "
+                "and Bridge has another, in which it would stay 1. Set it to 0, or take another dyt_preset "
+                'than "auto".'
+            )
 
 
 @dataclass

@@ -8,6 +8,8 @@ that scale:
 - `unit`: unit variance everywhere, at any width: embedding scale 1/std of the embedding, linear layers
   of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere, and the weight (gamma) with
   which DyT hands a unit-variance input on at unit variance.
+- `auto`: `unit` with a running scale: alpha counts in units of 1/rms of the site's input, on average over the
+  last steps (`mcore/running_scale.py`).
 
 `SETTINGS` is the one table of what a user can set. Megatron's flags, the names in its args and checkpoints,
 and the fields of configs made in code (`DyTFields`) are all made from it.
@@ -29,7 +31,7 @@ NORMALIZATION = "DyT"
 # Role: where a norm stands: in front of attention, in front of the MLP or MoE, after the last layer,
 # or on queries and keys.
 Role = Literal["attn", "ffn", "final", "qk"]
-Preset = Literal["paper", "unit"]
+Preset = Literal["paper", "unit", "auto"]
 Function = Literal["tanh", "erf", "hardtanh", "sigmoid", "isru", "identity"]
 WeightInit = Literal["one", "unit"]
 Backend = Literal["auto", "triton", "torch"]
@@ -49,6 +51,10 @@ UNIT_ALPHA = (0.5, 0.25)
 # The paper has no DyT on queries and keys. They leave a linear layer with about the scale of its
 # input, DyT's output, so alpha 1 puts them inside tanh's curved range under both presets.
 QK_ALPHA = 1.0
+
+# Decay per step of the running scale of `auto`: an average over about ten steps. The residual stream grows
+# tenfold within 40 steps of a small run; noise of one batch in ten is 1 % and less of the rms.
+AUTO_RUNNING_SCALE = 0.9
 
 EMBEDDING_SCALE_RULES = ("sqrt", "unit", "none")
 
@@ -131,10 +137,12 @@ class DyTConfig:
         "dyt_preset",
         "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
         "'unit' for unit variance at any width (also sets --init-method-std to "
-        "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given).",
+        "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given), "
+        "'auto' for unit with a running scale.",
         default="paper",
     )
-    """The preset that the other values come from; "unit" also wants linear layers of `linear_init_std`."""
+    """The preset that the other values come from; "unit" and "auto" also want linear layers of
+    `linear_init_std`."""
 
     alpha_attn: float = _setting(
         "dyt_alpha_init_attn", "Initial alpha of DyT in front of attention. Default: preset."
@@ -190,6 +198,16 @@ class DyTConfig:
     unit-variance input at unit variance, as RMSNorm does (`unit_response`). A sigmoid's bias then starts
     where the mean is 0."""
 
+    running_scale: float = _setting(
+        "dyt_running_scale",
+        "Divide each DyT's input by a running average of its rms in training, a constant in evaluation: the "
+        "average's decay per step, such as 0.9; 0 for none. Default: preset.",
+        metavar="DECAY",
+        default=0.0,
+    )
+    """Decay per step of the running rms of its input by which each DyT divides alpha; at least 0, which is
+    without it, and below 1 (`mcore/running_scale.py`)."""
+
     backend: Backend = _setting(
         "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
     )
@@ -210,6 +228,8 @@ class DyTConfig:
                 value = getattr(self, setting.field)
                 if setting.choices:
                     check_choice(setting.flag, value, setting.choices)
+                elif setting.field == "running_scale":
+                    check_decay(setting.flag, value)
                 elif setting.kind is float:
                     check_alpha(setting.flag, value)
         parse_embedding_scale(self.embedding_scale)
@@ -231,10 +251,17 @@ class DyTConfig:
         return cls._build("unit", *UNIT_ALPHA, scale | overrides)
 
     @classmethod
+    def auto(cls, hidden_size: int, **overrides: Any) -> Self:
+        """`unit` with a running scale, so that alpha need not follow 1/std of its input by gradient."""
+        scale = {"embedding_scale": "unit", "weight_init": "unit", "running_scale": AUTO_RUNNING_SCALE}
+        return cls._build("auto", *UNIT_ALPHA, scale | overrides)
+
+    @classmethod
     def preset(cls, name: str, hidden_size: int, **overrides: Any) -> Self:
         """The preset called `name`. Raises UserError when there is none of that name."""
         check_choice("--dyt-preset", name, get_args(Preset))
-        return cls.unit(hidden_size, **overrides) if name == "unit" else cls.paper(hidden_size, **overrides)
+        build = {"paper": cls.paper, "unit": cls.unit, "auto": cls.auto}[name]
+        return build(hidden_size, **overrides)
 
     @classmethod
     def from_args(cls, args: object, *, of_model: bool = False) -> Self:
@@ -301,7 +328,7 @@ class DyTConfig:
 
     def linear_init_std(self, hidden_size: int) -> float | None:
         """Std that the preset wants for linear layers, or None where Megatron's own is right."""
-        return hidden_size**-0.5 if self.name == "unit" else None
+        return None if self.name == "paper" else hidden_size**-0.5
 
 
 _KINDS = get_type_hints(DyTConfig)
@@ -378,8 +405,8 @@ class DyTFields:
     changes alpha. With another `normalization` only `embedding_scale` may be set. What cannot work raises
     UserError in `__post_init__`.
 
-    The preset `unit` also sets `init_method_std` (and `embedding_init_method_std`, unless given), if it is
-    still Megatron's default.
+    The presets `unit` and `auto` also set `init_method_std` (and `embedding_init_method_std`, unless given),
+    if it is still Megatron's default.
     """
 
 
@@ -454,6 +481,15 @@ def check_alpha(flag: str, value: float) -> None:
         raise UserError(
             f"{flag} is {value}; alpha must start finite and > 0 (the paper uses 0.05 to 1.0). "
             "Leave the flag away to take the preset's value."
+        )
+
+
+def check_decay(flag: str, value: float) -> None:
+    """Raises UserError unless `value` is a decay: at least 0 and below 1."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 <= value < 1):
+        raise UserError(
+            f"{flag} is {value}; it must be at least 0 (no running scale) and below 1, such as 0.9."
         )
 
 

@@ -169,6 +169,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "embedding_scale": ("dyt_embedding_scale", 2.5),
     "function": ("dyt_function", "erf"),
     "weight_init": ("dyt_weight_init", "one"),
+    "running_scale": ("dyt_running_scale", 0.5),
     "backend": ("dyt_backend", "torch"),
     "fuse_residual": ("dyt_fuse_residual", False),
 }

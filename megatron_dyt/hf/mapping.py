@@ -113,12 +113,16 @@ def _norm(model: Model, size: int) -> Sizes:
         sizes["bias"] = (size,)
     if model.dyt.function == "erf":
         sizes["shift"] = (1,)
+    if model.dyt.running_scale:
+        sizes["sigma"] = (1,)
     return sizes
 
 
 def _hf_sizes(model: Model, folded: Collection[str]) -> dict[str, Sizes]:
     """The tensors of every row of NAMES in the export, before they are split."""
     sizes, shape = megatron_sizes(model), model.hf_shape(folded)
+    for row in sizes:
+        sizes[row] = {name: size for name, size in sizes[row].items() if name != "sigma"}
     if model.dyt is None:
         sizes[EMBEDDING_SCALE] = {}
     if not shape.tie_embeddings:
@@ -170,6 +174,10 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     sizes, wanted = megatron_sizes(model), _hf_sizes(model, folded)[row]
     source = EMBEDDING if row == OUTPUT and model.shape.tie_embeddings else row
     tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
+    if "sigma" in sizes[source]:
+        # Constant outside of training: alpha is what the model multiplies by.
+        alpha = tensors["alpha"]
+        tensors["alpha"] = (alpha.float() / read(f"{source}sigma", layer).float()).to(alpha.dtype)
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
     if row == EMBEDDING and model.dyt is None and model.embedding_scale is not None:

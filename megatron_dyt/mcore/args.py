@@ -136,10 +136,11 @@ def _validate_fallback(args: Namespace) -> None:
 def _resolve(args: Namespace) -> None:
     """Replace the DyT flags that were not given by the preset's values."""
     config = checked_config(args)
-    if config.name == "unit" and isinstance(args.init_method_std, _Unset):
+    linear_std = config.linear_init_std(args.hidden_size)
+    if linear_std is not None and isinstance(args.init_method_std, _Unset):
         if args.embedding_init_method_std is None:
             args.embedding_init_method_std = float(args.init_method_std)
-        args.init_method_std = config.linear_init_std(args.hidden_size)
+        args.init_method_std = linear_std
     vars(args).update(config.to_args())
     args.dyt_on_bad_alpha = args.dyt_on_bad_alpha or "stop"
 

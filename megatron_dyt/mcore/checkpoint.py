@@ -185,7 +185,7 @@ def _is_norm(key: str) -> bool:
 
 
 def _is_dyt(key: str) -> bool:
-    return key.endswith(("alpha", "shift", "embedding_scale.scale"))
+    return key.endswith(("alpha", "shift", "sigma", "embedding_scale.scale"))
 
 
 def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
@@ -201,8 +201,8 @@ def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
         )
     if any(_is_dyt(key) or _is_norm(key) for key in missing | unexpected):
         return (
-            "The DyT settings differ (bias, function, embedding scale); --use-checkpoint-args restores "
-            "those it was saved with."
+            "The DyT settings differ (bias, function, embedding scale, running scale); --use-checkpoint-args "
+            "restores those it was saved with."
         )
     return "Check the architecture flags against those it was saved with (--use-checkpoint-args)."
 

@@ -34,7 +34,7 @@ def wrap_post_init(original: Callable[[TransformerConfig], None]) -> Callable[[T
 
 
 def _use_fields(config: TransformerConfig) -> None:
-    """Set `config.dyt`, and the init stds of the preset `unit`, from the config's own fields."""
+    """Set `config.dyt`, and the init stds of its preset, from the config's own fields."""
     if not is_dyt(config):
         validate_other_norm(config)
         return

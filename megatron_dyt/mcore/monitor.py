@@ -132,7 +132,7 @@ class Monitor:
         with torch.no_grad():
             values = x.detach().float()
             # A copy: the optimizer changes the parameter in place before this is read.
-            alpha = module.alpha.detach().float().clone()
+            alpha = module.scaled_alpha().detach().float().clone()
             z = values * alpha if module.shift is None else values * alpha + module.shift.detach().float()
             saturated = (z.abs() > FUNCTIONS[module.function].saturation).float().mean()
             self.samples[module] = Sample(alpha, values.std(correction=0), saturated)

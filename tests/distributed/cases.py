@@ -46,6 +46,7 @@ LATENT = (
 MODELS = {
     "dense": f"--num-layers 4 {GROUPED} {UNTIED}",
     "bf16": f"--num-layers 4 {GROUPED} {UNTIED} --bf16 --micro-batch-size 1",
+    "auto": f"--num-layers 2 {GROUPED} {UNTIED} --qk-layernorm --dyt-preset auto",
     "tied": f"--num-layers 2 {GROUPED} --global-batch-size 8",
     "one_kv_head": f"--num-layers 2 --group-query-attention --num-query-groups 1 {UNTIED}",
     "qk": f"--num-layers 2 {GROUPED} {UNTIED} --qk-layernorm",
@@ -133,6 +134,7 @@ ONE_PROCESS = chosen(
         case("dense", "selective_recompute", SELECTIVE),
         case("dense", "unfused", UNFUSED),
         case("dense", "unfused_selective_recompute", f"{UNFUSED} {SELECTIVE}"),
+        case("auto", "one_microbatch", "--micro-batch-size 4"),
         case("moe", "full_recompute", FULL),
         case("moe", "selective_recompute", SELECTIVE_MOE),
         case("moe", "unfused", UNFUSED),
@@ -157,6 +159,8 @@ TWO_PROCESSES = chosen(
         case("bf16", "dp2_distributed_optimizer", DIST_OPT, allowed="bf16_data_parallel"),
         case("dense", "tp2_sp_unfused", f"{TP2_SP} {UNFUSED}"),
         case("dense", "pp2_full_recompute", f"{PP2} {FULL}"),
+        case("auto", "tp2", TP2),
+        case("auto", "dp2_fsdp", f"{FSDP} {ACCUMULATED}"),
         case("tied", "tp2_sp", TP2_SP),
         case("tied", "pp2", PP2),
         case("one_kv_head", "tp2", TP2),
@@ -187,6 +191,8 @@ FOUR_PROCESSES = [
     case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT} {ACCUMULATED}"),
     case("bf16", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}", allowed="bf16"),
     case("dense", "tp2_sp_dp2_fsdp", f"{TP2_SP} {FSDP} {ACCUMULATED}"),
+    case("auto", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT} {ACCUMULATED}"),
+    case("auto", "tp2_sp_pp2_full_recompute", f"{TP2_SP} {PP2} {FULL}"),
     case("tied", "tp2_sp_pp2", f"{TP2_SP} {PP2}"),
     case("moe", "tp2_sp_pp2_ep2", f"{TP2_SP} {PP2} {EP2} --expert-tensor-parallel-size 1"),
     # Experts split over tensor parallel ranks: of unequal numbers of tokens.

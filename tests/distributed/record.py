@@ -62,14 +62,20 @@ def gradient_shards(model: list[Any]) -> list[Shard]:
     """This rank's gradients after Megatron has finished them."""
     if is_fsdp(model[0]):
         with _whole(model, gradients=True):
-            return _copies(model)
+            return [shard for shard in _copies(model) if not _is_buffer(shard)]
     parameters = [p for chunk in model for p in chunk.parameters()]
     for chunk in model:
         _gather_gradients(chunk)
     return [
         Shard(shard.name, shard.shape, shard.place, _gradient_of(shard.data, parameters).cpu().clone())
         for shard in _parameters(model)
+        if not _is_buffer(shard)
     ]
+
+
+def _is_buffer(shard: Shard) -> bool:
+    """Whether it has no gradient: a running scale."""
+    return shard.name.split("[")[0].endswith("sigma")
 
 
 def _gradient_of(part: torch.Tensor, parameters: list[Any]) -> torch.Tensor:
@@ -132,7 +138,7 @@ def _gather_gradients(chunk: Any) -> None:
 
 
 def _parameters(model: list[Any]) -> Iterator[Shard]:
-    """This rank's parameters, as views: writing to a shard's data writes to the parameter."""
+    """This rank's parameters and running scales, as views: writing to a shard's data writes to them."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     from megatron_dyt.mcore.norm_sites import unwrap

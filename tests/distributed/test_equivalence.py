@@ -50,7 +50,8 @@ def norm_sites(model: str) -> list[str]:
     if model.startswith("latent"):
         attn = "{}input_layernorm.{{}}"
     layer = [attn, "{}mlp.linear_fc1.layer_norm_{{}}"]
-    qk = {"qk": ("q_layernorm", "k_layernorm"), "latent": ("q_layernorm", "kv_layernorm")}
+    heads = ("q_layernorm", "k_layernorm")
+    qk = {"qk": heads, "auto": heads, "latent": ("q_layernorm", "kv_layernorm")}
     layer += [f"{{}}self_attention.{norm}.{{{{}}}}" for norm in qk.get(model, ())]
     sites = [f"{site.format('decoder.layers.')}[{i}]" for site in layer for i in range(layers)]
     sites += ["decoder.final_layernorm.{}"]

@@ -130,6 +130,9 @@ def randomize(model: torch.nn.Module) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             is_matrix = parameter.dim() > 1
             parameter.copy_(noise * 0.2 if is_matrix or name.endswith(("bias", "shift")) else 1 + 0.3 * noise)
+        for name, sigma in model.named_buffers():
+            if name.endswith("sigma"):
+                sigma.uniform_(0.5, 2, generator=generator)
 
 
 def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> Namespace:

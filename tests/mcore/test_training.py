@@ -14,6 +14,7 @@ from megatron_dyt.mcore.norm import DyTNorm
 
 Run = Callable[..., SimpleNamespace]
 DYT = ["--normalization", "DyT", "--dyt-preset", "unit"]
+AUTO = ["--normalization", "DyT", "--dyt-preset", "auto"]
 
 
 def test_dyt_learns_and_reports_itself(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
@@ -56,6 +57,25 @@ def test_the_other_norms_checkpoint_is_refused(
         megatron_run([*tiny_llama, *DYT, "--load", str(tmp_path)])
 
 
+def test_a_running_scale_is_resumed_too(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_llama, *AUTO, "--train-iters", "8"]
+    whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
+    resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
+    assert resumed.losses == whole.losses[4:]
+    unit = megatron_run([*tiny_llama, *DYT, "--train-iters", "8"])
+    assert unit.losses[0] == whole.losses[0]
+    assert unit.losses[7] != whole.losses[7]
+
+
+def test_a_checkpoint_without_sigma_is_refused(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
+    megatron_run([*tiny_llama, *DYT, *saving])
+    with pytest.raises(UserError, match=r"The DyT settings differ .*running scale.*sigma"):
+        megatron_run([*tiny_llama, *AUTO, "--load", str(tmp_path)])
+
+
 # Every setting that a checkpoint brings along, at a value that no preset has.
 SETTINGS = {
     "dyt_preset": "unit",
@@ -67,6 +87,7 @@ SETTINGS = {
     "dyt_embedding_scale": 2.5,
     "dyt_function": "erf",
     "dyt_weight_init": "one",
+    "dyt_running_scale": 0.5,
     "embedding_scale": 2.5,
 }
 
