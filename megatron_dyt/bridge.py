@@ -60,7 +60,7 @@ class DyTProviderMixin(DyTFields):
         config = getattr(self, "dyt", None)
         if config is not None and config.running_scale:
             raise UserError(
-                f"dyt_running_scale is {config.running_scale}: Megatron's own training loop updates the scale, "
+                f"dyt_running_scale is {config.running_scale}: Megatron's own loop updates the scale, "
                 "and Bridge has another, in which it would stay 1. Set it to 0, or take another dyt_preset "
                 'than "auto".'
             )
