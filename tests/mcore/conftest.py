@@ -17,13 +17,13 @@ from megatron_dyt import cpu
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """CPU runtime on, plugin registered, model parallel groups of size 1."""
-    with one_process(tmp_path_factory.mktemp("store") / "file"):
+    with one_process(init_method=f"file://{tmp_path_factory.mktemp('store') / 'file'}"):
         yield
 
 
 @contextlib.contextmanager
-def one_process(store: Path) -> Iterator[None]:
-    """What `world` says; `store` is a file for the process group."""
+def one_process(tensor_parallel: int = 1, backend: str = "gloo", **group: Any) -> Iterator[None]:
+    """What `world` says, with options of the process group; with backend "fake" rank 0 of several."""
     cpu.enable()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -31,8 +31,8 @@ def one_process(store: Path) -> Iterator[None]:
     import megatron_dyt
 
     megatron_dyt.register()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    dist.init_process_group(backend, rank=0, world_size=tensor_parallel, **group)
+    parallel_state.initialize_model_parallel(tensor_parallel, create_gloo_process_groups=backend == "gloo")
     model_parallel_cuda_manual_seed(1)
     yield
     parallel_state.destroy_model_parallel()

@@ -20,7 +20,10 @@ from megatron_dyt.mcore.norm_sites import KeptRMSNorm, dyt_sites
 from megatron_dyt.mcore.spec import submodules_of
 from tests import families
 
-TE = ("TEColumnParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear", "TENorm")
+TE = (
+    *("TELinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear", "TERowParallelLinear"),
+    "TENorm",
+)
 
 
 @pytest.fixture
@@ -31,7 +34,6 @@ def stock(te_stubs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     for name in TE:
         monkeypatch.setattr(transformer_engine, name, getattr(te_stubs, name))
-    monkeypatch.setattr(transformer_engine, "TELinear", nn.Linear)
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", DotProductAttention)
     monkeypatch.setattr(ranks, "_logged", set())
     is_hybrid = compat.hybrid_stack()[1] == "HybridStack"
@@ -242,7 +244,6 @@ def experimental_layers(config: Any, monkeypatch: pytest.MonkeyPatch, te_stubs: 
 
     # Without TE the module lacks the name.
     monkeypatch.setattr(specs, "TESpecProvider", te_stubs.TESpecProvider, raising=False)
-    monkeypatch.setattr(te_stubs.TESpecProvider, "linear", lambda _self: nn.Linear, raising=False)
     block = specs.get_transformer_block_with_experimental_attention_variant_spec(config)
     return [rewritten(config, layer) for layer in block.layer_specs]
 

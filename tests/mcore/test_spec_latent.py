@@ -87,6 +87,8 @@ def test_transformer_engine_spec_is_unfused_and_saves_the_same_keys(
     for layer in te.decoder.layers:
         for linear in ("linear_q_up_proj", "linear_kv_up_proj"):
             assert type(getattr(layer.self_attention, linear)) is te_stubs.TEColumnParallelLinear
+        for linear in ("linear_q_down_proj", "linear_kv_down_proj"):
+            assert type(getattr(layer.self_attention, linear)) is te_stubs.TELinear
     assert te_layer.submodules.self_attention.submodules.linear_q_up_proj is before  # Not mutated.
     keys = [set(model_tensor_keys({"model": model.sharded_state_dict()})) for model in (te, local)]
     assert keys[0] == keys[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,12 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The CPU runtime and the plugin, with Megatron seeing Transformer Engine."""
-    # The runtime would hide it, and refuses a process that has it.
+    with te_on_cpu(init_method=f"file://{tmp_path_factory.mktemp('store') / 'file'}"):
+        yield
+
+
+@contextlib.contextmanager
+def te_on_cpu(**options: Any) -> Iterator[None]:
+    """`one_process` with these options; the runtime would hide TE, and refuses a process that has it."""
     with pytest.MonkeyPatch.context() as outer:
         outer.setattr(runtime, "_GPU_PACKAGES", ("apex",))
         import transformer_engine.pytorch  # noqa: F401 # before Megatron
 
-        with one_process(tmp_path_factory.mktemp("store") / "file"), pytest.MonkeyPatch.context() as inner:
+        with one_process(**options), pytest.MonkeyPatch.context() as inner:
             # Asked for before a layer is built.
             inner.setattr("torch.cuda.is_available", lambda: True)
             yield
