@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from megatron_dyt.mcore.norm_sites import (
     is_norm,
     kept_in_slot,
 )
+from megatron_dyt.mcore.ranks import log_once
 
 if TYPE_CHECKING:
     from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
     from torch import nn
+
+_log = logging.getLogger(__name__)
 
 # What a slot holds: a ModuleSpec, or a partial of the class (the MLP from 0.18 on, MoE).
 type Spec = ModuleSpec | functools.partial[Any]
@@ -56,6 +60,14 @@ MTP_LAYERS = ("transformer_layer", "mtp_model_layer")
 
 # Transformer Engine's norm and linear layer in one, matched by name: TE may not be installed.
 FUSED_LINEAR = "TELayerNormColumnParallelLinear"
+
+# `TELinear` hands TE what is for the forward pass alone (megatron/core/extensions/transformer_engine.py).
+LOST_OVERLAP = (
+    "DyT: --tp-comm-overlap overlaps less: the linear layers behind DyT are Transformer Engine's plain ones, "
+    "for which Megatron asks for the overlap of the forward pass and not of the backward pass "
+    "(tp_comm_bulk_dgrad, tp_comm_bulk_wgrad and tp_comm_overlap_rs_dgrad reach layers with a fused norm "
+    "only). The results are the same."
+)
 
 # Same checkpoint keys as the local and the TE spec have for their norms, so that a checkpoint moves
 # between them: alpha is saved as `...linear_qkv.layer_norm_alpha`.
@@ -112,6 +124,8 @@ def _rewriting[Parts](
         name = type(self).__name__
         given.arguments["submodules"] = rewritten = rewrite(config, parts, type(self))
         refuse_leftovers(rewritten, name)
+        if config.tp_comm_overlap and _has_fused_linear(parts):
+            log_once(_log, LOST_OVERLAP)
         original(*given.args, **given.kwargs)
         check_built(self, name)
 
@@ -247,6 +261,10 @@ def unfuse(spec: Spec, field: str) -> tuple[Spec, bool]:
 
     parts = dataclasses.replace(parts, **{field: TEColumnParallelLinear})
     return with_submodules(spec, parts), True
+
+
+def _has_fused_linear(parts: object) -> bool:
+    return any(class_name(value) == FUSED_LINEAR for *_, value in _walk(parts, ""))
 
 
 def submodules_of(spec: object) -> Any:

@@ -101,6 +101,23 @@ def test_transformer_engine_spec_is_unfused(
     assert loss_of(model).item() == loss_of(local).item()
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_lost_overlaps_are_said(
+    make_config: Make,
+    build_gpt: Make,
+    te_stubs: Any,
+    nothing_logged: None,
+    capsys: pytest.CaptureFixture[str],
+    overlap: bool,
+) -> None:
+    config = make_config()
+    config.tp_comm_overlap = overlap
+    build_gpt(config)  # Of local layers, which overlap nothing with any norm.
+    assert "--tp-comm-overlap" not in capsys.readouterr().out
+    build_gpt(config, spec=te_spec(config))
+    assert capsys.readouterr().out.count("--tp-comm-overlap overlaps less") == overlap
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("qk", [False, True], ids=["", "qk"])
 def test_local_and_transformer_engine_checkpoints_have_the_same_keys(
