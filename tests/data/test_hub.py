@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dyt.data.dataset_manifest import Fields
 from megatron_dyt.data.hub import HubDataset, find
-from megatron_dyt.data.sources import BrokenSourceError, Document, Malformed
+from megatron_dyt.data.sources import BrokenSourceError, Document, Malformed, _zstd
 from megatron_dyt.errors import UserError
 
 
@@ -56,6 +56,17 @@ def test_rows_without_text_are_malformed(directory: Path) -> None:
 def test_text_in_a_record_of_the_record(directory: Path) -> None:
     part = find(HubDataset(str(directory)), Fields("meta.pile_set_name"))[0]
     assert next(item for _position, item in part.read(Fields("meta.pile_set_name"))) == Document("A", "A")
+
+
+def test_zstd_of_several_frames(directory: Path) -> None:
+    for path in directory.glob("*.jsonl"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.with_name(f"{path.name}.zst").write_bytes(b"".join(map(_zstd().compress, lines)))
+        path.unlink()
+    parts = find(HubDataset(str(directory)), Fields())
+    assert [item for _position, item in parts[1].read(Fields())] == [
+        Document(f"1 {row}", "B") for row in range(4)
+    ]
 
 
 def test_a_file_without_rows_is_a_part_without_documents(directory: Path) -> None:
