@@ -23,7 +23,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # What a rank does that trains to the end, in `fakes.PYTHON`.
 ALL_STEPS = 'echo 10 > "$TRACKER"'
 # Nothing here takes as long, on a busy machine either.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 @dataclass

@@ -26,6 +26,7 @@ def first_then_all(first: str) -> str:
 # Options of sbatch, and what the ranks do. The time limit's signal comes within the first half minute: 110 s
 # before the end of 120, which the script does not know.
 ALONE = {
+    "stopped in the queue": ([], first_then_all(f"{SAVE_THREE} exit 1")),
     "0": ([], first_then_all(f"{SAVE_THREE} exit 0")),
     # A checkpoint that is damaged each time, and saved anew, is progress.
     "saved anew": (
@@ -58,6 +59,16 @@ def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             (home / "run/stop").touch()
         jobs[name] = cluster.submit(home, *options, **settings, **faked_settings(home), FAKE_TRAIN=train)
     return jobs
+
+
+# The first test: it has to come while the job waits in the queue again.
+def test_a_stop_file_made_in_the_queue_ends_a_requeued_job(alone: dict[str, Job]) -> None:
+    job = alone["stopped in the queue"]
+    job.until(lambda: job.field("Restarts") == "1", "the requeue")
+    (job.log.parent / "run/stop").touch()
+    assert job.wait() == 0, job.text()
+    assert "not started, as" in job.text()
+    assert "finished" not in job.text()
 
 
 @pytest.mark.parametrize("code", [0, 137])
@@ -143,16 +154,6 @@ def test_stopped_while_it_plans(cluster: Cluster, tmp_path: Path, faked: dict[st
     assert "not started, as" in job.text()
     assert not (tmp_path / "run/stop").exists()
     assert not (tmp_path / "python").exists()
-
-
-def test_a_stop_file_that_a_requeued_job_finds_does_end_it(
-    cluster: Cluster, tmp_path: Path, faked: dict[str, str]
-) -> None:
-    job = cluster.submit(tmp_path, **faked, FAKE_TRAIN=first_then_all(f"{SAVE_THREE} exit 1"))
-    job.until(lambda: job.field("Restarts") == "1", "the requeue")
-    (tmp_path / "run/stop").touch()
-    assert job.wait() == 0, job.text()
-    assert "not started, as" in job.text()
 
 
 def test_a_job_does_not_start_when_the_signal_came_while_it_planned(
