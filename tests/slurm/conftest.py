@@ -61,7 +61,9 @@ class Job:
     def until(self, happened: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not happened():
-            assert time.monotonic() < deadline, f"waited for {what}:\n{self.text()[-3000:]}"
+            if time.monotonic() > deadline:
+                self.cluster.call("scancel", self.number)  # The next test's job is not to wait for it.
+                pytest.fail(f"waited for {what}:\n{self.text()[-3000:]}")
             time.sleep(0.1)
 
 
