@@ -51,10 +51,10 @@ def find_damage(directory: Path, wanted: Callable[[str], bool], rank: int = 0, r
 
 
 def stored_items(directory: Path) -> list[Item]:
-    """All items of a checkpoint by place. Raises whatever reading a damaged `.metadata` raises."""
-    from torch.distributed.checkpoint import FileSystemReader
+    """All items of a checkpoint by place. Raises what `read_metadata` raises."""
+    from megatron_dyt.checkpoints.metadata import read_metadata
 
-    storage: dict[Any, Any] = FileSystemReader(directory).read_metadata().storage_data
+    storage: dict[Any, Any] = read_metadata(directory).storage_data
     items = [
         Item(index.fqn, directory / info.relative_path, info.offset, info.length)
         for index, info in storage.items()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_dyt.checkpoints import crc, iterations, optimizer_layout
 from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT, DamagedCheckpoint
 from megatron_dyt.checkpoints.saved_args import READ_ERRORS
+from megatron_dyt.errors import UserError
 from megatron_dyt.parsed_args import parsed_args
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def verify(
 ) -> None:
     """Raise `DamagedCheckpoint` on all ranks of `group` when any of them finds damage.
 
+    A plain UserError instead when a newer torch has written the checkpoint.
+
     Rank 0 looks whether the files are there at full length. With `check_data` each rank compares its part
     of the bytes of the `wanted` keys with the checksums in them.
     """
@@ -104,25 +107,27 @@ def verify(
     _agree(problem, group)
 
 
-def _problem_of_files(path: Path) -> str | None:
+def _problem_of_files(path: Path) -> UserError | None:
     try:
         iterations.check_files(path)
-    except DamagedCheckpoint as error:
-        return str(error)
+    except UserError as error:
+        return error
     return None
 
 
-def _problem_of_data(path: Path, wanted: set[str], rank: int, ranks: int) -> str | None:
+def _problem_of_data(path: Path, wanted: set[str], rank: int, ranks: int) -> UserError | None:
     try:
         found = crc.find_damage(path, wanted.__contains__, rank, ranks)
+    except UserError as error:
+        return error
     except Exception as error:  # Whatever a damaged .metadata raises when it is unpickled.
         found = f"{path / '.metadata'}: {type(error).__name__}: {error}"
     if found is None:
         return None
-    return f"the checkpoint {path} is damaged. {found}. Restore it, or: {OTHER_CHECKPOINT}"
+    return DamagedCheckpoint(f"the checkpoint {path} is damaged. {found}. Restore it, or: {OTHER_CHECKPOINT}")
 
 
-def _agree(problem: str | None, group: dist.ProcessGroup | None = None) -> None:
+def _agree(problem: UserError | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise the first problem of any rank on all of them."""
     problems = [problem]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
@@ -130,7 +135,7 @@ def _agree(problem: str | None, group: dist.ProcessGroup | None = None) -> None:
         dist.all_gather_object(problems, problem, group=group)
     first = next((each for each in problems if each), None)
     if first is not None:
-        raise DamagedCheckpoint(first)
+        raise first
 
 
 def _check_start(args: Any, *, alone: bool) -> None:
@@ -147,12 +152,14 @@ def _check_start(args: Any, *, alone: bool) -> None:
     if not alone:
         _agree(problem)
     elif problem is not None:
-        raise DamagedCheckpoint(problem)
+        raise problem
 
 
-def _problem_of_start(path: Path, args: Any) -> str | None:
+def _problem_of_start(path: Path, args: Any) -> UserError | None:
     if not path.is_dir():
-        return f"the checkpoint {path}, which is to be loaded, does not exist. {OTHER_CHECKPOINT}"
+        return DamagedCheckpoint(
+            f"the checkpoint {path}, which is to be loaded, does not exist. {OTHER_CHECKPOINT}"
+        )
     problem = _problem_of_files(path)
     if problem is None and checks_data(args) and (path / "metadata.json").is_file():
         problem = _problem_of_data(path, set(), rank=0, ranks=1)

@@ -162,10 +162,12 @@ def set_aside(path: Path, tracked: Path) -> Path:
 
 def _needed_lengths(path: Path) -> dict[str, int]:
     """For each data file of a torch_dist checkpoint, the bytes that its metadata refers to."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from megatron_dyt.checkpoints.metadata import read_metadata
 
     try:
-        storage = FileSystemReader(path).read_metadata().storage_data
+        storage = read_metadata(path).storage_data
+    except UserError:
+        raise
     except Exception as error:
         raise DamagedCheckpoint(
             f"the metadata of checkpoint {path} cannot be read ({error}). Restore it, or: {OTHER_CHECKPOINT}"

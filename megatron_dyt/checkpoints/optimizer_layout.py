@@ -153,12 +153,13 @@ def bucket_size(args: Namespace) -> int | str:
 
 def _one_bucket(path: Path, *layouts: Namespace) -> bool:
     """Whether no buffer in the checkpoint is as large as the smallest bucket: then size does not matter."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_dyt.checkpoints.metadata import read_metadata
 
     sizes = [size for each in layouts if isinstance(size := bucket_size(each), int)]
     buffers: Counter[str] = Counter()
-    for key, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+    for key, entry in read_metadata(path).state_dict_metadata.items():
         buffer, bucket, name = key.partition(".bucket_idx_")
         if bucket and name.endswith(".param") and isinstance(entry, TensorStorageMetadata):
             buffers[buffer] += entry.size.numel()

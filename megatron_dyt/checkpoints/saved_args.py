@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.checkpoints import iterations
+from megatron_dyt.checkpoints.metadata import of_newer_torch
 from megatron_dyt.errors import UserError, describe
 
 # What reading a damaged file may raise is anything; torch's own is no Exception.
@@ -78,7 +79,7 @@ def damaged(checkpoint: Checkpoint, error: BaseException) -> UserError:
     if isinstance(error, CheckpointException):
         # Its own message is a traceback; each rank's failure is an (exception, stack) pair.
         error = next((failure[0] for failure in error.failures.values()), error)
-    return UserError(
+    return of_newer_torch(checkpoint.directory, error) or UserError(
         f"{checkpoint.directory} cannot be read ({describe(error)}). It is incomplete or damaged: "
         f"choose another iteration with --ckpt-step, or copy it again"
     )

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_dyt.checkpoints.metadata import read_metadata
 from megatron_dyt.errors import UserError, describe
 
 # Megatron's CheckpointingConfig; 0.19 ignores the common backend, earlier versions want it.
@@ -61,9 +62,11 @@ class TorchDistReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
+            self._metadata = read_metadata(directory)
             self._files = FileSystemReader(directory)
-            self._metadata = self._files.read_metadata()
             self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except UserError:
+            raise
         except Exception as error:
             raise self._damaged(error) from error
         self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {

@@ -12,13 +12,17 @@ import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
 from megatron_dyt.checkpoints import damage
 from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT
+from megatron_dyt.checkpoints.metadata import read_metadata
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import ranks
 from megatron_dyt.parsed_args import parsed_args
@@ -52,6 +56,8 @@ def wrap_load[R](original: Callable[..., R]) -> Callable[..., R]:
             strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
             default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
             compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
+            if not default:
+                refuse_strictness(str(getattr(strictness, "value", strictness)))
         try:
             state = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         except CheckpointException as error:
@@ -61,6 +67,20 @@ def wrap_load[R](original: Callable[..., R]) -> Callable[..., R]:
         return state
 
     return load
+
+
+def refuse_strictness(strictness: str) -> None:
+    """Raise UserError where Megatron cannot list a checkpoint's tensors, as every other strictness needs.
+
+    It hands all that a tensor's metadata say to torch.empty. From torch 2.15 on they say `strides`, which
+    that function does not take (`strategies/torch.py`, `load_tensors_metadata`, up to 0.19.2).
+    """
+    if hasattr(TensorProperties, "strides"):
+        raise UserError(
+            f"--dist-ckpt-strictness {strictness} was given, and with torch {torch.__version__} Megatron "
+            "fails at it (torch.empty takes no strides). Leave the flag out: the names of the model's "
+            "parameters are checked all the same. Or install torch<2.15"
+        )
 
 
 def compare_function(given: Namespace | None, saved: Namespace | None, checkpoint_dir: Directory) -> None:
@@ -120,13 +140,18 @@ def checkpoint_tensor_keys(checkpoint_dir: Directory) -> set[str]:
     Raises:
         UserError: the directory's metadata cannot be read.
     """
-    from megatron.core import dist_checkpointing
-
+    # Not by Megatron's `load_tensors_metadata`: see `refuse_strictness`.
     try:
-        keys = dist_checkpointing.load_tensors_metadata(str(checkpoint_dir))
+        entries = read_metadata(Path(checkpoint_dir)).state_dict_metadata
+    except UserError:
+        raise
     except Exception as error:
         raise _unreadable(checkpoint_dir, error) from error
-    return {key for key in keys if not _is_optimizer(key)}
+    return {
+        key
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and not _is_optimizer(key)
+    }
 
 
 def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:

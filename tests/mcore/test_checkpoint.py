@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_dyt.checkpoints.iterations import DamagedCheckpoint
 from megatron_dyt.config import DyTConfig
@@ -31,6 +32,17 @@ def test_a_dyt_model_comes_back(make_config: Make, build_gpt: Make, save_model: 
     load(fresh, tmp_path / "c")
     for (name, new), old in zip(fresh.named_parameters(), saved.parameters(), strict=True):
         assert torch.equal(new, old), name
+
+
+def test_a_strictness_that_megatron_fails_at_is_refused(
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_gpt(make_config())
+    save_model(model, tmp_path / "c")
+    monkeypatch.setattr(TensorProperties, "strides", None, raising=False)  # torch 2.15 has them.
+    with pytest.raises(UserError, match=r"--dist-ckpt-strictness log_all was given.*Leave the flag out"):
+        load(model, tmp_path / "c", strict="log_all")
+    load(model, tmp_path / "c")
 
 
 @pytest.mark.parametrize("strict", ["assume_ok_unexpected", "log_all"])
