@@ -16,7 +16,7 @@ VERSIONS ?=
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-versions test-te compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench docs build clean
+.PHONY: help setup quickstart test test-versions test-te test-newest compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench docs build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ test-versions: setup ## test other releases of megatron-core (VERSIONS="0.17.1 0
 test-te: setup ## build Transformer Engine for a CPU, once, and test its models (VERSIONS=...)
 	@te=$$(bash scripts/build-te.sh) && WITH_TE=$$te WORKERS=0 bash scripts/test-versions.sh $(VERSIONS)
 
-compatibility: setup ## make docs/compatibility.md of the results of test and test-versions
-	@$(PY) scripts/compatibility.py collect build/results
+test-newest: setup ## test the newest release of every dependency, in environments of its own
+	@WORKERS=$(WORKERS) bash scripts/test-newest.sh
+
+compatibility: setup ## make docs/compatibility.md of the results of test, test-versions and test-newest
+	@$(PY) scripts/compatibility.py collect build/results build/newest
 
 check-patches: setup ## check patches/ (MEGATRON_LM=clone: against the releases too)
 	@$(PY) scripts/fork_patches.py check "$(MEGATRON_LM)"

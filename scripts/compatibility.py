@@ -1,10 +1,12 @@
-"""Makes docs/compatibility.md of test results: what was tested with which Megatron, and how it went.
+"""Makes docs/compatibility.md of test results: what was tested with which releases, and how it went.
 
-    scripts/compatibility.py collect build/results    results of test runs -> docs/compatibility.json
-    scripts/compatibility.py render                    docs/compatibility.json -> docs/compatibility.md
+    scripts/compatibility.py collect build/results build/newest  test runs' results -> docs/compatibility.json
+    scripts/compatibility.py render                              docs/compatibility.json -> the page
+    scripts/compatibility.py tests [DEPENDENCY ...]              prints what `make test-newest` is to run
 
-`make compatibility` does both. The results come from `pytest --record-results`, which `make test` and
-`make test-versions` use. Rows are what the tests are called: nothing here knows a family or a layout.
+`make compatibility` does the first two. The results come from `pytest --record-results`: `make test` and
+`make test-versions` fill build/results, `make test-newest` build/newest; where one is missing its part of the
+page stays. Rows are what the tests are called: nothing here knows a family or a layout.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PINS = ROOT / "constraints.txt"
 DATA, PAGE = ROOT / "docs/compatibility.json", ROOT / "docs/compatibility.md"
 
 # Tests whose parameter is MODEL-LAYOUT.
@@ -40,14 +44,48 @@ GROUPS = {
         "tests/evaluation/",
     ),
 }
+# The tests that each dependency of pyproject.toml concerns. Tools (pytest, ruff, Sphinx ...) are left out.
+TOUCHED = {
+    "torch": (
+        "tests/ops/",
+        "tests/nn/",
+        "tests/mcore/",
+        "tests/checkpoints/",
+        "tests/hf/",
+        "tests/distributed/test_equivalence.py",
+    ),
+    "triton": ("tests/ops/",),
+    "numpy": ("tests/ops/", "tests/data/"),
+    "megatron-core": ("tests/mcore/", "tests/test_pretrain.py", "tests/test_run.py"),
+    "transformers": ("tests/hf/", "tests/evaluation/"),
+    "tokenizers": ("tests/hf/test_tokenizer.py", "tests/data/"),
+    "sentencepiece": ("tests/hf/test_tokenizer.py", "tests/data/"),
+    "protobuf": ("tests/hf/test_tokenizer.py", "tests/data/"),
+    "safetensors": ("tests/hf/",),
+    "huggingface-hub": ("tests/hf/", "tests/evaluation/"),
+    "lm-eval": ("tests/evaluation/",),
+    "datasets": ("tests/data/", "tests/evaluation/"),
+    "pyarrow": ("tests/data/",),
+    "datatrove": ("tests/data/",),
+    "backports-zstd": ("tests/data/",),
+    "tensorboard": ("tests/mcore/",),
+    "einops": ("tests/mcore/",),
+    "click": ("tests/cli/",),
+    "pyyaml": ("tests/recipes/",),
+    "jinja2": ("tests/report/",),
+    "matplotlib": ("tests/report/",),
+    "tqdm": ("tests/data/", "tests/evaluation/"),
+    "megatron-bridge": ("tests/test_bridge.py",),
+}
+APART = ("megatron-bridge",)  # Dependencies whose tests run in an environment of their own.
 HEAD = """# Compatibility
 
-Made by `make compatibility` of the results of `make test` and `make test-versions`; not typed. A test that
-has not run on a release has an empty field: releases other than that of `constraints.txt` run the core of
-the table. Nothing on this page ran on a GPU unless its run says so under device: context parallelism, NCCL,
-Transformer Engine's own classes, FP8, CUDA graphs and Mamba's kernels need one and have not run; the
-cases of `tests/distributed/cases.py` run there as they are, with MEGATRON_DYT_DEVICE=cuda. What is refused
-with a clear error is in `megatron_dyt/mcore/limits.py` and [families.md](families.md).
+Made by `make compatibility` of the results of `make test`, `make test-versions` and `make test-newest`; not
+typed. A test that has not run on a release has an empty field: releases other than that of `constraints.txt`
+run the core of the table. Nothing on this page ran on a GPU unless its run says so under device: context
+parallelism, NCCL, Transformer Engine's own classes, FP8, CUDA graphs and Mamba's kernels need one and have
+not run; the cases of `tests/distributed/cases.py` run there as they are, with MEGATRON_DYT_DEVICE=cuda. What
+is refused with a clear error is in `megatron_dyt/mcore/limits.py` and [families.md](families.md).
 
 ## Runs, by release of megatron-core
 """
@@ -59,13 +97,25 @@ GPT training loop: gradient and loss of the first step). Families and layouts ar
 `tests/distributed/cases.py` and
 `tests/distributed/family_cases.py`, where their flags stand.
 """
+NEWEST = """## The newest release of every dependency
+
+By `make test-newest`: the newest that `pyproject.toml` allows, all in one environment, and the tests that
+each concerns; Megatron Bridge in one of its own, with the releases that it pins. Pinned is what
+`constraints.txt` says. A checkpoint that torch 2.15 has saved cannot be loaded with a torch before it, and
+the message then says so.
+"""
 MARKS = {"passed": "yes", "failed": "**fails**", "skipped": "skipped"}
 
 
 def main(argv: list[str]) -> int:
     """Run the command."""
-    if argv[:1] == ["collect"] and len(argv) == 2:
-        write(DATA, json.dumps(collect(Path(argv[1])), indent=1, sort_keys=True) + "\n")
+    if argv[:1] == ["tests"]:
+        print(*tests(argv[1:]))
+        return 0
+    if argv[:1] == ["collect"] and len(argv) == 3:
+        known = json.loads(DATA.read_text(encoding="utf-8"))
+        data = collect(known, Path(argv[1]), Path(argv[2]))
+        write(DATA, json.dumps(data, indent=1, sort_keys=True) + "\n")
     elif argv != ["render"]:
         print(__doc__, file=sys.stderr)
         return 2
@@ -79,12 +129,49 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def collect(directory: Path) -> dict[str, Any]:
-    """What the page shows, of the result files in a directory; raises SystemExit without any."""
-    files = sorted(directory.glob("*.json"), key=lambda path: _by_version(path.stem))
-    if not files:
-        raise SystemExit(f"{directory} has no results; run `make test` and `make test-versions` first.")
-    return {"runs": [summary(json.loads(path.read_text(encoding="utf-8"))) for path in files]}
+def tests(dependencies: Sequence[str]) -> list[str]:
+    """Paths of the tests that these dependencies concern; without any those of all but the ones apart."""
+    chosen = dependencies or [name for name in TOUCHED if name not in APART]
+    return list(dict.fromkeys(path for name in chosen for path in TOUCHED[name]))
+
+
+def collect(known: dict[str, Any], results: Path, newest: Path) -> dict[str, Any]:
+    """What the page shows: `known`, with what the two directories have results of in place of what it had.
+
+    Raises:
+        SystemExit: neither has any.
+    """
+    runs, tried = _records(results), _records(newest)
+    if not runs and not tried:
+        raise SystemExit(
+            f"{results} and {newest} have no results; run `make test`, `make test-versions` or "
+            "`make test-newest` first."
+        )
+    runs.sort(key=lambda record: _by_version(record["megatron"]))
+    found = known | {"runs": [summary(record) for record in runs]} if runs else known
+    return found | {"newest": newest_releases(tried)} if tried else found
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.rglob("*.json"))]
+
+
+def newest_releases(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each dependency of TOUCHED: the release pinned, the one tried, and how its tests went."""
+    pins = dict(re.findall(r"^([^=#\s]+)==(\S+)", PINS.read_text(encoding="utf-8"), re.MULTILINE))
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        is_apart = any(name in record["versions"] for name in APART)
+        for name, paths in TOUCHED.items():
+            if name not in record["versions"] or (name in APART) != is_apart:
+                continue
+            row = rows.setdefault(
+                name,
+                {"pinned": pins.get(name, ""), "tried": record["versions"][name], "outcomes": Counter()},
+            )
+            row["outcomes"].update(how for test, how in record["outcomes"].items() if test.startswith(paths))
+    return rows
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +210,10 @@ def render(data: dict[str, Any]) -> str:
         [*_family(case), *(MARKS.get(run["parallel"].get(case, ""), "") for run in runs)] for case in cases
     ]
     groups = [[name, *(_counts(run["groups"].get(name, {})) for run in runs)] for name in GROUPS]
+    newest = [
+        [name, row["pinned"], row["tried"], ", ".join(TOUCHED[name]), _result(row["outcomes"])]
+        for name, row in data.get("newest", {}).items()
+    ]
     skips = sorted({(run["megatron"], why, n) for run in runs for why, n in run["skipped"].items()})
     return "\n".join(
         [
@@ -135,6 +226,9 @@ def render(data: dict[str, Any]) -> str:
             "## Groups of tests: passed, of how many",
             "",
             *_table(head, groups),
+            "",
+            NEWEST,
+            *_table(["dependency", "pinned", "newest, tried", "tests", "result"], newest),
             "",
             "## Not run, and why",
             "",
@@ -156,6 +250,10 @@ def _by_version(text: str) -> list[int]:
 def _counts(outcomes: dict[str, int]) -> str:
     total = sum(outcomes.values())
     return f"{outcomes.get('passed', 0)} of {total}" if total else ""
+
+
+def _result(outcomes: dict[str, int]) -> str:
+    return ", ".join(f"{outcomes[how]} {how}" for how in ("passed", "failed", "skipped") if how in outcomes)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

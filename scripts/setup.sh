@@ -19,7 +19,6 @@ venv=$root/.venv
 stamp=$venv/.setup-stamp
 kernels=$root/megatron_dyt/ops/cpu_kernels
 inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" "$kernels.c")
-extras=train,eval,hf,report,slurm,docs,dev
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {
@@ -80,7 +79,7 @@ sha256() {
 
 # What the environment depends on. The place is part of it: scripts in a .venv hold absolute paths.
 fingerprint() {
-    { cat "${inputs[@]}" && printf '%s\n' "$venv" "$extras" "$(readlink -f "$venv/bin/python")"; } | sha256
+    { cat "${inputs[@]}" && printf '%s\n' "$venv" "${checkout[*]}" "$(readlink -f "$venv/bin/python")"; } | sha256
 }
 
 up_to_date() {
@@ -138,9 +137,7 @@ install_everything() {
     install pip setuptools wheel
     [[ -z ${TORCH_INDEX_URL:-} ]] || install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
     rm -f "$kernels.so"
-    # multiprocess (of datasets and datatrove) has a wheel for each Python, all of them marked as fit for later ones
-    # too. uv takes that of 3.10, which cannot start a process on 3.12; the source package fits the Python it is built by.
-    install --no-build-isolation --no-binary multiprocess -e "${root}[$extras]"
+    install "${checkout[@]}"
 }
 
 # The installation has compiled the kernels, unless that failed; what was missing may be there now.

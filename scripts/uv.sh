@@ -5,11 +5,17 @@
 # configuration, and behind a mirror that is where the index and the certificates stand, so they are translated
 # into uv's variables. What uv has of its own (its variables, a uv.toml) is left alone.
 #
-# scripts/setup.sh sources this file for find_uv and use_pip_settings.
+# scripts/setup.sh and scripts/test-newest.sh source this file for find_uv, use_pip_settings and checkout.
 
 # The checkout; setup.sh has set it already.
 root=${root:-$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 uv= # set by find_uv
+
+# What an environment of this checkout gets. multiprocess (of datasets and datatrove) has a wheel for each Python, all of
+# them marked as fit for later ones too. uv takes that of 3.10, which cannot start a process on 3.12; the source package
+# fits the Python it is built by.
+# shellcheck disable=SC2034 # for those who source this file
+checkout=(--no-build-isolation --no-binary multiprocess -e "${root}[train,eval,hf,report,slurm,docs,dev]")
 
 # 0.5 is the first that knows all that is used here.
 is_usable_uv() { [[ $("$1" --version 2>/dev/null) =~ ^uv\ (0\.([5-9]|[1-9][0-9])|[1-9])\. ]]; }

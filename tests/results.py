@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Recorder:
         record: dict[str, Any] = {
             "megatron": version,
             "torch": torch.__version__,
+            "versions": {_name(each): each.version for each in importlib.metadata.distributions()},
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, gloo",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -50,6 +52,10 @@ class Recorder:
             "reasons": self.reasons,
         }
         write_json(self.directory / f"{version}.json", record)
+
+
+def _name(distribution: importlib.metadata.Distribution) -> str:
+    return re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
 
 
 def _commit() -> str:
