@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,14 @@ class _Formula(NamedTuple):
     gain: str | None
     zero_centered: bool
     shift: str | None
+
+    def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Of x (rows, size)."""
+        y = x - x.mean(-1, keepdim=True) if self.centered else x
+        y = y / y.square().mean(-1, keepdim=True).sqrt()
+        if self.gain is not None:
+            y = y * (values[self.gain] + self.zero_centered)
+        return y if self.shift is None else y + values[self.shift]
 
 
 def examine(module: nn.Module) -> Norm | str | None:
@@ -161,10 +170,10 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
             values[name] = value
         found: dict[tuple[int, int], _Formula] = {}
         errors = []
-        inputs = list(_inputs(size, source))
+        inputs = _inputs(size)
         for x, dim in inputs:
             try:
-                y = twin(x.to(device))
+                y = twin(x.to(device, copy=True))  # which it may change
             except Exception as error:  # a shape that it does not take, or code that cannot run here
                 errors.append(error)
                 continue
@@ -180,31 +189,31 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
     return next(iter(found.values())), dims.pop()
 
 
-def _inputs(size: int, source: torch.Generator) -> Iterator[tuple[Tensor, int]]:
+def _inputs(size: int) -> list[tuple[Tensor, int]]:
     """Tensors of 2 to 5 dimensions that have `size` in dimension -1 or 1 alone, and that dimension."""
-    others = [length for length in (2, 3, 4, 5) if length != size][:2] * 2
+    source = torch.Generator("cpu").manual_seed(1)
+    inputs = []
     for dimensions in range(2, _MOST_DIMENSIONS + 1):
         for dim in (-1, 1) if dimensions > 2 else (-1,):
-            shape = others[: dimensions - 1]
+            shape = [2 if size > 2 else 3] * (dimensions - 1)
             shape.insert(1 if dim == 1 else len(shape), size)
             # Mean and std tell the two formulas apart, and make an eps of 0.01 too small to be seen.
-            yield torch.randn(shape, generator=source, **_FP32) * 3 + 2, dim
+            inputs.append((torch.randn(shape, generator=source, **_FP32) * 3 + 2, dim))
+    return inputs
 
 
 def _match(x: Tensor, y: object, dim: int, values: Mapping[str, Tensor]) -> _Formula | None:
     """The formula that gives y from x with the weights `values`."""
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
-    x, y = x.movedim(dim, -1), y.float().movedim(dim, -1)
+    x, y = (each.float().movedim(dim, -1).flatten(0, -2) for each in (x, y))
     atol = _TOLERANCE * float(y.abs().max())
     gains = [(None, False), *((name, less) for name in values for less in (False, True))]
-    for centered in (False, True):
-        core = x - x.mean(-1, keepdim=True) if centered else x
-        core = core / core.square().mean(-1, keepdim=True).sqrt()
-        for gain, less in gains:
-            scaled = core if gain is None else core * (values[gain] + less)
-            for shift in (None, *(name for name in values if name != gain)):
-                expected = scaled if shift is None else scaled + values[shift]
-                if torch.allclose(y, expected, rtol=_TOLERANCE, atol=atol):
-                    return _Formula(centered, gain, less, shift)
+    for centered, (gain, less), shift in itertools.product((False, True), gains, (None, *values)):
+        formula = _Formula(centered, gain, less, shift)
+        # One row tells most formulas from the right one.
+        if shift in (None, *({*values} - {gain})) and all(
+            torch.allclose(y[:rows], formula(x[:rows], values), _TOLERANCE, atol) for rows in (1, None)
+        ):
+            return formula
     return None

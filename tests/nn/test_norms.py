@@ -104,6 +104,14 @@ class Rounding(nn.Module):
         return self.weight * y.to(torch.bfloat16)
 
 
+class InPlaceNorm(OwnNorm):
+    """Writes over its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= x.square().mean(-1, keepdim=True).rsqrt()
+        return x.mul_(self.weight)
+
+
 class WeightlessNorm(nn.Module):
     """OLMo's: a LayerNorm without parameters, which knows its size."""
 
@@ -149,6 +157,7 @@ KINDS = {
     "bias that is a buffer": Kind(lambda: OwnNorm("gamma", bias_buffer=True), "gamma", "beta"),
     "class of another name": Kind(RootMeanSquare),
     "rounding": Kind(Rounding),
+    "in place": Kind(InPlaceNorm),
     "weightless": Kind(WeightlessNorm, None),
     "channels first": Kind(lambda: LayerNorm2d(SIZE), shift="bias", dim=1),
     "channels first by an argument": Kind(
