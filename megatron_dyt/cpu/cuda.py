@@ -154,6 +154,8 @@ def device_argument_to_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        if "pin_memory" in kwargs:
+            kwargs["pin_memory"] = False  # For copies to a GPU.
         return factory(*args, **kwargs)
 
     return make

@@ -167,14 +167,19 @@ def sum_copies(
 
 
 def _scale_or_zero(model: LanguageModule) -> nn.Parameter | SimpleNamespace:
-    """The scale's parameter; on a stage with a tied output layer and no embedding a gradient of zero.
+    """The scale's parameter; a gradient of zero where it is frozen, and on a stage with tied output layer and
+    no embedding.
 
-    That stage is in the group, for the word embedding, so it must take part.
+    That stage is in the group, for the word embedding, so it must take part, and cannot know what is frozen
+    elsewhere.
     """
     scale = _scale_of(model)
-    if scale is not None:
+    if scale is not None and scale.scale.requires_grad:
         return scale.scale
-    return SimpleNamespace(main_grad=model.shared_embedding_or_output_weight().main_grad.new_zeros(1))
+    weight = model.shared_embedding_or_output_weight()
+    if hasattr(weight, "main_grad"):
+        return SimpleNamespace(main_grad=weight.main_grad.new_zeros(1))
+    return SimpleNamespace(main_grad=weight.new_zeros(1, dtype=torch.float32))  # It is frozen too.
 
 
 def _scale_of(model: LanguageModule) -> EmbeddingScale | None:

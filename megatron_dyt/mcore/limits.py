@@ -6,6 +6,7 @@ The table is checked against the parsed flags and against every TransformerConfi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,35 @@ class Limit:
 def _on(*names: str) -> Callable[[object], bool]:
     """Whether any of these settings is switched on."""
     return lambda config: any(bool(getattr(config, name, None)) for name in names)
+
+
+def _has_unshared_experts(args: object) -> bool:
+    """Whether Megatron-FSDP, sharding gradients, has experts of one data parallel rank each.
+
+    Their gradient buffer is then not sharded (`param_and_grad_buffer.py`: "main_buf_dp_group.size() > 1") and
+    all the same reduced, which scales it, at each micro-batch.
+    """
+    experts = getattr(args, "expert_model_parallel_size", 1)
+    sharding = getattr(args, "data_parallel_sharding_strategy", None)
+    if (
+        not _on("use_megatron_fsdp")(args)
+        or experts == 1
+        or sharding not in ("optim_grads", "optim_grads_params")
+    ):
+        return False
+    tensor = getattr(args, "expert_tensor_parallel_size", None) or _size(args, "tensor_model_parallel_size")
+    return _size(args, "world_size") == tensor * experts * _size(args, "pipeline_model_parallel_size")
+
+
+def _micro_batches(args: object) -> int:
+    """Micro-batches of a step, 1 where a global batch size is not given."""
+    kinds = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = _size(args, "world_size") // math.prod(_size(args, kind) for kind in kinds)
+    return _size(args, "global_batch_size") // (_size(args, "micro_batch_size") * max(1, ranks))
+
+
+def _size(args: object, name: str) -> int:
+    return getattr(args, name, None) or 1
 
 
 LIMITS = (
@@ -110,6 +140,13 @@ LIMITS = (
             and getattr(config, "tensor_model_parallel_size", 1) > 1
             and not getattr(config, "sequence_parallel", False)
         ),
+    ),
+    Limit(
+        "Megatron-FSDP with sharded gradients, several micro-batches and each expert on one rank",
+        "Megatron-FSDP scales what it has accumulated of an expert's gradient once more at each micro-batch",
+        "Lower --expert-model-parallel-size, so that two ranks or more share an expert, or leave out "
+        "--use-megatron-fsdp.",
+        lambda config: _has_unshared_experts(config) and _micro_batches(config) > 1,
     ),
     Limit(
         "mla_down_proj_fusion",

@@ -82,6 +82,7 @@ def run(
             f"the ranks' parameters add up to {total:,}, and the recipe has {parameters:,}: "
             "the flags make another model"
         )
+    preflight.check_tied_prediction(args)
     if files:
         preflight.check_tokenizer(args)
         preflight.check_data(args)

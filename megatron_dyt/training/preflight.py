@@ -39,6 +39,7 @@ def check_files(args: Namespace) -> None:
     check_data(args)
     if int(os.environ.get("RANK") or 0) == 0:
         check_evaluation(args)
+        check_tied_prediction(args)
         check_save(args)
         check_load(args)
 
@@ -127,6 +128,25 @@ def check_save(args: Namespace) -> None:
         raise UserError(f"--save {args.save}: no permission to write there")
     for line in iterations.tidy(args.save):
         _log.info(line)
+
+
+def check_tied_prediction(args: Namespace) -> None:
+    """A model whose last pipeline stage has a copy of a tied embedding and the output layer can be saved.
+
+    It cannot: Megatron asserts that the output layer there has no weight, and it has one (language_module.py,
+    `tie_embeddings_and_output_weights_state_dict`), so that a run ends at its first save.
+    """
+    layers, stages = args.mtp_num_layers, args.pipeline_model_parallel_size
+    if not args.save or not layers or stages == 1 or args.untie_embeddings_and_output_weights:
+        return
+    layout = getattr(args, "pipeline_model_parallel_layout", None)
+    if layout is None or "m" in str(layout).split("|")[-1]:
+        raise UserError(
+            f"--save with --mtp-num-layers {layers}, --pipeline-model-parallel-size {stages} and tied "
+            "embeddings: Megatron cannot save a model that predicts in its last stage with the embedding's "
+            "weights. Give --untie-embeddings-and-output-weights, or prediction layers a stage before the "
+            "output's, such as --pipeline-model-parallel-layout 'Et|tt|tm|L'"
+        )
 
 
 def check_load(args: Namespace) -> None:

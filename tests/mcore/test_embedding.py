@@ -132,3 +132,17 @@ def test_a_stage_without_an_embedding_takes_part_with_zero() -> None:
     stage = SimpleNamespace(shared_embedding_or_output_weight=lambda: weight)
     gradient = embedding._scale_or_zero(stage).main_grad
     torch.testing.assert_close(gradient, torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("frozen", ["embedding", "scale alone"])
+def test_a_frozen_scale_takes_part_with_zero(frozen: str) -> None:
+    """The stage without an embedding, which waits for it, cannot know that it is frozen."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    if frozen == "scale alone":
+        weight.main_grad = torch.ones(2, 3)  # type: ignore[attr-defined]
+    scale = EmbeddingScale(3.0)
+    scale.requires_grad_(False)
+    stage = SimpleNamespace(
+        embedding=SimpleNamespace(embedding_scale=scale), shared_embedding_or_output_weight=lambda: weight
+    )
+    torch.testing.assert_close(embedding._scale_or_zero(stage).main_grad, torch.zeros(1))

@@ -63,6 +63,31 @@ def test_a_mark_that_fsdp_forgets_must_not_be_needed() -> None:
         refuse_unsupported(SimpleNamespace(**(config | fine)))
 
 
+def test_experts_that_fsdp_would_scale_twice_are_refused() -> None:
+    """8 ranks, 2 of them tensor parallel: 4 data parallel ranks, each with a quarter of the experts."""
+    settings = {
+        "use_megatron_fsdp": True,
+        "data_parallel_sharding_strategy": "optim_grads_params",
+        "world_size": 8,
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 4,
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+    }
+    with pytest.raises(UserError, match=r"each expert on one rank.*Lower --expert-model"):
+        refuse_unsupported(SimpleNamespace(**settings))
+    for fine in (
+        {"use_megatron_fsdp": False},
+        {"data_parallel_sharding_strategy": "optim"},
+        {"expert_model_parallel_size": 2},
+        {"expert_tensor_parallel_size": 1},
+        {"micro_batch_size": 4},
+        {"global_batch_size": None},
+        {"expert_model_parallel_size": 1, "world_size": 2},
+    ):
+        refuse_unsupported(SimpleNamespace(**(settings | fine)))
+
+
 def test_a_config_built_without_flags_is_checked_too(make_config: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="memory_efficient_layer_norm"):
         make_config(memory_efficient_layer_norm=True)

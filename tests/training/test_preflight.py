@@ -22,12 +22,14 @@ def arguments(**given: Any) -> Namespace:
             *("test_data_path", "per_split_data_args_path", "per_dataset_sequences_path"),
             *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "yaml_cfg"),
             *("save", "load", "pretrained_checkpoint", "ckpt_step", "eval_interval"),
+            *("mtp_num_layers", "untie_embeddings_and_output_weights"),
         )
     )
     return Namespace(
         **{
             **flags,
             "save_interval": 10,
+            "pipeline_model_parallel_size": 1,
             "split": "1,0,0",
             "full_validation": False,
             "dataloader_fast_cache_load": False,
@@ -141,6 +143,36 @@ def test_loading_a_step_that_is_not_there(tmp_path: Path) -> None:
     for step, wanted in ((None, 3), (7, 7)):
         with pytest.raises(UserError, match=f"iter_000000{wanted} does not exist"):
             preflight.check_load(arguments(load=str(tmp_path), ckpt_step=step))
+
+
+PREDICTION = {
+    "save": "run",
+    "mtp_num_layers": 1,
+    "pipeline_model_parallel_size": 4,
+    "untie_embeddings_and_output_weights": False,
+    "pipeline_model_parallel_layout": None,
+}
+
+
+@pytest.mark.parametrize("layout", [None, "Et|tt|t|tmL"])
+def test_prediction_in_the_last_stage_with_tied_embeddings_cannot_be_saved(layout: str | None) -> None:
+    with pytest.raises(UserError, match="--untie-embeddings-and-output-weights"):
+        preflight.check_tied_prediction(arguments(**PREDICTION | {"pipeline_model_parallel_layout": layout}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"save": None},
+        {"mtp_num_layers": None},
+        {"pipeline_model_parallel_size": 1},
+        {"untie_embeddings_and_output_weights": True},
+        {"pipeline_model_parallel_layout": "Et|tt|tm|L"},
+    ],
+    ids=str,
+)
+def test_other_prediction_layers_can_be_saved(other: dict[str, Any]) -> None:
+    preflight.check_tied_prediction(arguments(**PREDICTION | other))
 
 
 def test_the_tokenizer_of_a_checkpoint_is_not_asked_for() -> None:
