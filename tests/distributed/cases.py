@@ -65,6 +65,7 @@ TP2, TP2_SP = "--tensor-model-parallel-size 2", f"--tensor-model-parallel-size 2
 PP2 = "--pipeline-model-parallel-size 2"
 PP4 = "--pipeline-model-parallel-size 4"
 VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+CP2 = "--context-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
 ALLGATHER = "--moe-token-dispatcher-type allgather"
 ACCUMULATED = "--micro-batch-size 1"
@@ -156,6 +157,9 @@ TWO_PROCESSES = chosen(
         case("dense", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
         case("dense", "dp2_fsdp", f"{FSDP} {ACCUMULATED}"),
         case("moe", "dp2_fsdp", FSDP),
+        case("mtp", "dp2_fsdp", f"{FSDP} {ACCUMULATED}"),
+        case("dense", "cp2", CP2),
+        case("dense", "pp2_uneven", f"{PP2} --decoder-first-pipeline-num-layers 1"),
         case("bf16", "dp2_distributed_optimizer", DIST_OPT, allowed="bf16_data_parallel"),
         case("dense", "tp2_sp_unfused", f"{TP2_SP} {UNFUSED}"),
         case("dense", "pp2_full_recompute", f"{PP2} {FULL}"),
@@ -187,6 +191,7 @@ TWO_PROCESSES = chosen(
 
 FOUR_PROCESSES = [
     case("dense", "tp4_sp", f"--tensor-model-parallel-size 4 {SP}"),
+    case("dense", "tp2_sp_cp2", f"{TP2_SP} {CP2}"),
     case("dense", "tp2_sp_pp2_virtual", f"{TP2_SP} {VPP2}"),
     case("dense", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT} {ACCUMULATED}"),
     case("bf16", "tp2_sp_dp2_distributed_optimizer", f"{TP2_SP} {DIST_OPT}", allowed="bf16"),
