@@ -104,6 +104,16 @@ def _slope_factor(FUNCTION: tl.constexpr) -> tl.constexpr:
         return _TWO_OVER_SQRT_PI
 
 
+@triton.jit
+def _sum_of_slices(v: tl.tensor, UNROLL: tl.constexpr) -> tl.tensor:
+    """(UNROLL * BLOCK_M, BLOCK_N) -> (BLOCK_M, BLOCK_N), the sum of the UNROLL slices.
+
+    A tile of two dimensions, whose slices each thread has in its registers: of a tile of three, releases of
+    Triton differ in which of the outer dimensions they spread over the threads of a warp.
+    """
+    return tl.sum(v.reshape(UNROLL, v.shape[0] // UNROLL, v.shape[1]), 0)
+
+
 # One compiled kernel serves any number of rows.
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
@@ -210,21 +220,21 @@ def backward_kernel(
     in_row = columns < HIDDEN
     alpha = tl.load(alpha_ptr).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    scale = (weight * (alpha * _slope_factor(FUNCTION)))[None, None, :]
+    scale = (weight * (alpha * _slope_factor(FUNCTION)))[None, :]
     if shift_ptr is not None:
         shift = tl.load(shift_ptr).to(tl.float32)
 
-    position = tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, UNROLL)[None, :] * BLOCK_M
+    position = tl.arange(0, UNROLL * BLOCK_M)
     d_alpha = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     d_weight = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     d_bias = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     d_shift = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for block in range(program, row_blocks, row_programs):
-        row = (tl.cast(block, tl.int64) * (UNROLL * BLOCK_M) + position)[:, :, None]
+        row = (tl.cast(block, tl.int64) * (UNROLL * BLOCK_M) + position)[:, None]
         inside = row < rows
         if HIDDEN % BLOCK_N != 0:
-            inside = inside & in_row[None, None, :]
-        column = columns[None, None, :]
+            inside = inside & in_row[None, :]
+        column = columns[None, :]
         # Rows beyond the end are zeros, which add nothing to any sum.
         dy = tl.load(dy_ptr + row * (dy_stride * STRIDE_UNIT) + column, mask=inside, other=0.0)
         x = tl.load(x_ptr + row * (x_stride * STRIDE_UNIT) + column, mask=inside, other=0.0)
@@ -244,13 +254,13 @@ def backward_kernel(
             tl.store(dx_ptr + row * HIDDEN + column, dx, mask=inside)
         if NEEDS_ALPHA:
             # Where f is flat, an infinite x adds 0, which is the limit, and not 0 * inf.
-            d_alpha += tl.sum(dy * tl.where(slope == 0.0, 0.0, slope * x), 1)
+            d_alpha += _sum_of_slices(dy * tl.where(slope == 0.0, 0.0, slope * x), UNROLL)
         if NEEDS_WEIGHT:
-            d_weight += tl.sum(dy * value, 1)
+            d_weight += _sum_of_slices(dy * value, UNROLL)
         if NEEDS_BIAS:
-            d_bias += tl.sum(dy, 1)
+            d_bias += _sum_of_slices(dy, UNROLL)
         if NEEDS_SHIFT:
-            d_shift += tl.sum(g, 1)
+            d_shift += _sum_of_slices(g, UNROLL)
 
     if partial_ptr is not None:
         out = partial_ptr + tl.cast(program, tl.int64) * PARTIAL_WIDTH

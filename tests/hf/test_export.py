@@ -149,8 +149,26 @@ def with_tokenizer(model: Path, **more: Any) -> dict[str, Any]:
     return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model)} | more
 
 
+def run_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the card's example leaves, where our classes are not registered and nobody answers questions."""
+    from transformers import CONFIG_MAPPING, dynamic_module_utils
+
+    modules = str(directory.parent / "modules")
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "llama_dyt", raising=False)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asks on the terminal: {text}"))
+    found: dict[str, Any] = {"DIRECTORY": str(directory)}
+    exec((directory / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
+    return found
+
+
 def test_command_with_tokenizer(
-    save_gpt: Save, tmp_path: Path, tokenizer_model: Path, capsys: pytest.CaptureFixture[str]
+    save_gpt: Save,
+    tmp_path: Path,
+    tokenizer_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
     saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
@@ -165,10 +183,10 @@ def test_command_with_tokenizer(
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (350, 1, 2)
     assert_close(hf_logits(output), saved.logits()[..., :350])
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
-    card = (output / "README.md").read_text()
-    assert "| vocabulary, positions | 350, 16 |" in card
-    # AutoTokenizer reads the configuration, and would ask on the terminal whether to run its class.
-    assert "AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)" in card
+    assert "| vocabulary, positions | 350, 16 |" in (output / "README.md").read_text()
+    loaded = run_card(output, monkeypatch)
+    assert type(loaded["model"]).__module__.startswith("transformers_modules.")
+    assert loaded["tokenizer"]("The").input_ids[0] == 1
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
