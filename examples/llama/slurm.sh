@@ -3,8 +3,7 @@
 
 read -r -a SRUN <<<"srun --kill-on-bad-exit=0 ${SRUN_FLAGS:-}"
 SIGNAL_LEAD=${SIGNAL_LEAD:-600} # the scripts' --signal=TERM@600
-# "Depending on the resolution of event handling" Slurm signals up to a minute earlier (man sbatch, --signal).
-SIGNAL_EARLY=60
+SIGNAL_EARLY=60 # Slurm's may come a minute before it is due (man sbatch, --signal).
 
 # Sets NODES and GPUS_PER_NODE, which must be the job's; a look (PLAN_ONLY) is free to ask for others.
 set_cluster() {

@@ -77,6 +77,19 @@ def test_good_input_passes(dataset: str, sentencepiece_model: str, tmp_path: Pat
     assert os.path.isdir(save)
 
 
+def test_only_rank_0_touches_the_save_directory(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ranks of other nodes look at what is read, and may not tidy up beside it."""
+    monkeypatch.setenv("RANK", "8")
+    save = tmp_path / "checkpoint"
+    given = arguments(data_path=[dataset], tokenizer_type="NullTokenizer", save=str(save), load=str(save))
+    preflight.check_files(given)
+    assert not save.exists()
+    with pytest.raises(UserError, match=r"nowhere\.idx does not exist"):
+        preflight.check_files(arguments(data_path=["nowhere"], tokenizer_type="NullTokenizer"))
+
+
 def test_missing_halves_of_a_dataset(dataset: str) -> None:
     os.rename(f"{dataset}.bin", f"{dataset}.other")
     with pytest.raises(UserError, match=r"corpus\.bin does not exist"):
