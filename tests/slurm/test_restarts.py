@@ -68,7 +68,7 @@ def test_a_stop_file_made_in_the_queue_ends_a_requeued_job(alone: dict[str, Job]
     (job.log.parent / "run/stop").touch()
     assert job.wait() == 0, job.text()
     assert "not started, as" in job.text()
-    assert "finished" not in job.text()
+    assert "finished: all steps" not in job.text()
 
 
 @pytest.mark.parametrize("code", [0, 137])
