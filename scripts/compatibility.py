@@ -83,7 +83,7 @@ HEAD = """# Compatibility
 Made by `make compatibility` of the results of `make test`, `make test-versions` and `make test-newest`; not
 typed. A test that has not run on a release has an empty field: releases other than that of `constraints.txt`
 run the core of the table. Nothing on this page ran on a GPU unless its run says so under device: context
-parallelism, NCCL, Transformer Engine's own classes, FP8, CUDA graphs and Mamba's kernels need one and have
+parallelism, NCCL, Transformer Engine's kernels, FP8, CUDA graphs and Mamba's kernels need one and have
 not run; the cases of `tests/distributed/cases.py` run there as they are, with MEGATRON_DYT_DEVICE=cuda. What
 is refused with a clear error is in `megatron_dyt/mcore/limits.py` and [families.md](families.md).
 

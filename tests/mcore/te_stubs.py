@@ -22,6 +22,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn import functional
 
+from megatron_dyt import compat
+
 
 class TENorm:
     """Builds torch's norm, as TE's builds TE's."""
@@ -67,6 +69,8 @@ class TELinear(torch.nn.Module):
             parameter.allreduce = True  # type: ignore[attr-defined]
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        # 0.16 leaves the mark that TE itself sets.
+        self.weight.tensor_model_parallel = not compat.has("latent_attention_without_te")  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.returned:
