@@ -168,10 +168,18 @@ def newest_releases(records: list[dict[str, Any]]) -> dict[str, Any]:
                 continue
             row = rows.setdefault(
                 name,
-                {"pinned": pins.get(name, ""), "tried": record["versions"][name], "outcomes": Counter()},
+                {
+                    "pinned": pins.get(name, ""),
+                    "tried": record["versions"][name],
+                    "tests": [],
+                    "outcomes": Counter(),
+                },
             )
-            row["outcomes"].update(how for test, how in record["outcomes"].items() if test.startswith(paths))
-    return rows
+            for test, how in record["outcomes"].items():
+                if path := next((path for path in paths if test.startswith(path)), None):
+                    row["outcomes"][how] += 1
+                    row["tests"] += [path] if path not in row["tests"] else []
+    return {name: row for name, row in rows.items() if row["tests"]}
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def render(data: dict[str, Any]) -> str:
     ]
     groups = [[name, *(_counts(run["groups"].get(name, {})) for run in runs)] for name in GROUPS]
     newest = [
-        [name, row["pinned"], row["tried"], ", ".join(TOUCHED[name]), _result(row["outcomes"])]
+        [name, row["pinned"], row["tried"], ", ".join(row["tests"]), _result(row["outcomes"])]
         for name, row in data.get("newest", {}).items()
     ]
     skips = sorted({(run["megatron"], why, n) for run in runs for why, n in run["skipped"].items()})
