@@ -40,6 +40,8 @@ SINCE = {
     "batch_in_core": "0.18",
     # `mtp_on_this_rank` takes the pipeline layout instead of the config
     "mtp_by_layout": "0.18",
+    # --step-batch-size-schedule; --rampup-batch-size is read by nothing any more
+    "step_batch_size": "0.18",
     # the model is built from a configuration (`gpt_config_from_args`), without a model provider
     "model_builders": "0.19",
     # --mtp-detach-heads: MTP layers are clipped by a norm of their own

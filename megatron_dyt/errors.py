@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -106,9 +107,19 @@ def root_user_error(error: BaseException) -> UserError | None:
 
 def describe(error: BaseException) -> str:
     """One line for `error`: its type, its message, and what to do where that is known."""
-    text = " ".join(str(error).split()) or _condition(error)
+    text = " ".join(str(error).split())
+    text = text + _flags_in(text, error) if text else _condition(error)
     hint = _OS_HINTS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     return f"{type(error).__name__}: {text}" + (f" ({hint})" if hint else "")
+
+
+def _flags_in(text: str, error: BaseException) -> str:
+    """The flags that `text` calls by the names of Megatron's arguments: seq_length is --seq-length."""
+    holders = [frame.f_locals.get("args") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    args = next((vars(each) for each in holders if isinstance(each, Namespace)), {})
+    names = dict.fromkeys(name for name in re.findall(r"[a-z]+(?:_[a-z]+)+", text) if name in args)
+    given = ", ".join(f"--{name.replace('_', '-')} {args[name]}" for name in names)
+    return f"; flags: {given}" if given else ""
 
 
 def _condition(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from megatron_dyt.config import (
     parse_embedding_scale,
 )
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import handshake, recipe_flags
+from megatron_dyt.mcore import handshake, recipe_flags, trackers
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.ops.backends import choose_implementation
 
@@ -104,6 +104,7 @@ def validate(args: Namespace) -> None:
             cannot work together with DyT.
     """
     _validate_stats(args)
+    trackers.check(args)
     _validate_fallback(args)
     if is_dyt(args):
         _resolve(args)
@@ -119,8 +120,11 @@ def _validate_stats(args: Namespace) -> None:
         raise UserError(
             f"--dyt-stats-interval is {args.dyt_stats_interval}; give a number of steps, or 0 for off."
         )
-    if args.dyt_stats_interval > 0 and not args.save:
-        raise UserError("--dyt-stats-interval writes into the --save directory; give --save too.")
+    if args.dyt_stats_interval > 0 and not (args.save or args.tensorboard_dir):
+        raise UserError(
+            "--dyt-stats-interval writes into the --save directory and to TensorBoard; give --save DIR or "
+            "--tensorboard-dir DIR too."
+        )
 
 
 def _validate_fallback(args: Namespace) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_dyt import log
 from megatron_dyt.config import is_dyt
-from megatron_dyt.mcore import ranks
+from megatron_dyt.mcore import ranks, trackers
 from megatron_dyt.mcore.embedding import EmbeddingScale
 from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.mcore.norm import DyTNorm
@@ -38,6 +39,10 @@ GOOD_RANGE = (0.05, 1.5)
 # Gain of a linear layer, std * sqrt(hidden): 0.64 to 1.8 in the paper. Far below it, activations fade
 # from layer to layer and nothing restores them.
 GOOD_GAIN = (0.4, 3.0)
+
+
+# How long the last rank waits for another stage's numbers: both have just ended the same step.
+_SEND_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,14 @@ class SiteRecord(TypedDict):
     saturated: float
 
 
+class StatsRecord(TypedDict):
+    """A line of the statistics file."""
+
+    iteration: int
+    sites: list[SiteRecord]
+    embedding_scale: NotRequired[float]
+
+
 class Monitor:
     """Looks at a model's DyT sites in chosen steps. Costs nothing in the others.
 
@@ -82,6 +95,8 @@ class Monitor:
         stats_file: where statistics are written, or None.
         interval: steps between two lines of it.
         reports: whether this rank logs and writes (one rank of each pipeline stage does).
+        tracked: whether TensorBoard and W&B get the statistics too.
+        stage, stages: which of how many pipeline stages this is.
     """
 
     def __init__(
@@ -92,6 +107,9 @@ class Monitor:
         stats_file: JsonLines | None = None,
         interval: int = 0,
         reports: bool = True,
+        tracked: bool = False,
+        stage: int = 0,
+        stages: int = 1,
     ) -> None:
         self.sites = find_sites(chunks)
         self.scale = find_embedding_scale(chunks)
@@ -101,6 +119,9 @@ class Monitor:
         self.stats_file = stats_file
         self.interval = interval
         self.reports = reports
+        self.tracked = tracked
+        self.stage = stage
+        self.stages = stages
         self.samples: dict[DyTNorm, Sample] = {}
         self.started = False
 
@@ -144,8 +165,12 @@ class Monitor:
             self.started = True
             if self.reports:
                 self.log_start()
-        if looked and self._due(iteration) and self.reports and self.stats_file:
-            self.stats_file.append(self.record(iteration))
+        if self._due(iteration):
+            record = self.record(iteration) if self.reports else None
+            if looked and record and self.stats_file:
+                self.stats_file.append(record)
+            if self.tracked:
+                self.track(record, iteration)
         self.stop_looking()
         self.samples = {}
         if self._due(iteration + 1):
@@ -196,7 +221,7 @@ class Monitor:
                 "--dyt-preset unit, or --init-method-std near 1/sqrt(hidden)."
             )
 
-    def record(self, iteration: int) -> dict[str, object]:
+    def record(self, iteration: int) -> StatsRecord:
         """The line of the statistics file for a step."""
         sites = [
             SiteRecord(
@@ -211,10 +236,31 @@ class Monitor:
             for site in self.sites
             if (sample := self.samples.get(site.module))
         ]
-        record: dict[str, object] = {"iteration": iteration, "sites": sites}
+        record = StatsRecord(iteration=iteration, sites=sites)
         if self.scale_value is not None:
             record["embedding_scale"] = float(self.scale_value)
         return record
+
+    def track(self, record: StatsRecord | None, iteration: int) -> None:
+        """Log the statistics of all stages on the last rank, which has TensorBoard and W&B.
+
+        record: this rank's, None where it reports none.
+        """
+        sender = None if record is None else self.stage
+        try:
+            texts = ranks.send_to_last(
+                f"stats/{iteration}", sender, self.stages, json.dumps(record), _SEND_SECONDS
+            )
+        except TimeoutError as error:
+            self.tracked = False
+            what = "DyT's statistics of step %d are not in TensorBoard and W&B, nor later ones: %s"
+            _log.warning(what, iteration, error, extra=log.ALL_RANKS)
+            return
+        if texts:
+            records: list[StatsRecord] = [json.loads(text) for text in texts]
+            sites = [site for each in records for site in each["sites"]]
+            scales = [each["embedding_scale"] for each in records if "embedding_scale" in each]
+            trackers.log_sites(sites, scales[0] if scales else None, iteration)
 
 
 def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:
@@ -274,12 +320,17 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     # In a model of several parts, such as LLaVA, one of them may be DyT.
     if not is_dyt(config) and not find_sites(chunks):
         return None
-    stage = mpu.get_pipeline_model_parallel_rank()
-    name = "dyt_stats.jsonl" if args.pipeline_model_parallel_size == 1 else f"dyt_stats.stage{stage}.jsonl"
+    stage, stages = mpu.get_pipeline_model_parallel_rank(), args.pipeline_model_parallel_size
+    name = "dyt_stats.jsonl" if stages == 1 else f"dyt_stats.stage{stage}.jsonl"
+    # Checkpoints may be in an object store ("msc://..."), to which nothing can be appended.
+    local = args.save and "://" not in args.save
     return Monitor(
         chunks,
         linear_gain=config.init_method_std * config.hidden_size**0.5,
-        stats_file=JsonLines(Path(args.save) / name, args.iteration) if args.save else None,
+        stats_file=JsonLines(Path(args.save) / name, args.iteration) if local else None,
         interval=getattr(args, "dyt_stats_interval", 0),  # Absent with --yaml-cfg.
         reports=ranks.is_first_of_stage(),
+        tracked=bool(args.tensorboard_dir),
+        stage=stage,
+        stages=stages,
     )

@@ -25,6 +25,7 @@ from megatron_dyt.mcore import (
     recipe_flags,
     running_scale,
     spec,
+    trackers,
 )
 from megatron_dyt.patching import Patches, Replacement
 
@@ -109,6 +110,8 @@ TRAINING = (
     Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
     Seam("megatron.training.arguments", "add_megatron_arguments", metrics_writer.wrap_add_arguments),
     Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
+    Seam("megatron.training.global_vars", "_set_tensorboard_writer", trackers.wrap_tensorboard_writer),
+    Seam("megatron.training.global_vars", "_set_wandb_writer", trackers.wrap_wandb_writer),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
     Seam("megatron.training.training", "load_checkpoint", damage.wrap_load_checkpoint),

@@ -26,7 +26,7 @@ from megatron_dyt.cpu import device
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.mcore import handshake
 from megatron_dyt.parsed_args import set_parsed_args
-from megatron_dyt.training import gpu_needs, preflight
+from megatron_dyt.training import flag_checks, gpu_needs, preflight, refusals
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,12 @@ def simulate(flags: Sequence[str], world_size: int, vocab_size: int) -> tuple[Na
     with _environment(world_size), handshake.suspended(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = _validated(flags, vocab_size, on_gpus)
-        stages = [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]
+        try:
+            stages = [_stage(args, index) for index in range(args.pipeline_model_parallel_size)]
+        except Exception as error:
+            if refusal := refusals.of(error):
+                raise refusal from error
+            raise
     return args, stages
 
 
@@ -141,6 +146,7 @@ def _validated(flags: Sequence[str], vocab_size: int, on_gpus: bool) -> Namespac
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(report):
             args = arguments.parse_args()
+            flag_checks.check(args)
             if on_gpus:
                 gpu_needs.check(args)
             missing = gpu_needs.missing(args)  # The validation sets what a CPU needs.

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dyt import log
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.parsed_args import parsed_args
-from megatron_dyt.training import signals
+from megatron_dyt.training import refusals, signals
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def clean_end() -> Iterator[None]:
 
     SIGTERM and Ctrl-C become exceptions, so that an interrupted save is cleared away. SIGTERM then
     ends the process with one line and exit code 143, Ctrl-C is a `KeyboardInterrupt`. A checkpoint
-    that cannot be written is an `OSError` that says why.
+    that cannot be written is an `OSError` that says why, flags that Megatron refuses are a `UserError`.
     """
     with signals.as_exceptions() as received, _writer_errors() as reasons:
         try:
@@ -57,6 +57,8 @@ def clean_end() -> Iterator[None]:
                 raise KeyboardInterrupt("the last complete checkpoint is intact") from error
             if isinstance(error, CheckpointException):
                 raise _save_error(save, free, reasons) from error
+            if refusal := refusals.of(error):
+                raise refusal from error
             raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

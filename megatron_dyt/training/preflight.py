@@ -16,7 +16,7 @@ from megatron_dyt import rendezvous
 from megatron_dyt.checkpoints import iterations, optimizer_layout
 from megatron_dyt.data import tokenizer_check
 from megatron_dyt.errors import UserError
-from megatron_dyt.training import data_check, gpu_needs
+from megatron_dyt.training import data_check, flag_checks, gpu_needs
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def check(args: Namespace) -> None:
 
 def check_files(args: Namespace) -> None:
     """All checks that this rank has to make, on it alone."""
+    flag_checks.check(args)
     if torch.cuda.is_available():  # Not under the CPU runtime.
         gpu_needs.check(args)
     check_tokenizer(args)
@@ -51,6 +52,8 @@ def check_tokenizer(args: Namespace) -> None:
     if getattr(args, "use_checkpoint_args", False) and args.use_tokenizer_model_from_checkpoint_args:
         return  # Megatron takes it from the checkpoint.
     kind = args.tokenizer_type or "GPT2BPETokenizer"
+    if kind == "NullTokenizer" and not args.vocab_size:
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size N, the number of its ids")
     needed: dict[str, tuple[str, ...]] = {"GPT2BPETokenizer": ("vocab_file", "merge_file")}
     needed |= dict.fromkeys((*SP_TOKENIZERS, "TikTokenizer"), ("tokenizer_model",))
     for name in needed.get(kind, ()):
@@ -166,12 +169,30 @@ def check_load(args: Namespace) -> None:
             if flag != "load" or not getattr(args, "dyt_load_fallback", False):
                 iterations.check_readable(directory, iteration)
             if flag == "load":
+                _check_optimizer(args, iteration)
                 optimizer_layout.refuse_other(args, iterations.iteration_directory(directory, iteration))
         elif args.exit_on_missing_checkpoint or not _is_fresh_start(args, flag):
             raise UserError(
                 f"--{flag.replace('_', '-')} {directory}: {iterations.missing_tracker(directory)}; to start "
                 "from scratch leave the flag out, or give the same --save"
             )
+
+
+def _check_optimizer(args: Namespace, iteration: str) -> None:
+    """What Megatron does with the optimizer of a checkpoint that it goes on from is what the run needs."""
+    if args.finetune:
+        return
+    if args.no_load_optim:
+        _log.warning(
+            "--no-load-optim: the learning rate's schedule begins anew at step %s, warm-up included; "
+            "--lr and --lr-decay-iters are counted from there",
+            iteration,
+        )
+    elif args.optimizer == "sgd":
+        raise UserError(
+            "--optimizer sgd with --load: Megatron cannot load its state (it calls a function that SGD has "
+            "not). Give --no-load-optim, with which momentum and the learning rate's schedule begin anew"
+        )
 
 
 def _is_fresh_start(args: Namespace, flag: str) -> bool:

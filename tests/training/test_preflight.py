@@ -37,6 +37,10 @@ def arguments(**given: Any) -> Namespace:
             "mock_data": False,
             "sft": False,
             "exit_on_missing_checkpoint": False,
+            **{"finetune": False, "no_load_optim": False, "optimizer": "adam"},
+            # Nothing for `flag_checks` to look at.
+            **{"skip_train": True, "attention_dropout": 0.0, "hidden_dropout": 0.0},
+            **dict.fromkeys(("num_attention_heads", "ffn_hidden_size", "num_experts")),
             # Needs nothing of a GPU's.
             "transformer_impl": "local",
             "normalization": "DyT",
@@ -229,3 +233,30 @@ def test_a_part_of_the_split_without_a_document(dataset: str, split: str, messag
 
 def test_validation_data_gone_through_once_may_be_none(dataset: str) -> None:
     preflight.check_data(arguments(data_path=[dataset], split="98,1,0", full_validation=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer sgd with --load"),
+        ({"optimizer": "sgd", "no_load_optim": True}, "schedule begins anew at step 7"),
+        ({"no_load_optim": True}, "schedule begins anew at step 7"),
+        ({"optimizer": "sgd", "finetune": True}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_becomes_of_the_optimizer_is_said_before_loading(
+    given: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        preflight._check_optimizer(arguments(**given), "7")
+        said = capsys.readouterr().out
+    except UserError as error:
+        said = str(error)
+    assert words in said
+    assert bool(said) is bool(words)
+
+
+def test_a_null_tokenizer_needs_its_size() -> None:
+    with pytest.raises(UserError, match="--tokenizer-type NullTokenizer needs --vocab-size"):
+        preflight.check_tokenizer(arguments(tokenizer_type="NullTokenizer", vocab_size=None))
