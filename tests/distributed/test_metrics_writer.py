@@ -1,4 +1,4 @@
-"""A run on two pipeline stages: the last one, which has the losses, writes metrics.jsonl and TensorBoard alone."""
+"""A run on two pipeline stages: the last one, which has the losses, writes metrics and TensorBoard alone."""
 
 from __future__ import annotations
 
