@@ -52,7 +52,7 @@ def check_tokenizer(args: Namespace) -> None:
     if getattr(args, "use_checkpoint_args", False) and args.use_tokenizer_model_from_checkpoint_args:
         return  # Megatron takes it from the checkpoint.
     kind = args.tokenizer_type or "GPT2BPETokenizer"
-    if kind == "NullTokenizer" and not args.vocab_size:
+    if kind == "NullTokenizer" and not getattr(args, "vocab_size", None):
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size N, the number of its ids")
     needed: dict[str, tuple[str, ...]] = {"GPT2BPETokenizer": ("vocab_file", "merge_file")}
     needed |= dict.fromkeys((*SP_TOKENIZERS, "TikTokenizer"), ("tokenizer_model",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -87,6 +88,7 @@ def test_a_resumed_run_is_one_in_wandb_and_both_have_the_numbers_of_dyt(
     for steps, job in (("2", "first"), ("4", "second")):
         monkeypatch.setenv("SLURM_JOB_NAME", job)
         megatron_run([*tiny_llama, *flags, "--train-iters", steps])
+        importlib.import_module("wandb").teardown()  # It reads its variables once in a process.
 
     runs = [offline_run(file) for file in sorted(save.glob("wandb/wandb/offline-run-*/*.wandb"))]
     assert [name for name, _ in runs] == [(save / "wandb_run_id.txt").read_text().strip()] * 2
