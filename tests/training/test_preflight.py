@@ -33,7 +33,7 @@ def arguments(**given: Any) -> Namespace:
             "split": "1,0,0",
             "full_validation": False,
             "dataloader_fast_cache_load": False,
-            "padded_vocab_size": 128,
+            **{"vocab_size": 64, "padded_vocab_size": 128},
             "mock_data": False,
             "sft": False,
             "exit_on_missing_checkpoint": False,
