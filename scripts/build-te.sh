@@ -89,8 +89,9 @@ build() {
   tar xzf "$work/transformer_engine_torch-$RELEASE.tar.gz" -C "$work/src" --strip-components 1
   say "compiling its PyTorch extension, some minutes (2.5 GB of memory each for two compilers)"
   write_units
-  compile first &
+  compile first 9>&- &
   first=$!
+  trap 'kill "$first" 2>/dev/null || true' EXIT
   compile second
   wait "$first"
   link

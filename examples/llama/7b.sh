@@ -11,7 +11,10 @@
 MODEL=7b # read by common.sh
 here=$(dirname "${BASH_SOURCE[0]}")
 # Slurm runs a copy of this file from a directory of its own, and knows where it was submitted from.
-[ -f "$here/common.sh" ] || here=$(dirname "$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *Command=//p')")
+if [ ! -f "$here/common.sh" ]; then
+  here=$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *Command=//p') # with its arguments
+  here=${here%%"/$MODEL.sh"*}
+fi
 # shellcheck source=examples/llama/common.sh
 . "$here/common.sh" || exit 2
 main "$@"

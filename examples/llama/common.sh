@@ -200,11 +200,16 @@ launch() {
 launch_with_torchrun() {
   setsid "$PY" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" "$@" \
     -m megatron_dyt.pretrain "${TRAINING[@]}" &
-  local torchrun=$! code=0
-  # shellcheck disable=SC2064 # The process of now.
-  trap "say 'told to end: saving a checkpoint'; pkill -TERM -P $torchrun || true" TERM INT HUP
-  # A signal ends the waiting, not torchrun.
-  while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun" || true; done
+  local torchrun=$! code=0 told=''
+  trap "say 'told to end: saving a checkpoint'; told=yes" TERM INT HUP
+  # A signal ends the waiting, not torchrun, which may not have started its processes yet.
+  while kill -0 "$torchrun" 2>/dev/null; do
+    if [ -n "$told" ]; then
+      if pkill -TERM -P "$torchrun"; then told=''; else sleep 1; fi
+      continue
+    fi
+    wait "$torchrun" || true
+  done
   wait "$torchrun" || code=$?
   trap - TERM INT HUP
   return "$code"

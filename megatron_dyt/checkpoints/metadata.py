@@ -22,7 +22,9 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         return FileSystemReader(directory).read_metadata()
     except ValueError as error:
-        raise of_newer_torch(directory, error) or error from error
+        if (newer := of_newer_torch(directory, error)) is None:
+            raise
+        raise newer from error
 
 
 def of_newer_torch(directory: Path, error: BaseException) -> UserError | None:

@@ -33,6 +33,8 @@ _PLACEMENT = (
 _NOT_LOADED = (
     "no_load_optim",
     "finetune",
+    "skip_train",
+    "moe_use_upcycling",
     "freeze_all_layers",
     "use_megatron_fsdp",
     "use_mp_args_from_checkpoint_args",
@@ -95,6 +97,8 @@ def _experts(args: Namespace, saved: Namespace) -> str | None:
 def _buckets(args: Namespace, saved: Namespace, kind: str | None, path: Path) -> str | None:
     if not args.use_distributed_optimizer or kind is None or kind in ANY_LAYOUT:
         return None
+    if args.num_layers is None:  # With --use-checkpoint-args, which brings it later.
+        args = Namespace(**vars(args) | {"num_layers": saved.num_layers})
     now, then = chunks(args), chunks(saved)
     if now == then and bucket_size(args) != bucket_size(saved) and not _one_bucket(path, args, saved):
         now, then = {"ddp_bucket_size": bucket_size(args)}, {"ddp_bucket_size": bucket_size(saved)}
@@ -157,9 +161,16 @@ def _one_bucket(path: Path, *layouts: Namespace) -> bool:
 
     from megatron_dyt.checkpoints.metadata import read_metadata
 
-    sizes = [size for each in layouts if isinstance(size := bucket_size(each), int)]
+    given = [bucket_size(each) for each in layouts]
+    sizes = [size for size in given if isinstance(size, int)]
+    if any("num-buckets" in str(size) for size in given):
+        return False
     buffers: Counter[str] = Counter()
-    for key, entry in read_metadata(path).state_dict_metadata.items():
+    try:
+        metadata = read_metadata(path)
+    except READ_ERRORS:  # Damaged, as in `_saved`.
+        return True
+    for key, entry in metadata.state_dict_metadata.items():
         buffer, bucket, name = key.partition(".bucket_idx_")
         if bucket and name.endswith(".param") and isinstance(entry, TensorStorageMetadata):
             buffers[buffer] += entry.size.numel()

@@ -176,8 +176,7 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
     if "sigma" in sizes[source]:
         # Constant outside of training: alpha is what the model multiplies by.
-        alpha = tensors["alpha"]
-        tensors["alpha"] = (alpha.float() / read(f"{source}sigma", layer).float()).to(alpha.dtype)
+        tensors["alpha"] = tensors["alpha"].float() / read(f"{source}sigma", layer).float()
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
     if row == EMBEDDING and model.dyt is None and model.embedding_scale is not None:

@@ -11,6 +11,7 @@ import argparse
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,7 +72,8 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        self.file = JsonLines(path, args.iteration)
+        # --skip-train evaluates a checkpoint, which may be an earlier one: no step is done again.
+        self.file = JsonLines(path, sys.maxsize if getattr(args, "skip_train", False) else args.iteration)
         self.args = args
         # The dictionary of sums that Megatron's `training_log` works on, while it runs.
         self.running: dict[str, Any] | None = None

@@ -47,16 +47,17 @@ def update(norms: Sequence[DyTNorm], group: ProcessGroup | None = None) -> None:
     A site that saw nothing, or what is not finite, keeps its sigma.
 
     Args:
-        norms: the sites, of one decay, the same in the same order on all ranks of the group.
+        norms: the sites, the same in the same order on all ranks of the group.
         group: the ranks that have these sites (None: all).
     """
-    decay, device = norms[0].decay, norms[0].alpha.device
+    device = norms[0].alpha.device
     seen = torch.stack([_taken(norm, device) for norm in norms])  # (sites, 2)
     if ranks.world_size(group) > 1:
         dist.all_reduce(seen, group=group)
     rms = (seen[:, 0] / seen[:, 1]).sqrt().float()
     sigmas: list[Any] = [norm.sigma for norm in norms]
     sigma = torch.cat(sigmas)
+    decay = torch.tensor([norm.decay for norm in norms], device=device)
     new = torch.where(rms.isfinite(), decay * sigma + (1 - decay) * rms, sigma).clamp(min=SMALLEST)
     for old, value in zip(sigmas, new, strict=True):
         old.copy_(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dyt import log
+from megatron_dyt.atomic import write_atomically
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.errors import UserError
 
@@ -116,7 +117,7 @@ def _keep(file: Path | None) -> None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{run.id}\n", encoding="utf-8")
+        write_atomically(file, f"{run.id}\n".encode())
     except OSError as error:
         what = "%s cannot be written (%s): after a restart W&B will have a new run"
         _log.warning(what, file, error, extra=log.ALL_RANKS)
@@ -149,6 +150,9 @@ class _Forgiving:
         self._writer = writer
         self._directory = directory
         self._failed = False
+
+    def __getattr__(self, name: str) -> Any:  # What torch's FileWriter asks for besides.
+        return getattr(self._writer, name)
 
     def add_event(self, event: Any) -> None:
         self._try(lambda: self._writer.add_event(event))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 
 from torch import nn
@@ -55,9 +55,11 @@ def fused_reads(kind: type[nn.Module]) -> dict[str, str]:
     pending, seen = ["forward"], {"forward"}
     while pending:
         method = getattr(kind, pending.pop(), None)
-        for node in ast.walk(_parsed(method)):
+        tree = _parsed(method)
+        aliases = _aliases(tree)
+        for node in ast.walk(tree):
             for child in ast.iter_child_nodes(node):
-                read = _own_attribute(child)
+                read = _own_attribute(child, aliases)
                 if read is None:
                     continue
                 name, attribute = read
@@ -82,9 +84,21 @@ def _parsed(method: Callable[..., object] | None) -> ast.AST:
         return ast.Module([], [])
 
 
-def _own_attribute(node: ast.AST) -> tuple[str, str | None] | None:
+def _aliases(tree: ast.AST) -> dict[str, str]:
+    """Local names of children: {"n": "norm"} for n = self.norm."""
+    found = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign([ast.Name(alias)], ast.Attribute(ast.Name("self"), str(name))):
+                found[alias] = name
+    return found
+
+
+def _own_attribute(node: ast.AST, aliases: Mapping[str, str]) -> tuple[str, str | None] | None:
     """("norm", "weight") for a reading of self.norm.weight, ("norm", None) for one of self.norm."""
     match node:
+        case ast.Attribute(ast.Name(alias), str(attribute), ast.Load()) if alias in aliases:
+            return aliases[alias], attribute
         case ast.Attribute(ast.Attribute(ast.Name("self"), str(name)), str(attribute), ast.Load()):
             return name, attribute
         case ast.Attribute(ast.Name("self"), str(name), ast.Load()):

@@ -169,6 +169,8 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
             tensor.copy_(value.view_as(tensor))
             values[name] = value
         found: dict[tuple[int, int], _Formula] = {}
+        # Dimensions of the inputs that give an output of their shape.
+        taken: set[int] = set()
         errors = []
         inputs = _inputs(size)
         for x, dim in inputs:
@@ -177,6 +179,8 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
             except Exception as error:  # a shape that it does not take, or code that cannot run here
                 errors.append(error)
                 continue
+            if isinstance(y, Tensor) and y.shape == x.shape:
+                taken.add(x.dim())
             formula = _match(x.to(device), y, dim, values)
             if formula is not None:
                 found[x.dim(), dim] = formula
@@ -184,7 +188,8 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
         return f"it cannot be tried ({describe(errors[0])})" if len(errors) == len(inputs) else _NEITHER
     # Of a matrix the last dimension is dimension 1 as well.
     dims = {dim for dimensions, dim in found if dimensions > 2} or {-1}
-    if len(dims) > 1 or len(set(found.values())) > 1:
+    # A mean over more than one dimension is one over the last of a matrix.
+    if taken - {dimensions for dimensions, _ in found} or len(dims) > 1 or len(set(found.values())) > 1:
         return "what it normalizes depends on the shape of its input"
     return next(iter(found.values())), dims.pop()
 

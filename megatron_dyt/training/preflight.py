@@ -140,7 +140,9 @@ def check_tied_prediction(args: Namespace) -> None:
     `tie_embeddings_and_output_weights_state_dict`), so that a run ends at its first save.
     """
     layers, stages = args.mtp_num_layers, args.pipeline_model_parallel_size
-    if not args.save or not layers or stages == 1 or args.untie_embeddings_and_output_weights:
+    # --use-checkpoint-args says later whether they are tied.
+    untied = args.untie_embeddings_and_output_weights or getattr(args, "use_checkpoint_args", False)
+    if not args.save or not layers or stages == 1 or untied:
         return
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is None or "m" in str(layout).split("|")[-1]:
@@ -180,7 +182,7 @@ def check_load(args: Namespace) -> None:
 
 def _check_optimizer(args: Namespace, iteration: str) -> None:
     """What Megatron does with the optimizer of a checkpoint that it goes on from is what the run needs."""
-    if args.finetune:
+    if args.finetune or getattr(args, "skip_train", False):
         return
     if args.no_load_optim:
         _log.warning(

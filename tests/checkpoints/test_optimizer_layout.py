@@ -110,6 +110,12 @@ def test_the_distributed_optimizer_and_others_have_formats_of_their_own(refusal:
         ({}, {"tensor_model_parallel_size": 8, "no_load_optim": True}),
         ({}, {"tensor_model_parallel_size": 8, "finetune": True}),
         ({}, {"tensor_model_parallel_size": 8, "use_mp_args_from_checkpoint_args": True}),
+        ({}, {"tensor_model_parallel_size": 8, "skip_train": True}),
+        # As with --use-checkpoint-args.
+        (
+            {"num_virtual_stages_per_pipeline_rank": 4},
+            {"num_layers": None, "num_layers_per_virtual_pipeline_stage": 2},
+        ),
         ({"no_save_optim": True}, {"tensor_model_parallel_size": 8}),
         (EXPERTS, EXPERTS | {"world_size": 128}),
     ],

@@ -93,6 +93,17 @@ def test_a_resumed_run_has_each_step_once(megatron_run: Run, tiny_llama: list[st
     assert [json.loads(line)["iteration"] for line in statistics] == [1, 2, 3, 4]
 
 
+def test_an_evaluation_of_an_earlier_checkpoint_takes_no_line_away(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    saving = ["--save", str(tmp_path), "--save-interval", "2", "--log-interval", "1", "--train-iters", "4"]
+    megatron_run([*tiny_llama, *saving])
+    before = (tmp_path / FILE_NAME).read_text()
+    looking = ["--load", str(tmp_path), "--ckpt-step", "2", "--skip-train", "--eval-iters", "1"]
+    megatron_run([*tiny_llama, *saving, *looking])
+    assert (tmp_path / FILE_NAME).read_text().startswith(before)
+
+
 def test_a_full_disk_does_not_end_training(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
     for name in (FILE_NAME, "dyt_stats.jsonl"):
         (tmp_path / name).symlink_to("/dev/full")

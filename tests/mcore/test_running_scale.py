@@ -73,6 +73,14 @@ def test_what_is_not_finite_or_was_not_seen_leaves_sigma(make_norm: Make, rows: 
     assert norm.sigma.tolist() == [3.0]
 
 
+def test_each_site_has_its_own_decay(make_norm: Make) -> None:
+    norms = [make_norm(), make_norm(running_scale=0.5)]
+    for norm in norms:
+        norm(torch.full((2, 8), 3.0))
+    update(norms)
+    assert [norm.sigma.item() for norm in norms] == pytest.approx([0.75 + 0.25 * 3, 0.5 + 0.5 * 3])
+
+
 def test_sigma_does_not_reach_0(make_norm: Make) -> None:
     norm = make_norm(running_scale=0.0001)
     for _ in range(4):

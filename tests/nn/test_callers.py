@@ -95,6 +95,12 @@ class IndirectBlock(FusedBlock):
         return self.linear(F.layer_norm(x, (SIZE,), scale))
 
 
+class AliasBlock(FusedBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return self.linear(F.layer_norm(x, (SIZE,), norm.weight))
+
+
 class DtypeBlock(FusedBlock):
     """As transformers' Mamba: what it wants of the weight is the dtype."""
 
@@ -106,7 +112,8 @@ class DtypeBlock(FusedBlock):
 
 
 @pytest.mark.parametrize(
-    ("block", "reads"), [(FusedBlock, "norm.weight"), (IndirectBlock, "norm.weight"), (DtypeBlock, None)]
+    ("block", "reads"),
+    [*((block, "norm.weight") for block in (FusedBlock, IndirectBlock, AliasBlock)), (DtypeBlock, None)],
 )
 def test_a_norm_whose_weight_is_handed_on_stays(block: type[nn.Module], reads: str | None) -> None:
     model = nn.Sequential(block(), nn.LayerNorm(SIZE))

@@ -263,6 +263,15 @@ class EitherLayerNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class GlobalLayerNorm(OwnNorm):
+    """Over channels and time together, as of speech separation; of a matrix that is the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = tuple(range(1, x.dim()))
+        y = (x - x.mean(rest, keepdim=True)) / x.var(rest, correction=0, keepdim=True).add(1e-6).sqrt()
+        return y * self.weight
+
+
 class L2Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x.square().mean(-1, keepdim=True).rsqrt()
@@ -307,6 +316,7 @@ def patched() -> nn.Module:
         (lambda: ActivatedLayerNorm(SIZE), "computes neither"),
         (GatedRMSNorm, "its forward takes gate too"),
         (lambda: EitherLayerNorm(SIZE), "depends on the shape of its input"),
+        (GlobalLayerNorm, "depends on the shape of its input"),
         (L2Norm, "has no weight and no normalized_shape"),
         (lambda: OwnNorm(shape=(3, SIZE)), r"other tensors than a weight and a bias .*weight \(3, 12\)"),
         (KernelRMSNorm, "cannot be tried .*no kernel image"),

@@ -86,7 +86,8 @@ def test_looking_and_training_are_where_srun_s_flags_say(
 def test_a_job_may_be_submitted_from_another_directory(
     cluster: Cluster, tmp_path: Path, faked: dict[str, str]
 ) -> None:
-    job = cluster.submit(tmp_path, cwd=tmp_path, **faked, FAKE_TRAIN=ALL_STEPS)
+    flags = ("--data-cache-path", str(tmp_path / "cache"))  # Slurm tells the script with its arguments.
+    job = cluster.submit(tmp_path, cwd=tmp_path, flags=flags, **faked, FAKE_TRAIN=ALL_STEPS)
     assert job.wait() == 0, job.text()
 
 
