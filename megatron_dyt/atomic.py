@@ -74,22 +74,33 @@ def sole_writer(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process is writing it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Of the temporary file itself, so that nothing is left of the lock when the file takes its name. It is
     # the data of whoever holds the lock: filelock's releases up to 3.29 empty it before they try to lock it.
-    descriptor = os.open(partial_path(path), os.O_RDWR | os.O_CREAT, 0o666)
+    with locked(partial_path(path), f"{path} is being written by another process; wait for it, or stop it"):
+        yield
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is made where there is none, during the block.
+
+    Raises:
+        UserError: another process holds it; the message is `refusal`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _lock(descriptor, path)
+        _lock(descriptor, refusal)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, refusal: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{path} is being written by another process; wait for it, or stop it") from error
+        raise UserError(refusal) from error
     except OSError as error:
         # A file system without locks: as if nobody else were there.
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

@@ -35,6 +35,10 @@ COMMANDS = {
     "convert": ("megatron_dyt.cli.hf:convert_command", "a Hugging Face LLaMA as one with DyT (experimental)"),
     "report": ("megatron_dyt.cli.report:report", "compare runs: results.json and report.html"),
     "follow": ("megatron_dyt.cli.report:follow", "show the progress of a run"),
+    "sweep": (
+        "megatron_dyt.cli.sweep:sweep",
+        "train the runs of a grid, several at a time, and compare them",
+    ),
 }
 
 # The extras of pyproject.toml that a command needs, where it needs any.
@@ -50,6 +54,7 @@ EXTRAS = {
     "convert": "hf,train",
     "report": "report",
     "follow": "report",
+    "sweep": "report,train",
 }
 
 

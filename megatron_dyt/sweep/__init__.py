@@ -1,0 +1,1 @@
+"""Many small training runs from one file: `megatron-dyt sweep FILE.yaml`."""

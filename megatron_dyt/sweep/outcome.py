@@ -1,0 +1,143 @@
+"""How a run ended, and its numbers: read from its directory, kept in `result.json`; with it a run is done."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_dyt.atomic import read_json, write_json
+from megatron_dyt.errors import UserError
+from megatron_dyt.report import metrics
+
+RESULT_NAME = "result.json"
+LOG_NAME = "log.txt"
+Status = Literal["finished", "diverged", "failed"]
+
+# Exit codes of Megatron's rerun state machine: a loss that is not finite again in a rerun, or no more so.
+_NOT_FINITE_CODES = (16, 17)
+# What a run's log says when it is stopped for values that are not finite: Megatron's check and our guard.
+_NOT_FINITE = re.compile(r"found (NaN|Inf) in|not finite|made alpha <= 0 or not finite", re.IGNORECASE)
+# The plugin's own last line of a run that it ends.
+_LAST_WORDS = re.compile(r"megatron_dyt.*: (error|stopped|interrupted)")
+_TAIL_LINES = 5
+# The mean training loss of a run's end is over this share of its steps.
+_END = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        status: "finished"; "diverged", stopped for a value that is not finite or with such a loss at its end;
+            "failed", ended by anything else.
+        step: the last step that was logged.
+        valid_loss, train_loss: nats per token; of the last evaluation, and the mean over the last tenth of
+            the steps. None where there is none, or none that is finite.
+        seconds_per_step: median over the logged steps without the first.
+        tokens: consumed in training.
+        seconds: wall time of the process.
+        log_tail: of a run that did not finish, the end of its log.
+    """
+
+    status: Status
+    step: int
+    valid_loss: float | None
+    train_loss: float | None
+    seconds_per_step: float | None
+    tokens: int
+    seconds: float
+    log_tail: tuple[str, ...] = ()
+
+
+NUMBERS = ("step", "valid_loss", "train_loss", "seconds_per_step", "tokens", "seconds")
+
+
+def of(directory: Path, exit_code: int, seconds: float) -> Outcome:
+    """The outcome of the run that has just ended in `directory`."""
+    tail = _tail(directory / LOG_NAME)
+    try:
+        run = metrics.read(directory / metrics.FILE_NAME)
+    except UserError:  # It ended before its first logged step.
+        steps: Sequence[metrics.Step] = ()
+        valid = None
+    else:
+        steps = run.steps
+        valid = run.validation[-1][1] if run.validation else None
+    status = _status(exit_code, steps, valid, tail)
+    ended = f"ended by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    times = [step.seconds for step in (steps[1:] or steps) if math.isfinite(step.seconds)]
+    return Outcome(
+        status=status,
+        step=steps[-1].iteration if steps else 0,
+        valid_loss=_finite(valid),
+        train_loss=_finite(_end_loss(steps)),
+        seconds_per_step=statistics.median(times) if times else None,
+        tokens=steps[-1].consumed_tokens if steps else 0,
+        seconds=round(seconds, 1),
+        log_tail=() if status == "finished" else (*tail, ended),
+    )
+
+
+def _status(
+    exit_code: int, steps: Sequence[metrics.Step], valid: float | None, tail: Sequence[str]
+) -> Status:
+    if exit_code == 0:
+        # With the check switched off, Megatron trains on with values that are not finite.
+        losses = [step.loss for step in steps[-1:]] + ([] if valid is None else [valid])
+        return (
+            "finished" if losses and all(map(math.isfinite, losses)) else "diverged" if losses else "failed"
+        )
+    stopped = exit_code in _NOT_FINITE_CODES or any(map(_NOT_FINITE.search, tail))
+    return "diverged" if stopped else "failed"
+
+
+def _end_loss(steps: Sequence[metrics.Step]) -> float | None:
+    if not steps:
+        return None
+    first = steps[-1].iteration * (1 - _END)
+    end = [step for step in steps if step.iteration > first] or steps[-1:]
+    return sum(step.loss * step.steps for step in end) / sum(step.steps for step in end)
+
+
+def _tail(log: Path) -> list[str]:
+    """The lines with which the plugin says why a run ended, else the last ones."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    written = [line.strip() for line in lines if line.strip()]
+    said = [line for line in written if _LAST_WORDS.search(line) or _NOT_FINITE.search(line)]
+    return (said or written)[-_TAIL_LINES:]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def save(directory: Path, outcome: Outcome, flags: Sequence[str], command: Sequence[str]) -> None:
+    """Write `result.json`: from now on the run is done."""
+    record = {"flags": list(flags), "command": list(command), **asdict(outcome)}
+    write_json(directory / RESULT_NAME, record)
+
+
+def load(directory: Path, flags: Sequence[str]) -> Outcome | None:
+    """The outcome that is kept in `directory`, or None where the run is not done.
+
+    Raises:
+        UserError: it is that of a run with other flags than `flags`.
+    """
+    record: Any = read_json(directory / RESULT_NAME)
+    if record is None:
+        return None
+    if record["flags"] != list(flags):
+        changed = " ".join(dict.fromkeys(set(record["flags"]) ^ set(flags)))
+        raise UserError(
+            f"{directory} holds a run with other flags than the sweep file gives it now (they differ in: "
+            f"{changed}); take another --output, or move that directory away"
+        )
+    return Outcome(
+        **{name: record[name] for name in ("status", *NUMBERS)}, log_tail=tuple(record["log_tail"])
+    )

@@ -1,0 +1,162 @@
+"""A sweep's table: `table.csv` with a row per run, `table.json` with these rows and what they come to."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_dyt.atomic import write_atomically, write_json
+from megatron_dyt.sweep import outcome
+from megatron_dyt.sweep.outcome import Outcome
+from megatron_dyt.sweep.spec import Run, Sweep
+from megatron_dyt.sweep.statistics import Interval, Summary, interval, summary
+
+type Results = Mapping[Run, Outcome]
+type Point = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the grid: its validation losses over the seeds, and how many runs are no number."""
+
+    point: Point
+    loss: Summary | None
+    diverged: int
+    failed: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A point against the baseline's: losses of the same seed subtracted, in nats per token.
+
+    `best` and `baseline_best` are the points of `best_over` at which each has its lowest mean loss.
+    """
+
+    point: Point
+    best: str | None
+    baseline_best: str | None
+    difference: Interval | None
+
+
+def write(output: Path, sweep: Sweep, results: Results) -> list[Path]:
+    """Write the table of what is done so far; returns the files."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*sweep.axes, "seed_weights", "seed_data", "status", *outcome.NUMBERS, "directory"])
+    for run in sweep.runs:
+        if run in results:
+            rows.writerow(_row(run, results[run], sweep.axes))
+    path = output / "table.csv"
+    write_atomically(path, text.getvalue().encode())
+    write_json(output / "table.json", _json(sweep, results))
+    return [path, output / "table.json"]
+
+
+def _row(run: Run, result: Outcome, axes: Sequence[str]) -> list[object]:
+    numbers = (getattr(result, name) for name in outcome.NUMBERS)
+    return [
+        *(run.point.get(axis, "") for axis in axes),
+        *(run.seed.weights, run.seed.data, result.status),
+        *("" if number is None else number for number in numbers),
+        f"runs/{run.name}",
+    ]
+
+
+def _json(sweep: Sweep, results: Results) -> dict[str, object]:
+    return {
+        "title": sweep.title,
+        "axes": list(sweep.axes),
+        "runs": [
+            {"point": run.point, "seed": asdict(run.seed), "flags": list(run.flags), **asdict(results[run])}
+            for run in sweep.runs
+            if run in results
+        ],
+        "cells": [asdict(cell) for cell in cells(sweep.runs, results)],
+        "compare": asdict(sweep.compare) if sweep.compare else None,
+        "comparisons": [asdict(each) for each in comparisons(sweep, results)],
+    }
+
+
+def cells(runs: Sequence[Run], results: Results) -> list[Cell]:
+    """The points of the grid in their order."""
+    return [
+        Cell(
+            point=dict(point),
+            loss=summary(list(losses(group, results).values())),
+            diverged=sum(results[run].status == "diverged" for run in group if run in results),
+            failed=sum(results[run].status == "failed" for run in group if run in results),
+            missing=sum(run not in results for run in group),
+        )
+        for point, group in _grouped(runs).items()
+    ]
+
+
+def losses(group: Sequence[Run], results: Results) -> dict[str, float]:
+    """{seed: validation loss} of the runs that finished; the training loss where nothing was evaluated."""
+    found: dict[str, float] = {}
+    for run in group:
+        result = results.get(run)
+        if result is not None and result.status == "finished":
+            loss = result.train_loss if result.valid_loss is None else result.valid_loss
+            if loss is not None:
+                found[run.seed.label] = loss
+    return found
+
+
+def comparisons(sweep: Sweep, results: Results) -> list[Comparison]:
+    """Every point of the compared axis against the baseline, for each place on the other axes.
+
+    A baseline need not have all axes of what is compared with it: one without an axis serves all its values.
+    """
+    compare = sweep.compare
+    if compare is None:
+        return []
+    own = (compare.axis, compare.best_over)
+    places: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    baseline = [run for run in sweep.runs if run.point.get(compare.axis) == compare.baseline]
+    for run in sweep.runs:
+        if compare.axis in run.point and run not in baseline:
+            place = frozenset(item for item in run.point.items() if item[0] != compare.best_over)
+            places.setdefault(place, []).append(run)
+    found = []
+    for place, runs in places.items():
+        fitting = [
+            run for run in baseline if {item for item in run.point.items() if item[0] not in own} <= place
+        ]
+        best, there = _best(runs, results, compare.best_over)
+        baseline_best, here = _best(fitting, results, compare.best_over)
+        difference = interval([there[seed] - here[seed] for seed in there if seed in here])
+        point = {axis: label for axis, label in runs[0].point.items() if axis != compare.best_over}
+        found.append(Comparison(point, best, baseline_best, difference))
+    return found
+
+
+def _best(runs: Sequence[Run], results: Results, over: str | None) -> tuple[str | None, dict[str, float]]:
+    """Where on the axis `over` the mean loss is lowest, among its points with the most finished seeds.
+
+    A point that some seeds diverge at is no choice as long as there is another.
+    """
+    points: dict[str | None, list[Run]] = {}
+    for run in runs:
+        points.setdefault(run.point.get(over) if over else None, []).append(run)
+    found = {label: losses(group, results) for label, group in points.items()}
+    if not any(found.values()):
+        return None, {}
+    most = max(map(len, found.values()))
+    label, _ = min(
+        ((label, sum(each.values()) / most) for label, each in found.items() if len(each) == most),
+        key=lambda item: item[1],
+    )
+    return label, found[label]
+
+
+def _grouped(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
+    """Runs that differ in the seed alone."""
+    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.point.items()), []).append(run)
+    return groups
