@@ -106,6 +106,7 @@ def validate(args: Namespace) -> None:
     _validate_stats(args)
     trackers.check(args)
     _validate_fallback(args)
+    recipe_flags.check(args)
     if is_dyt(args):
         _resolve(args)
         refuse_unsupported(args)

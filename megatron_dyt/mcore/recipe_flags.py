@@ -1,10 +1,12 @@
-"""Three settings of the paper's LLaMA recipe that Megatron has no flag for, for any norm.
+"""Settings that Megatron has no flag for, for any norm: three of the paper's LLaMA recipe, and a seed.
 
 - `--weight-decay-on all`: weight decay on every parameter. Megatron leaves out biases and 1-D parameters,
   and so alpha, gamma and the embedding scale; the paper's code decays them too.
 - `--output-init plain`: attention's and the MLP's output layers start with the std of the others. Megatron
   divides it by sqrt(2 * layers).
 - `--lr-warmup-style quadratic`: the learning rate grows with the square of the step during warmup.
+- `--data-seed N`: the order of the data has a seed of its own. Megatron's --seed moves it together with the
+  weights, so that runs cannot share the one and differ in the other.
 
 The defaults are Megatron's behaviour, and nothing is touched without the flags.
 """
@@ -12,13 +14,16 @@ The defaults are Megatron's behaviour, and nothing is touched without the flags.
 from __future__ import annotations
 
 import functools
+from argparse import Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Concatenate, Literal
 
 from megatron_dyt.config import Setting
+from megatron_dyt.errors import UserError
 from megatron_dyt.parsed_args import parsed_args
 
 if TYPE_CHECKING:
+    from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
     from megatron.core.optimizer.optimizer_config import ParamKey
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,7 +52,73 @@ SETTINGS = (
         default="linear",
         needs_dyt=False,
     ),
+    Setting(
+        "data_seed",
+        "Seed of the order of the data alone; --seed is then that of the weights and of dropout. "
+        "Default: --seed, as in Megatron.",
+        int,
+        metavar="N",
+        needs_dyt=False,
+    ),
 )
+# Of numpy's RandomState, which Megatron's data sets shuffle with.
+_LARGEST_SEED = 2**32 - 1
+
+
+def check(args: Namespace) -> None:
+    """Raises UserError for a seed that Megatron's data sets cannot take."""
+    seed = args.data_seed
+    if seed is not None and not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"--data-seed is {seed}; give a whole number from 0 to {_LARGEST_SEED}")
+
+
+def wrap_dataset_post_init(
+    original: Callable[[BlendedMegatronDatasetConfig], None],
+) -> Callable[[BlendedMegatronDatasetConfig], None]:
+    """`BlendedMegatronDatasetConfig.__post_init__`, which every script makes its data sets with."""
+
+    @functools.wraps(original)
+    def __post_init__(self: BlendedMegatronDatasetConfig) -> None:
+        seed = getattr(parsed_args(), "data_seed", None)
+        if seed is not None:
+            self.random_seed = seed
+        original(self)
+
+    return __post_init__
+
+
+def wrap_check_checkpoint_args[**P](
+    original: Callable[Concatenate[Namespace, P], None],
+) -> Callable[Concatenate[Namespace, P], None]:
+    """`checkpointing.check_checkpoint_args`, by which a run goes on from a checkpoint, for the data's seed.
+
+    A run that goes on counts on the order that it has gone through so far: in another one it would meet some
+    samples twice and miss others. Megatron says nothing of another --seed, and where --data-seed was never
+    given, that stays.
+    """
+
+    @functools.wraps(original)
+    def check_checkpoint_args(checkpoint_args: Namespace, *rest: P.args, **kwargs: P.kwargs) -> None:
+        original(checkpoint_args, *rest, **kwargs)
+        args = parsed_args()
+        if args is not None and not getattr(args, "skip_train", False):
+            check_data_seed(args, checkpoint_args)
+
+    return check_checkpoint_args
+
+
+def check_data_seed(args: Namespace, saved: Namespace) -> None:
+    """Raises UserError when `args` go on with other data than those of the checkpoint with `saved`."""
+    now, then = getattr(args, "data_seed", None), getattr(saved, "data_seed", None)
+    if now is None and then is None:
+        return
+    order = saved.seed if then is None else then
+    if (args.seed if now is None else now) != order:
+        given = f"--data-seed {now} was given" if now is not None else "--data-seed was not given"
+        raise UserError(
+            f"{given}, but the checkpoint was trained on data in the order of the seed {order}, and goes "
+            f"on from within it. Give --data-seed {order}; to begin with new data, --finetune."
+        )
 
 
 def wrap_config_overrides(

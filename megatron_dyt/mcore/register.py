@@ -68,6 +68,11 @@ CORE = (
     Seam(
         "megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler.get_lr", recipe_flags.wrap_get_lr
     ),
+    Seam(
+        "megatron.core.datasets.blended_megatron_dataset_config",
+        "BlendedMegatronDatasetConfig.__post_init__",
+        recipe_flags.wrap_dataset_post_init,
+    ),
     Seam(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
     Seam(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
     Seam(_LANGUAGE_MODULE, "LanguageModule.setup_embeddings_and_output_layer", embedding.wrap_setup),
@@ -114,6 +119,11 @@ TRAINING = (
     Seam("megatron.training.global_vars", "_set_wandb_writer", trackers.wrap_wandb_writer),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
     Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
+    Seam(
+        "megatron.training.checkpointing",
+        "check_checkpoint_args",
+        recipe_flags.wrap_check_checkpoint_args,
+    ),
     Seam("megatron.training.training", "load_checkpoint", damage.wrap_load_checkpoint),
     Seam("megatron.training.training", "get_standard_config_overrides", recipe_flags.wrap_config_overrides),
     Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
