@@ -54,8 +54,10 @@ class Exchange:
         if self.world > 1:
             self._store = _connect(self.rank, seconds)
 
-    def settle(self, text: str, judge: Callable[[dict[int, str]], str]) -> None:
+    def settle(self, text: str, judge: Callable[[dict[int, str]], str], reason: str = "") -> None:
         """Send this rank's text; fail on every rank unless rank 0's `judge`, given all texts, returns "".
+
+        `reason` is why rank 0 fails anyway: what the others receive where not all have answered.
 
         Raises:
             UserError: what it returned.
@@ -69,7 +71,7 @@ class Exchange:
             try:
                 verdict = judge(self.collect())
             except TrainingFault as fault:
-                verdict = f"{FAULT}{fault}"
+                verdict = reason or f"{FAULT}{fault}"
             self.send_verdict(verdict)
         if verdict.startswith(FAULT):
             raise TrainingFault(verdict.removeprefix(FAULT))
@@ -158,7 +160,8 @@ def on_each_node(topic: str, check: Callable[[], None], seconds: float) -> None:
             exchange.seconds = min(exchange.seconds, _GRACE)
     try:
         if exchange.world > 1:
-            exchange.settle(_as_text(exchange.rank, failure), _first_failure)
+            text = _as_text(exchange.rank, failure)
+            exchange.settle(text, _first_failure, reason=text)
     finally:
         if failure is not None:
             raise failure

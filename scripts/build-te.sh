@@ -78,7 +78,6 @@ link() {
 }
 
 build() {
-  local first
   say "Transformer Engine $RELEASE: packages"
   rm -rf "$work"
   mkdir -p "$work/src"
@@ -90,10 +89,11 @@ build() {
   say "compiling its PyTorch extension, some minutes (2.5 GB of memory each for two compilers)"
   write_units
   compile first 9>&- &
-  first=$!
+  first=$! # Not local: the trap runs outside the function.
   trap 'kill "$first" 2>/dev/null || true' EXIT
   compile second
   wait "$first"
+  trap - EXIT
   link
   # torch first: it loads libnccl.so.2, which TE does not look for.
   PYTHONPATH=$work/place "$PY" -c 'import torch, transformer_engine.pytorch' ||

@@ -51,4 +51,14 @@ for line in importlib.metadata.requires("megatron-bridge") or []:
 PINS
 install .venv-newest-bridge -c .venv-newest-bridge/pins.txt "${checkout[@]}"
 run .venv-newest-bridge megatron-bridge || code=$?
+
+# A resolver that meets all of Bridge's wishes may go back to a Megatron-Core that no release of Bridge was written for
+# (findings/megatron_bridge_old_core.sh), which is worth a line, as Bridge as a whole is not run here.
+read -r bridge core < <(.venv-newest-bridge/bin/python -c 'from importlib.metadata import version
+print(version("megatron-bridge"), version("megatron-core"))')
+whole=$("$uv" pip compile -q --no-annotate --python .venv-newest-bridge/bin/python - <<<"megatron-bridge==$bridge" |
+  sed -n 's/^megatron-core==//p') || whole="none"
+echo "test-newest: Bridge's providers and YAML: megatron-bridge $bridge with megatron-core $core"
+[ "$whole" = "$core" ] ||
+  echo "test-newest: megatron-bridge $bridge as a whole cannot be had here: with all that it asks for uv takes megatron-core $whole (glibc: $(ldd --version | sed -n '1s/.* //p'))"
 exit "$code"

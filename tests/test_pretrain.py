@@ -316,7 +316,8 @@ def test_killed_at_any_moment(
     argv = ["--device", "cpu", *tiny_llama, *saving, "--train-iters", "5000"]
     assert ranks.run([Rank([str(script), *when, *argv], str(out), str(err))], watched=True) == [code]
     if name == "SIGTERM":
-        assert err.read_text().splitlines()[-1].endswith("the last complete checkpoint is intact")
+        # At its end triton 3.9 may list what it has not freed.
+        assert "SIGTERM; the last complete checkpoint is intact\n" in err.read_text()
     done = int((tmp_path / TRACKER).read_text() or max_iteration(tmp_path))
     resumed = megatron_run([*tiny_llama, *saving, "--train-iters", str(done + 1)])
     assert len(resumed.losses) == 1

@@ -121,7 +121,7 @@ def test_all_hear_of_who_does_not_answer(together: Callable[..., list[Any]]) -> 
 
 
 def on_four_ranks(
-    monkeypatch: pytest.MonkeyPatch, failures: dict[int, Exception]
+    monkeypatch: pytest.MonkeyPatch, failures: dict[int, Exception], absent: int | None = None
 ) -> tuple[list[int], list[Exception | None]]:
     """`on_each_node` on two nodes of two ranks, whose checks fail so: who checked, and what each raised."""
     checked: list[int] = []
@@ -146,7 +146,7 @@ def on_four_ranks(
         except Exception as error:
             raised[rank] = error
 
-    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(4)]
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(4) if rank != absent]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,6 +175,16 @@ def test_wrong_input_on_one_node_is_so_for_all(monkeypatch: pytest.MonkeyPatch, 
     assert all(type(error) is UserError for error in others)
     expected = f"no such file (on {socket.gethostname()}, rank {node})"
     assert {str(error) for error in others} == {expected}
+
+
+def test_wrong_input_on_rank_0_is_said_although_not_all_have_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.3)
+    _, raised = on_four_ranks(monkeypatch, {0: UserError("no such file")}, absent=3)
+    for error in raised[1:3]:
+        assert type(error) is UserError
+        assert str(error).startswith("no such file (on ")
 
 
 def test_a_fault_of_one_node_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ here=$(dirname "${BASH_SOURCE[0]}")
 if [ ! -f "$here/common.sh" ]; then
   here=$(scontrol show job "${SLURM_JOB_ID:-}" | sed -n 's/^ *Command=//p') # with its arguments
   here=${here%%"/$MODEL.sh"*}
+  # sbatch <1.4b.sh has no command; it works from the root of the checkout.
+  [ -f "$here/common.sh" ] || here=$SLURM_SUBMIT_DIR/examples/llama
 fi
 # shellcheck source=examples/llama/common.sh
 . "$here/common.sh" || exit 2

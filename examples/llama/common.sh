@@ -156,17 +156,25 @@ try_flags() {
 
 # Two runs in one OUT would clear away each other's saves. A requeued job finds its own number in the lock.
 take_lock() {
-  local lock=$OUT/lock own other
+  local lock=$OUT/lock own other turn=$OUT/lock.turn
   own="host $(hostname) $$"
   [ -z "${SLURM_JOB_ID:-}" ] || own="job $SLURM_JOB_ID"
   if ! (set -o noclobber && echo "$own" >"$lock") 2>/dev/null; then
     other=$(<"$lock")
     # shellcheck disable=SC2086 # A kind, and one or two words.
-    [ "$other" = "$own" ] || ! may_run $other ||
-      fail "$other trains into $OUT (by $lock). Take another OUT, or end it first; if it is gone, remove that file."
-    echo "$own" >"$lock"
+    [ "$other" = "$own" ] || ! may_run $other || refuse_lock "$other"
+    # Of several that find it gone, one takes over at a time, and only from whom it asked about.
+    mkdir "$turn" 2>/dev/null || refuse_lock "another start"
+    [ "$(<"$lock")" != "$other" ] || echo "$own" >"$lock"
+    rmdir "$turn"
+    other=$(<"$lock")
+    [ "$other" = "$own" ] || refuse_lock "$other"
   fi
   trap 'rm -f "$OUT/lock"' EXIT
+}
+
+refuse_lock() { # with who has it
+  fail "$1 trains into $OUT (by $OUT/lock). Take another OUT, or end it first; if it is gone, remove that file and lock.turn beside it."
 }
 
 # Whether "job ID" or "host NAME PID" runs, or cannot be asked.

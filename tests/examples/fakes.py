@@ -42,6 +42,11 @@ def dry_run(home: Path) -> dict[str, str]:
     return {"FAKE_HOME": str(home), "PY": str(home / "bin" / "python")}
 
 
+def command(home: Path, name: str, script: str) -> None:
+    """A command of this name, first on the PATH of a script."""
+    _executable(home / "bin" / name, f"#!/usr/bin/env bash\n{script}\n")
+
+
 def _executable(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)

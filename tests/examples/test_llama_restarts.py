@@ -196,6 +196,17 @@ def test_two_runs_do_not_share_a_directory(home: Path, lock: str, held: bool) ->
         assert not (home / "run/lock").exists()
 
 
+def test_of_two_starts_that_find_a_job_gone_one_takes_over(home: Path) -> None:
+    (home / "run").mkdir()
+    (home / "run/lock").write_text("job 1\n")
+    fakes.command(home, "squeue", 'echo "Invalid job id"; echo "host quicker 1" > "$OUT/lock"')
+    result = run(home, FAKE_TRAIN=KEEP_LOCK)
+    assert result.returncode == 2
+    assert "error: host quicker 1 trains into" in result.stderr
+    assert told(home, "run/lock") == "host quicker 1\n"
+    assert not (home / "run/lock.turn").exists()
+
+
 def test_without_slurm_a_process_holds_the_lock(home: Path) -> None:
     result = run(home, FAKE_TRAIN=KEEP_LOCK)
     assert result.returncode == 0, result.stderr

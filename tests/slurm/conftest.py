@@ -77,10 +77,11 @@ class Cluster:
     directory: Path
     environment: dict[str, str]
 
-    def call(self, *command: str, cwd: Path = ROOT, **settings: str) -> str:
+    def call(self, *command: str, cwd: Path = ROOT, stdin: str = "", **settings: str) -> str:
         """The output of a command that succeeds."""
         done = subprocess.run(
             command,
+            input=stdin,
             **{"cwd": cwd, "env": self.environment | settings, "capture_output": True, "text": True},
             timeout=PATIENCE,
             check=False,
@@ -89,14 +90,24 @@ class Cluster:
         return done.stdout
 
     def submit(
-        self, home: Path, *options: str, flags: tuple[str, ...] = (), cwd: Path = ROOT, **settings: str
+        self,
+        home: Path,
+        *options: str,
+        flags: tuple[str, ...] = (),
+        cwd: Path = ROOT,
+        piped: bool = False,
+        **settings: str,
     ) -> Job:
-        """Submit 125m.sh with options of sbatch, flags of Megatron and settings of the script."""
+        """Submit 125m.sh with options of sbatch, flags of Megatron and settings of the script.
+
+        `piped`: by standard input, not by its name.
+        """
         log = home / "log"
         options = ("--output", str(log), "--time", "60", "--nodes", "1", "--gpus-per-node", "2", *options)
-        script = str(ROOT / "examples/llama/125m.sh")
+        script = ROOT / "examples/llama/125m.sh"
+        named, stdin = ((), script.read_text()) if piped else ((str(script), *flags), "")
         given = {"OUT": str(home / "run"), "MASTER_PORT": str(free_port())} | settings
-        answer = self.call("sbatch", "--parsable", *options, script, *flags, cwd=cwd, **given)
+        answer = self.call("sbatch", "--parsable", *options, *named, cwd=cwd, stdin=stdin, **given)
         return Job(self, answer.strip(), log)
 
 

@@ -91,6 +91,13 @@ def test_a_job_may_be_submitted_from_another_directory(
     assert job.wait() == 0, job.text()
 
 
+def test_a_job_may_be_submitted_from_standard_input(
+    cluster: Cluster, tmp_path: Path, faked: dict[str, str]
+) -> None:
+    job = cluster.submit(tmp_path, piped=True, **faked, FAKE_TRAIN=ALL_STEPS)
+    assert job.wait() == 0, job.text()
+
+
 @pytest.mark.parametrize("held", [False, True], ids=["an ended job", "a queued job"])
 def test_two_jobs_do_not_share_a_directory(
     held: bool, cluster: Cluster, tmp_path: Path, faked: dict[str, str]
