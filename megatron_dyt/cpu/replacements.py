@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dyt import compat
-from megatron_dyt.cpu import checkpointing, cuda, distributed, flags, layers
+from megatron_dyt.cpu import checkpointing, cuda, distributed, flags, fused, layers
 from megatron_dyt.patching import Replacement
 
 
 def rows() -> list[Replacement]:
     """The table for the installed packages: `megatron.training` may be absent."""
     training = _megatron_training_rows() if compat.has_training() else []
-    return [*_torch_rows(), *_megatron_core_rows(), *latent_attention_rows(), *training]
+    return [*_torch_rows(), *_megatron_core_rows(), *latent_attention_rows(), *_fused_rows(), *training]
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
@@ -134,6 +134,11 @@ def latent_attention_rows() -> list[Replacement]:
         Replacement(latent, "MLASelfAttention.get_query_key_value_tensors", layers.announcing_gathers),
         Replacement(latent, "gather_from_tensor_model_parallel_region", layers.summing_positions),
     ]
+
+
+def _fused_rows() -> list[Replacement]:
+    attention = "megatron.core.transformer.dot_product_attention"
+    return [Replacement(attention, "DotProductAttention.forward", fused.without_scores)]
 
 
 def _megatron_training_rows() -> list[Replacement]:
