@@ -208,6 +208,15 @@ class DyTConfig:
     """Decay per step of the running rms of its input by which each DyT divides alpha; at least 0, which is
     without it, and below 1 (`mcore/running_scale.py`)."""
 
+    freeze_alpha: bool = _setting(
+        "dyt_freeze_alpha",
+        "Leave every alpha at its initial value. With --dyt-alpha-init-* 1 that is the paper's DyT without "
+        "alpha (Table 8). Default: no.",
+        default=False,
+    )
+    """Whether alpha is a constant: without gradient and optimizer state, and saved like a learned one. With
+    initial alphas of 1 it is the paper's ablation "without alpha" (Table 8)."""
+
     backend: Backend = _setting(
         "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
     )

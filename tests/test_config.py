@@ -170,6 +170,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "function": ("dyt_function", "erf"),
     "weight_init": ("dyt_weight_init", "one"),
     "running_scale": ("dyt_running_scale", 0.5),
+    "freeze_alpha": ("dyt_freeze_alpha", True),
     "backend": ("dyt_backend", "torch"),
     "fuse_residual": ("dyt_fuse_residual", False),
 }

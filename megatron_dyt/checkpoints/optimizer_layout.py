@@ -54,7 +54,12 @@ def refuse_other(args: Namespace, path: Path) -> None:
     saved, kind = _saved(path)
     if saved is None or getattr(saved, "no_save_optim", False):
         return
-    if problem := _kinds(args, saved) or _experts(args, saved) or _buckets(args, saved, kind, path):
+    if (
+        problem := _frozen(args, saved)
+        or _kinds(args, saved)
+        or _experts(args, saved)
+        or _buckets(args, saved, kind, path)
+    ):
         raise UserError(f"the optimizer's state in {path} does not load into this layout. {problem} {_ANEW}")
 
 
@@ -72,6 +77,15 @@ def _saved(path: Path) -> tuple[Namespace | None, str | None]:
         return None, None
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
     return common.get("args"), metadata.get("distrib_optim_sharding_type")
+
+
+def _frozen(args: Namespace, saved: Namespace) -> str | None:
+    now, then = (bool(getattr(each, "dyt_freeze_alpha", None)) for each in (args, saved))
+    if now == then or getattr(args, "use_checkpoint_args", False):
+        return None
+    if then:
+        return "It was saved with --dyt-freeze-alpha, and has none for the alphas. Give the flag."
+    return "It has one for the alphas, which --dyt-freeze-alpha leaves out. Leave out the flag."
 
 
 def _kinds(args: Namespace, saved: Namespace) -> str | None:

@@ -81,6 +81,8 @@ class DyTNorm(DynamicTanh):
             backend=dyt.backend,
             dtype=config.params_dtype,
         )
+        # Megatron's gradient buffers and optimizers leave out what needs no gradient.
+        self.alpha.requires_grad_(not dyt.freeze_alpha)
         self.role: Role = role
         self.returns_residual = returns_residual
         self.refills = not (offloads(config) or uses_cuda_graphs(config))

@@ -62,20 +62,23 @@ def gradient_shards(model: list[Any]) -> list[Shard]:
     """This rank's gradients after Megatron has finished them."""
     if is_fsdp(model[0]):
         with _whole(model, gradients=True):
-            return [shard for shard in _copies(model) if not _is_buffer(shard)]
+            return [shard for shard in _copies(model) if _learns(shard, model)]
     parameters = [p for chunk in model for p in chunk.parameters()]
     for chunk in model:
         _gather_gradients(chunk)
     return [
         Shard(shard.name, shard.shape, shard.place, _gradient_of(shard.data, parameters).cpu().clone())
         for shard in _parameters(model)
-        if not _is_buffer(shard)
+        if _learns(shard, model)
     ]
 
 
-def _is_buffer(shard: Shard) -> bool:
-    """Whether it has no gradient: a running scale."""
-    return shard.name.split("[")[0].endswith("sigma")
+def _learns(shard: Shard, model: list[Any]) -> bool:
+    """Whether it has a gradient: no running scale, and no frozen alpha."""
+    from megatron_dyt.mcore.norm_sites import unwrap
+
+    without = ("sigma", "alpha") if unwrap(model[0]).config.dyt.freeze_alpha else ("sigma",)
+    return not shard.name.split("[")[0].endswith(without)
 
 
 def _gradient_of(part: torch.Tensor, parameters: list[Any]) -> torch.Tensor:
