@@ -17,10 +17,10 @@ from megatron_dyt.sweep import flags
 # What a file holds when its numbers are left as they are written: a label is 8e-3 and not 0.008.
 type Yaml = str | list[Yaml] | dict[str, Yaml]
 
-KEYS = ("title", "prepare", "base", "grid", "seeds", "compare")
+KEYS = ("title", "like", "prepare", "base", "grid", "seeds", "compare", "plots")
 _COMPARE_KEYS = ("axis", "baseline", "best_over")
 # In the names of runs, which are directories.
-_LABEL = re.compile(r"[A-Za-z0-9_.+-]+")
+_LABEL = re.compile(r"[A-Za-z0-9.+-][A-Za-z0-9_.+-]*")
 # Given by the sweep itself, which knows the run's directory and seed.
 _OWN_FLAGS = ("seed", "data_seed", "metrics_dir", "save", "load", "save_interval", "data_cache_path")
 # The longest name of a file on common file systems is 255 bytes.
@@ -78,6 +78,21 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A figure: the loss against `x`, a line per point of `series`; or a heat map of `x` and `y`."""
+
+    x: str
+    series: str | None = None
+    y: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        kind = "heat" if self.y else "loss"
+        return "-".join(filter(None, (kind, self.x, self.y or self.series)))
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A sweep file. `axes` are the names of all axes, in order; `prepare` are shell commands."""
 
@@ -85,7 +100,8 @@ class Sweep:
     prepare: tuple[str, ...]
     runs: tuple[Run, ...]
     axes: tuple[str, ...]
-    compare: Compare | None
+    compare: Compare | None = None
+    plots: tuple[Plot, ...] = ()
 
 
 class _Loader(yaml.BaseLoader):
@@ -101,7 +117,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def load(path: Path, extra: Sequence[str] = ()) -> Sweep:
-    """Read a sweep file.
+    """Read a sweep file, and the one that it is like.
 
     Args:
         extra: flags for every run, which win over those of the file.
@@ -109,20 +125,37 @@ def load(path: Path, extra: Sequence[str] = ()) -> Sweep:
     Raises:
         UserError: the file is missing, is not YAML, or says something that cannot be.
     """
+    table = _read(path)
+    try:
+        if like := _texts(table.get("like", ""), "like"):
+            table = _continued(_read(path.parent / like[0]), table)
+        return _sweep(table, path.stem, list(extra))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Mapping[str, Yaml]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     try:
-        return _sweep(yaml.load(text, Loader=_Loader) or "", path.stem, list(extra))
+        return _mapping(yaml.load(text, Loader=_Loader) or "", "the file", KEYS)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _sweep(content: Yaml, name: str, extra: list[str]) -> Sweep:
-    table = _mapping(content, "the file", KEYS)
+def _continued(like: Mapping[str, Yaml], table: Mapping[str, Yaml]) -> Mapping[str, Yaml]:
+    """`table` with what another file prepares, and that file's base in front of its own."""
+    if "like" in like:
+        raise UserError(f"like names a file that has a like itself ({like['like']}); name that one")
+    base = [*_list(like.get("base", "")), *_list(table.get("base", ""))]
+    return {"prepare": like.get("prepare", "")} | dict(table) | {"base": base}
+
+
+def _sweep(table: Mapping[str, Yaml], name: str, extra: list[str]) -> Sweep:
     grids = [_grid(each) for each in _list(table.get("grid", ""))]
     seeds = [_seed(each) for each in _list(table.get("seeds", "1234"))]
     if not grids or not seeds:
@@ -144,6 +177,7 @@ def _sweep(content: Yaml, name: str, extra: list[str]) -> Sweep:
         runs=tuple(runs.values()),
         axes=axes,
         compare=_compare(table["compare"], list(runs.values()), axes) if "compare" in table else None,
+        plots=tuple(_plot(each, axes) for each in _list(table.get("plots", ""))),
     )
 
 
@@ -215,6 +249,16 @@ def _compare(content: Yaml, runs: Sequence[Run], axes: Sequence[str]) -> Compare
     if axis == best_over:
         raise UserError(f"compare: axis and best_over are both {axis}; they must differ")
     return Compare(axis, baseline, best_over)
+
+
+def _plot(content: Yaml, axes: Sequence[str]) -> Plot:
+    table = _mapping(content, "plots", ("x", "series", "y"))
+    for key, axis in table.items():
+        if axis not in axes:
+            raise UserError(f"plots: {key} is {axis}; the axes are {', '.join(axes)}")
+    if "x" not in table or {"series", "y"} <= set(table) or len(set(map(str, table.values()))) < len(table):
+        raise UserError("plots: give x, with either series (lines) or y (a heat map), each another axis")
+    return Plot(**{key: str(axis) for key, axis in table.items()})
 
 
 def _label(content: Yaml, where: str) -> str:

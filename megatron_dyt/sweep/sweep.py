@@ -37,7 +37,7 @@ def run_sweep(sweep: Sweep, output: Path, options: Options) -> list[Path]:
     """Do what is left of `sweep`, with its table in `output` up to date after each run.
 
     Returns:
-        The files of the table.
+        The files of the table, and the figures.
 
     Raises:
         UserError: another sweep works in `output`, what is there is of other runs, a command of `prepare`
@@ -49,7 +49,15 @@ def run_sweep(sweep: Sweep, output: Path, options: Options) -> list[Path]:
         if len(runner.finished(output, sweep.runs, options.retry)) < len(sweep.runs):
             prepare(sweep.prepare)
         results = runner.run_all(output, sweep.runs, options, functools.partial(table.write, output, sweep))
-        return table.write(output, sweep, results)
+        for line in table.lines(sweep, results):
+            _log.info("%s", line)
+        paths = table.write(output, sweep, results)
+        if sweep.plots:
+            # Here and not above: matplotlib takes a second to import.
+            from megatron_dyt.sweep import plots
+
+            paths += plots.write(output, sweep, results)
+        return paths
 
 
 def prepare(commands: Sequence[str]) -> None:

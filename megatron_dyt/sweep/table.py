@@ -81,6 +81,32 @@ def _json(sweep: Sweep, results: Results) -> dict[str, object]:
     }
 
 
+def lines(sweep: Sweep, results: Results) -> list[str]:
+    """What a sweep has come to, as text: a line per point of the grid, and one per comparison."""
+    found = []
+    for cell in cells(sweep.runs, results):
+        where = " ".join(f"{axis} {label}" for axis, label in cell.point.items())
+        bad = [(cell.diverged, "diverged"), (cell.failed, "failed"), (cell.missing, "not done")]
+        notes = [f"{count} {what}" for count, what in bad if count]
+        if cell.loss is not None:
+            spread = "" if cell.loss.std is None else f", std {cell.loss.std:.4f}"
+            notes.insert(0, f"{cell.loss.mean:.4f}{spread} ({cell.loss.count} seeds)")
+        found.append(f"{where}: {', '.join(notes)}")
+    for each in comparisons(sweep, results):
+        assert sweep.compare is not None
+        where = " ".join(f"{axis} {label}" for axis, label in each.point.items())
+        bests = f" at {sweep.compare.best_over} {each.best} and {each.baseline_best}" if each.best else ""
+        found.append(f"{where} minus {sweep.compare.baseline}{bests}: {_difference(each.difference)}")
+    return found
+
+
+def _difference(found: Interval | None) -> str:
+    if found is None:
+        return "no seed that both have finished"
+    half = "" if found.half_width is None else f" ± {found.half_width:.4f} (95 %)"
+    return f"{found.mean:+.4f}{half}, {found.count} seeds"
+
+
 def cells(runs: Sequence[Run], results: Results) -> list[Cell]:
     """The points of the grid in their order."""
     return [
@@ -127,18 +153,20 @@ def comparisons(sweep: Sweep, results: Results) -> list[Comparison]:
         fitting = [
             run for run in baseline if {item for item in run.point.items() if item[0] not in own} <= place
         ]
-        best, there = _best(runs, results, compare.best_over)
-        baseline_best, here = _best(fitting, results, compare.best_over)
+        ours, there = best(runs, results, compare.best_over)
+        theirs, here = best(fitting, results, compare.best_over)
         difference = interval([there[seed] - here[seed] for seed in there if seed in here])
         point = {axis: label for axis, label in runs[0].point.items() if axis != compare.best_over}
-        found.append(Comparison(point, best, baseline_best, difference))
+        found.append(Comparison(point, ours, theirs, difference))
     return found
 
 
-def _best(runs: Sequence[Run], results: Results, over: str | None) -> tuple[str | None, dict[str, float]]:
-    """Where on the axis `over` the mean loss is lowest, among its points with the most finished seeds.
+def best(runs: Sequence[Run], results: Results, over: str | None) -> tuple[str | None, dict[str, float]]:
+    """The point of the axis `over` with the lowest mean loss, and its losses by seed.
 
-    A point that some seeds diverge at is no choice as long as there is another.
+    It is chosen among those with the most finished seeds: not one that diverges with some, where another
+    does not.
+    Without an axis the losses are those of all `runs`.
     """
     points: dict[str | None, list[Run]] = {}
     for run in runs:

@@ -84,7 +84,7 @@ seeds: 7
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("title:", "titel:"), "unknown key titel; allowed: title, prepare"),
+        (("title:", "titel:"), "unknown key titel; allowed: title, like"),
         (("values: [8e-3, 1e-2]", "values: []"), "grid: lr is empty"),
         (("values: [8e-3, 1e-2]", "values: [8e-3, 8e-3]"), "lr has a value twice"),
         (("values: [8e-3, 1e-2]", "values: [a b]"), "'a b'"),
@@ -110,6 +110,38 @@ def test_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     assert text != FILE
     with pytest.raises(UserError, match=message):
         load(tmp_path, text)
+
+
+def test_a_file_like_another_adds_to_its_base(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(FILE)
+    text = "like: other.yaml\nbase: --num-layers 8\ngrid:\n  lr:\n    flags: --lr {lr}\n    values: 1e-3"
+    sweep = load(tmp_path, text)
+    assert sweep.prepare == ("echo hello",)
+    assert [" ".join(run.flags) for run in sweep.runs] == [
+        "--hidden-size 64 --num-layers 2 --init-method-std 0.125 --num-layers 8 --lr 1e-3 --seed 1234"
+    ]
+    assert sweep.compare is None
+
+
+def test_a_file_like_one_that_is_like_another_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("like: third.yaml")
+    with pytest.raises(UserError, match=r"study.yaml: like names .*third.yaml"):
+        load(tmp_path, "like: other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        ("{x: lr, series: norm, y: lr}", "give x, with either"),
+        ("{x: lr, series: lr}", "give x, with either"),
+        ("{series: lr}", "give x"),
+        ("{x: width}", "x is width; the axes are norm, lr"),
+        ("{x: lr, z: norm}", "unknown key z"),
+    ],
+)
+def test_a_figure_that_cannot_be_is_refused(tmp_path: Path, plot: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, f"{FILE}\nplots: [{plot}]")
 
 
 @pytest.mark.parametrize("text", ["", "grid:", "grid: {}", "grid: []", "base: --lr 1e-3"])
