@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_dyt import compat
@@ -31,16 +32,28 @@ SIZES: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "use_cpu_initialization": True,
 }
+LATENT: dict[str, Any] = {
+    "add_bias_linear": False,
+    "qk_layernorm": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 24,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+}
 
 
 def config_for(family: str, normalization: str = "DyT", **overrides: Any) -> Any:
     """A TransformerConfig for a family; DyT has a bias."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"latent": LATENT}.get(family, {})
     if family == "hybrid":
         own = {"num_layers": len(DENSE_PATTERN), "add_bias_linear": False}
-    config = TransformerConfig(**(SIZES | own | {"normalization": normalization} | overrides))
+    config = (MLATransformerConfig if family == "latent" else TransformerConfig)(
+        **(SIZES | own | {"normalization": normalization} | overrides)
+    )
     if normalization == "DyT":
         config.dyt = DyTConfig.paper(config.hidden_size, bias=True)
     return config
@@ -69,6 +82,28 @@ def gpt(config: Any, **stage: bool) -> Any:
         position_embedding_type="rope",
         **stage,
     )
+
+
+def latent(config: Any, **stage: bool) -> Any:
+    """GPT with latent attention of stand-ins for Transformer Engine's layers, which run without CUDA.
+
+    Its down-projections are whole on each rank, where those of local layers are cut.
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    from tests.mcore import te_stubs
+
+    with pytest.MonkeyPatch.context() as patched:
+        te_stubs.install(patched)
+        return GPTModel(
+            config,
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True, multi_latent_attention=True),
+            vocab_size=VOCABULARY,
+            max_sequence_length=LENGTH,
+            position_embedding_type="rope",
+            **stage,
+        )
 
 
 def t5(config: Any, te: bool = False) -> Any:
@@ -203,6 +238,7 @@ def hybrid_spec() -> Any:
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "gpt": gpt,
+    "latent": latent,
     "t5": t5,
     "bert": bert,
     "vit": vit,
@@ -227,7 +263,7 @@ def forward(family: str, model: Any) -> Any:
         return model(tokens, tokens.flip(1), seen, hidden, seen, lm_labels=labels)
     if family == "bert":
         return model(tokens, torch.ones(BATCH, LENGTH), positions % 2, lm_labels=labels)
-    if family in ("gpt", "hybrid"):
+    if family in ("gpt", "latent", "hybrid"):
         return model(tokens, positions, hidden, labels=labels)
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)

@@ -142,6 +142,18 @@ LIMITS = (
         ),
     ),
     Limit(
+        "multi-latent attention of Transformer Engine's layers with tensor but no sequence parallelism",
+        "each rank has the gradient of its own heads for the keys' positions, Megatron does not sum them, "
+        "and the ranks' copies of the down-projection drift apart",
+        "Add --sequence-parallel.",
+        lambda config: (
+            _on("multi_latent_attention")(config)
+            and getattr(config, "transformer_impl", None) == "transformer_engine"
+            and _size(config, "tensor_model_parallel_size") > 1
+            and not _on("sequence_parallel")(config)
+        ),
+    ),
+    Limit(
         "Megatron-FSDP with sharded gradients, several micro-batches and each expert on one rank",
         "Megatron-FSDP scales what it has accumulated of an expert's gradient once more at each micro-batch",
         "Lower --expert-model-parallel-size, so that two ranks or more share an expert, or leave out "

@@ -27,6 +27,8 @@ EXPERTS = {"num_moe_experts": 2, "moe_router_load_balancing_type": "none", "moe_
 # under tensor parallelism wants it.
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gpt": ("gpt", {"qk_layernorm": True}, ("pp2", "tp2", "tp2_sp")),
+    # Of duplicated down-projections; without sequence parallelism it is refused.
+    "latent_te": ("latent", {}, ("tp2_sp",)),
     "t5": ("t5", {}, ("tp2", "tp2_sp")),
     "bert": ("bert", {}, ("pp2", "tp2", "tp2_sp")),
     "vit": ("vit", {}, ("tp2",)),

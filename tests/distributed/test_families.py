@@ -29,7 +29,7 @@ def test_a_reference_has_dyt_where_the_family_has_norms(model: str, run_of: Call
     """What is compared is there."""
     alphas = [key for key in run_of(f"family-{model}").full("gradient") if "alpha" in key]
     # Two transformer layers of two to four norms each and what stands outside them, or four hybrid layers.
-    expected = {"gpt": 9, "t5": 12, "bert": 6, "vit": 5, "hybrid": 5, "hybrid_moe": 5}
+    expected = {"gpt": 9, "latent_te": 9, "t5": 12, "bert": 6, "vit": 5, "hybrid": 5, "hybrid_moe": 5}
     assert len(alphas) == expected[model]
 
 

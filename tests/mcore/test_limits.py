@@ -54,6 +54,20 @@ def test_a_query_norm_of_latent_attention_needs_a_query_latent() -> None:
         refuse_unsupported(SimpleNamespace(**(vars(latent) | fine)))
 
 
+def test_duplicated_down_projections_need_sequence_parallelism() -> None:
+    latent = {"multi_latent_attention": True, "transformer_impl": "transformer_engine"}
+    config = latent | {"tensor_model_parallel_size": 2, "sequence_parallel": False}
+    with pytest.raises(UserError, match=r"drift apart. Add --sequence-parallel"):
+        refuse_unsupported(SimpleNamespace(**config))
+    for fine in (
+        {"sequence_parallel": True},
+        {"tensor_model_parallel_size": 1},
+        {"transformer_impl": "local"},
+        {"multi_latent_attention": False},
+    ):
+        refuse_unsupported(SimpleNamespace(**(config | fine)))
+
+
 def test_a_mark_that_fsdp_forgets_must_not_be_needed() -> None:
     settings = {"use_megatron_fsdp": True, "multi_latent_attention": True, "qk_layernorm": True}
     config = settings | {"q_lora_rank": 16, "tensor_model_parallel_size": 2, "sequence_parallel": False}
