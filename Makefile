@@ -3,6 +3,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
+# Images of containers set it. uv installs no bytecode, so with it every process compiles PyTorch and Megatron again:
+# 11 s of CPU in place of 5.
+unexport PYTHONDONTWRITEBYTECODE
+
 PY := .venv/bin/python
 # Passed through to pytest: make test PYTEST_ARGS="tests/ops -x --no-cov"
 PYTEST_ARGS ?=

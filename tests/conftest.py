@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_dyt import log
-from tests import results
+from tests import help_texts, results
 from tests.ranks import Parent
-from tests.sources import remember_sources
 from tests.workers import ByFolder, longest_first
 
 # A LLaMA small enough to train for some steps in a second; tests append what they vary.
@@ -41,7 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    remember_sources()
     log.show()  # As every entry point does: tests read the plugin's lines from stdout.
     directory = config.getoption("--record-results")
     # With several pytest processes the one that hands out the tests hears of all outcomes.
@@ -60,6 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what the installed Megatron is too old for: `@pytest.mark.needs("training_loop")`."""
+    help_texts.remember()  # Megatron's parser may have been imported by the last test.
     for mark in item.iter_markers("needs"):
         _skip_without(mark.args[0])
 

@@ -130,9 +130,10 @@ def serve() -> None:
 def prepare() -> None:
     """Import and cache here what each rank would otherwise do again."""
     from megatron_dyt import compat, cpu
-    from tests.sources import remember_sources
+    from tests import help_texts
 
-    remember_sources()
+    # Megatron imports it where it is installed, and it then looks at all that is printed.
+    sys.modules["wandb"] = None  # type: ignore[assignment]
     if os.environ.get("MEGATRON_DYT_DEVICE", "cpu") == "cpu":
         cpu.enable()
     importlib.import_module("megatron_dyt.mcore.register")
@@ -143,6 +144,7 @@ def prepare() -> None:
         for module in ("megatron.training.training", "megatron.core.tokenizers.text"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
+        help_texts.remember()
         arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     gc.collect()
     gc.freeze()  # A collection in a rank does not look at what is here, and copies none of its pages.

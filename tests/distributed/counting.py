@@ -25,7 +25,6 @@ from megatron_dyt import pretrain
 from megatron_dyt.cpu import device
 from megatron_dyt.patching import Patches, Replacement
 from tests.distributed.worker import forget, start_groups
-from tests.sources import remember_sources
 
 COUNTED = 2
 
@@ -86,7 +85,6 @@ def run(case: dict[str, Any], store: Any, rank: int, world_size: int) -> dict[st
 
 def main(job_file: str) -> None:
     warnings.filterwarnings("ignore")
-    remember_sources()
     device.activate([])
     store, rank, world_size = next(iter(dist.rendezvous("env://")))
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))

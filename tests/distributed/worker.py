@@ -38,7 +38,6 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.patching import Patches, Replacement
 from megatron_dyt.training import launch
 from tests.distributed import context_parallel, record
-from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
 FSDP = "megatron.core.distributed.fsdp.mcore_fsdp_adapter"
@@ -48,7 +47,6 @@ MOCK_DATA = "megatron.core.datasets.gpt_dataset"
 def main(job_file: str) -> None:
     """Run every case of a job."""
     warnings.filterwarnings("ignore")
-    remember_sources()
     device.activate([])
     # What is imported by now is here to stay: the collection after each case does not look at it.
     gc.freeze()

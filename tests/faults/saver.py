@@ -10,7 +10,7 @@ computed, and what it left.
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import itertools
 import json
 import os
@@ -30,7 +30,6 @@ from megatron_dyt import cpu, pretrain
 from megatron_dyt.checkpoints import crc, iterations
 from megatron_dyt.errors import describe
 from megatron_dyt.patching import Patches, Replacement
-from tests.sources import remember_sources
 
 TRAINING = "megatron.training.training"
 # A process that neither saves nor ends is a failure.
@@ -42,7 +41,8 @@ LIVES_A_KILL = 4
 def main(job_file: str) -> None:
     """Kill processes until enough died in a save, and one more, which shows that the last can be resumed."""
     warnings.filterwarnings("ignore")
-    prepare()
+    cpu.enable()  # Here, once, and not in each process: it imports Megatron.
+    importlib.import_module(TRAINING)
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     directory = Path(job["directory"])
     chance = random.Random(job["seed"])
@@ -57,15 +57,6 @@ def main(job_file: str) -> None:
         period = min([b - a for a, b in itertools.pairwise(begun)], default=period)
     seen.append(one_life(job["argv"], directory, 1, 0.0))
     Path(directory, "kills.json").write_text(json.dumps(seen), encoding="utf-8")
-
-
-def prepare() -> None:
-    """Do here, once, what each process would otherwise do again: importing, reading sources."""
-    remember_sources()
-    cpu.enable()
-    from megatron.training import arguments, training  # noqa: F401
-
-    arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def one_life(argv: list[str], directory: Path, saves: int, delay: float) -> dict[str, Any]:
