@@ -26,7 +26,7 @@ from megatron_dyt.mcore.embedding import EmbeddingScale
 from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
-from megatron_dyt.ops.reference import FUNCTIONS
+from megatron_dyt.nn.statistics import InputStatistics, input_statistics
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -51,19 +51,16 @@ class Sample:
 
     Attributes:
         alpha: (1,).
-        std: of all elements of the input, a scalar.
-        saturated: part of the elements with |alpha * x + shift| above the function's `saturation`
-            (`ops/reference.py`: 2 for tanh), a scalar from 0 to 1.
+        input: statistics of x.
     """
 
     alpha: Tensor
-    std: Tensor
-    saturated: Tensor
+    input: InputStatistics
 
     @property
     def drive(self) -> float:
         """alpha * std(x)."""
-        return abs(float(self.alpha * self.std))
+        return abs(float(self.alpha * self.input.std))
 
 
 class SiteRecord(TypedDict):
@@ -151,12 +148,9 @@ class Monitor:
         if not module.training or module in self.samples or x.numel() == 0:
             return
         with torch.no_grad():
-            values = x.detach().float()
             # A copy: the optimizer changes the parameter in place before this is read.
             alpha = module.scaled_alpha().detach().float().clone()
-            z = values * alpha if module.shift is None else values * alpha + module.shift.detach().float()
-            saturated = (z.abs() > FUNCTIONS[module.function].saturation).float().mean()
-            self.samples[module] = Sample(alpha, values.std(correction=0), saturated)
+            self.samples[module] = Sample(alpha, input_statistics(x, alpha, module.function, module.shift))
 
     def after_step(self, iteration: int) -> None:
         """Called when training step `iteration` is done."""
@@ -229,9 +223,9 @@ class Monitor:
                 role=site.module.role,
                 layer=site.layer,
                 alpha=float(sample.alpha),
-                input_std=float(sample.std),
+                input_std=float(sample.input.std),
                 alpha_std=sample.drive,
-                saturated=float(sample.saturated),
+                saturated=float(sample.input.saturated),
             )
             for site in self.sites
             if (sample := self.samples.get(site.module))

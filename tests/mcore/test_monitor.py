@@ -116,7 +116,7 @@ def test_saturation_begins_where_the_function_does(
     loss_of(model)
     z = 2.5 * inputs[0].float() - (0.7 if function == "erf" else 0.0)
     share = (z.abs() > threshold).float().mean().item()
-    assert float(watch.samples[final].saturated) == pytest.approx(share, abs=1e-3)
+    assert float(watch.samples[final].input.saturated) == pytest.approx(share, abs=1e-3)
     assert (share > 0.05) is (function != "identity")
 
 
