@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dyt.errors import UserError
 
@@ -45,6 +45,49 @@ class StatsRecord:
     iteration: int
     sites: tuple[SiteStats, ...]
     embedding_scale: float | None
+
+
+class Work(NamedTuple):
+    """How a run's DyTs work at its last record, in words."""
+
+    headline: str
+    by_role: list[str]
+
+
+def work(record: StatsRecord, function: str = "tanh") -> Work:
+    """Whether DyT's `function` is a straight line or a squash at the sites of `record`.
+
+    A straight line it is where less than 1 % of its output's variance is not linear in the input, if that
+    is normal with the std that was measured, and less than 0.1 % of the inputs are saturated
+    (`nn/statistics.py` has the reasons).
+    """
+    from megatron_dyt.nn.statistics import curved_share, is_straight
+
+    roles: dict[str, list[tuple[SiteStats, float]]] = {}
+    for site in record.sites:
+        curved = curved_share(function, site.alpha_std) if site.alpha_std > 0 else 0.0
+        roles.setdefault(site.role, []).append((site, curved))
+    straight = {
+        role: sum(is_straight(curved, site.saturated) for site, curved in found)
+        for role, found in roles.items()
+    }
+    lines, sites = sum(straight.values()), len(record.sites)
+    kind, count = ("a straight line", lines) if 2 * lines > sites else ("a squash", sites - lines)
+    return Work(
+        f"At iteration {record.iteration} {function} works as {kind} at {count} of {sites} sites.",
+        [
+            f"{role}: a straight line at {straight[role]} of {len(found)}; alpha · std "
+            f"{_span([site.alpha_std for site, _ in found], '.2g')}, not linear "
+            f"{_span([curved for _, curved in found], '.2%')} of the output's variance, saturated "
+            f"{_span([site.saturated for site, _ in found], '.2%')} of the inputs"
+            for role, found in roles.items()
+        ],
+    )
+
+
+def _span(values: Sequence[float], spec: str) -> str:
+    low, high = format(min(values), spec), format(max(values), spec)
+    return low if low == high else f"{low} to {high}"
 
 
 def find(directory: Path, stages: int) -> list[Path]:

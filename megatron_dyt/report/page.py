@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from megatron_dyt.atomic import write_atomically
-from megatron_dyt.report import charts, theme
+from megatron_dyt.report import charts, dyt_stats, theme
 from megatron_dyt.report.charts import Chart
 from megatron_dyt.report.runs import NUMBERS, Run, evaluation_rows, summarize
 
@@ -147,6 +147,7 @@ def _statistics(run: Run) -> dict[str, Any]:
         "last": run.stats[-1].iteration,
         "alpha": charts.alpha_chart(run.stats),
         "alpha_std": charts.history_chart(run.stats, charts.ALPHA_STD),
+        "work": dyt_stats.work(run.stats[-1], run.metrics.arguments.get("dyt_function") or "tanh"),
         "saturated": charts.history_chart(run.stats, charts.SATURATED),
     }
 
