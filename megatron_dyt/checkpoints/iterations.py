@@ -70,14 +70,14 @@ def missing_tracker(directory: str | Path) -> str:
     iteration = _ITERATION.fullmatch(root.name)
     if iteration:
         hint = f"It is one iteration of a checkpoint: give {root.parent} and --ckpt-step {int(iteration[1])}"
-    elif _complete_iterations(root):
+    elif complete_iterations(root):
         hint = f"Choose one of its iterations with --ckpt-step: {listed(root)}"
     return f"there is no checkpoint (no {TRACKER}). {hint}"
 
 
 def listed(directory: str | Path) -> str:
     """The complete iterations of a directory for a message: "2, 4", or "none"."""
-    return ", ".join(map(str, _complete_iterations(Path(directory)))) or "none"
+    return ", ".join(map(str, complete_iterations(Path(directory)))) or "none"
 
 
 def iteration_directory(directory: str | Path, iteration: str) -> Path:
@@ -105,7 +105,7 @@ def tidy(directory: str | Path) -> list[str]:
             shutil.rmtree(path, ignore_errors=True)
             if not path.exists():
                 done.append(f"removed the incomplete checkpoint {path}")
-    complete = _complete_iterations(root)
+    complete = complete_iterations(root)
     if named == "" and complete:
         _track(root, complete[-1])
         done.append(f"set the empty {root / TRACKER} to {complete[-1]}, the last complete checkpoint")
@@ -142,7 +142,7 @@ def earlier_complete(path: Path) -> list[Path]:
     own = _ITERATION.fullmatch(path.name)
     if own is None:
         return []
-    earlier = [number for number in _complete_iterations(path.parent) if number < int(own[1])]
+    earlier = [number for number in complete_iterations(path.parent) if number < int(own[1])]
     return [iteration_directory(path.parent, str(number)) for number in reversed(earlier)]
 
 
@@ -205,7 +205,8 @@ def _is_interrupted_save(path: Path) -> bool:
     return path.is_dir() and all(_PARTS.fullmatch(part.name) for part in path.iterdir())
 
 
-def _complete_iterations(root: Path) -> list[int]:
+def complete_iterations(root: Path) -> list[int]:
+    """The numbers of the checkpoints in a directory that are whole, the earliest first."""
     configs = root.glob("iter_*/metadata.json")
     found = (_ITERATION.fullmatch(path.parent.name) for path in configs if _has_config(path.parent))
     return sorted(int(match[1]) for match in found if match)

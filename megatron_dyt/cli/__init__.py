@@ -39,6 +39,7 @@ COMMANDS = {
         "megatron_dyt.cli.sweep:sweep",
         "train the runs of a grid, several at a time, and compare them",
     ),
+    "probe": ("megatron_dyt.cli.probe:probe", "what the norms of a model do to their input, as figures"),
 }
 
 # The extras of pyproject.toml that a command needs, where it needs any.
@@ -55,6 +56,7 @@ EXTRAS = {
     "report": "report",
     "follow": "report",
     "sweep": "report,train",
+    "probe": "report,train",
 }
 
 

@@ -130,6 +130,7 @@ def load_model(
     tensor_parallel: int | None = None,
     pipeline_parallel: int = 1,
     bos: bool | None = None,
+    local: bool = False,
 ) -> LoadedModel:
     """The model of a checkpoint, with its tokenizer.
 
@@ -143,6 +144,8 @@ def load_model(
         tensor_parallel, pipeline_parallel: see `layout.choose`.
         bos: whether contexts begin with BOS, or else with an end of document; None asks the manifests of
             the training data, and takes BOS where they are not in reach.
+        local: build it of Megatron's own layers, where each norm is a module, also where Transformer Engine
+            is, which computes norms in its linear layers.
 
     Raises:
         UserError: a checkpoint that is missing, damaged or not of the model it states, another tokenizer
@@ -162,6 +165,7 @@ def load_model(
         saved = saved_args(checkpoint)
         tp = layout.choose(saved, checkpoint.directory, tensor_parallel, pipeline_parallel)
         flags = model_flags(saved) | _run_flags(checkpoint, tokenizer_model, tp)
+        flags |= {"transformer_impl": "local"} if local else {}
         check_tokenizer(flags)
         check_against_data(saved, flags.get("tokenizer_model"))
         args, tokenizer = _start_megatron(flags)
@@ -171,6 +175,19 @@ def load_model(
     if bos is None:
         bos = documents_begin_with_bos(saved)
     return LoadedModel(model.eval(), tokenizer, args, checkpoint, prefix_token(tokenizer, bos is not False))
+
+
+def load_iteration(loaded: LoadedModel, step: int) -> None:
+    """Give the model of `loaded` the weights of another iteration of the same run.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    checkpoint = find_checkpoint(str(loaded.checkpoint.root), step)
+    loaded.args.ckpt_step = step
+    with _quiet_megatron():
+        _load_weights(loaded.model, checkpoint)
+    loaded.model.eval()
 
 
 @contextlib.contextmanager

@@ -208,13 +208,20 @@ def run_doubled(model: nn.Module, batch: Tensor | Mapping[str, Any], rows: int |
             the tensors that have `sequences` rows are doubled.
         rows: take so many sequences alone.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         if isinstance(batch, Tensor):
             model(_twice(batch, rows))
         else:
             model(**_doubled(batch, rows))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` is in eval mode in this block, and each of its modules as before after it."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode

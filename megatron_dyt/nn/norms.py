@@ -44,22 +44,7 @@ _MOST_DIMENSIONS = 5
 _FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
-class Norm(NamedTuple):
-    """A LayerNorm or RMSNorm over one dimension.
-
-    Attributes:
-        size: of that dimension.
-        channel_dim: the dimension: -1, or 1.
-        gain, shift: fp32 (size,), what the norm multiplies by and adds; None for nothing.
-    """
-
-    size: int
-    channel_dim: int
-    gain: Tensor | None
-    shift: Tensor | None
-
-
-class _Formula(NamedTuple):
+class Formula(NamedTuple):
     """What a copy was found to compute; `gain` and `shift` are names of its tensors."""
 
     centered: bool
@@ -74,6 +59,35 @@ class _Formula(NamedTuple):
         if self.gain is not None:
             y = y * (values[self.gain] + self.zero_centered)
         return y if self.shift is None else y + values[self.shift]
+
+
+class Norm(NamedTuple):
+    """A LayerNorm or RMSNorm over one dimension.
+
+    Attributes:
+        size: of that dimension.
+        channel_dim: the dimension: -1, or 1.
+        gain, shift: fp32 (size,), what the norm multiplies by and adds; None for nothing.
+        formula: which of the two, and the names of its tensors.
+    """
+
+    size: int
+    channel_dim: int
+    gain: Tensor | None
+    shift: Tensor | None
+    formula: Formula
+
+
+@torch.no_grad()
+def without_weight(module: nn.Module, norm: Norm) -> nn.Module:
+    """A copy of `module`, which `examine` found to be `norm`, that normalizes in fp32 and does no more."""
+    twin = copy.deepcopy(module).float().eval().requires_grad_(False)
+    tensors, formula = tensors_of(twin), norm.formula
+    if formula.gain is not None:
+        tensors[formula.gain].fill_(0.0 if formula.zero_centered else 1.0)
+    if formula.shift is not None:
+        tensors[formula.shift].zero_()
+    return twin
 
 
 def examine(module: nn.Module) -> Norm | str | None:
@@ -121,7 +135,8 @@ def _examine(module: nn.Module) -> Norm | str:
         None if name is None else tensors[name].detach().flatten().float()
         for name in (formula.gain, formula.shift)
     )
-    return Norm(size, channel_dim, gain + 1 if gain is not None and formula.zero_centered else gain, shift)
+    gain = gain + 1 if gain is not None and formula.zero_centered else gain
+    return Norm(size, channel_dim, gain, shift, formula)
 
 
 def _further_inputs(module: nn.Module) -> list[str]:
@@ -152,7 +167,7 @@ def _size(module: nn.Module, tensors: Mapping[str, Tensor]) -> int | str:
     return int(sizes.pop())
 
 
-def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Formula, int] | str:
+def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[Formula, int] | str:
     """What a copy of `norm` computes and the dimension that it normalizes, or why it cannot be said."""
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     twin = copy.deepcopy(norm).requires_grad_(False)
@@ -168,7 +183,7 @@ def _try(norm: nn.Module, size: int, tensors: Mapping[str, Tensor]) -> tuple[_Fo
             value = torch.rand(size, generator=source, **_FP32).add(0.5).to(device)
             tensor.copy_(value.view_as(tensor))
             values[name] = value
-        found: dict[tuple[int, int], _Formula] = {}
+        found: dict[tuple[int, int], Formula] = {}
         # Dimensions of the inputs that give an output of their shape.
         taken: set[int] = set()
         errors = []
@@ -207,7 +222,7 @@ def _inputs(size: int) -> list[tuple[Tensor, int]]:
     return inputs
 
 
-def _match(x: Tensor, y: object, dim: int, values: Mapping[str, Tensor]) -> _Formula | None:
+def _match(x: Tensor, y: object, dim: int, values: Mapping[str, Tensor]) -> Formula | None:
     """The formula that gives y from x with the weights `values`."""
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
@@ -215,7 +230,7 @@ def _match(x: Tensor, y: object, dim: int, values: Mapping[str, Tensor]) -> _For
     atol = _TOLERANCE * float(y.abs().max())
     gains = [(None, False), *((name, less) for name in values for less in (False, True))]
     for centered, (gain, less), shift in itertools.product((False, True), gains, (None, *values)):
-        formula = _Formula(centered, gain, less, shift)
+        formula = Formula(centered, gain, less, shift)
         # One row tells most formulas from the right one.
         if shift in (None, *({*values} - {gain})) and all(
             torch.allclose(y[:rows], formula(x[:rows], values), _TOLERANCE, atol) for rows in (1, None)

@@ -92,6 +92,14 @@ def variables() -> str:
     return f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file in the light palette."""
+    buffer = io.BytesIO()
+    with applied():
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def svg(figure: Figure, title: str, description: str) -> str:
     """The figure as an SVG file; `description` says for those who cannot see it what it shows."""
     buffer = io.BytesIO()

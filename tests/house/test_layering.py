@@ -15,7 +15,7 @@ ORDER = (
     # What stands alone: the math; Megatron without a GPU; checkpoint directories; data sets.
     *("ops", "config", "nn", "cpu", "checkpoints", "data"),
     # DyT inside Megatron, and what is built on it.
-    *("mcore", "training", "recipes", "hf", "report", "sweep", "evaluation"),
+    *("mcore", "training", "recipes", "hf", "report", "sweep", "evaluation", "probe"),
     *("bridge", "pretrain", "run", "cli", "__main__"),
 )
 PLACE_OF = {name: place for place, name in enumerate(ORDER)}
