@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCE = "megatron_dyt/ops/cpu_kernels.c"
+SOURCES = ("megatron_dyt/ops/cpu_kernels.c", "megatron_dyt/cpu/layer_kernels.c")
 
 
 class BuildLibraries(build_ext):
@@ -41,13 +41,15 @@ OPTIONS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 setup(
     ext_modules=[
         Extension(
-            "megatron_dyt.ops.cpu_kernels",
-            [SOURCE],
-            define_macros=[("SOURCE_CRC32", f"{zlib.crc32(Path(SOURCE).read_bytes())}u")],
+            source.removesuffix(".c").replace("/", "."),
+            [source],
+            define_macros=[("SOURCE_CRC32", f"{zlib.crc32(Path(source).read_bytes())}u")],
             extra_compile_args=OPTIONS,
             extra_link_args=["-fopenmp", "-fno-fast-math"],
+            libraries=["m"],
             optional=True,
         )
+        for source in SOURCES
     ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
 )

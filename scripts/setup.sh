@@ -17,8 +17,8 @@ here=${BASH_SOURCE[0]%/*}
 root=$(cd -P "$here/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.setup-stamp
-kernels=$root/megatron_dyt/ops/cpu_kernels
-inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" "$kernels.c")
+kernels=("$root/megatron_dyt/ops/cpu_kernels" "$root/megatron_dyt/cpu/layer_kernels")
+inputs=("$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" "${kernels[@]/%/.c}")
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {
@@ -136,21 +136,28 @@ install_everything() {
         "minutes and up to 6 GB with the CUDA libraries (the TORCH_INDEX_URL variable can choose a smaller torch)"
     install pip setuptools wheel
     [[ -z ${TORCH_INDEX_URL:-} ]] || install --no-deps --index-url "$TORCH_INDEX_URL" "$torch"
-    rm -f "$kernels.so"
+    rm -f "${kernels[@]/%/.so}"
     install "${checkout[@]}"
+}
+
+are_compiled() {
+    local each
+    for each in "${kernels[@]}"; do
+        [[ -f $each.so ]] || return 1
+    done
 }
 
 # The installation has compiled the kernels, unless that failed; what was missing may be there now.
 compile_kernels() {
-    [[ -f $kernels.so ]] && return
+    are_compiled && return
     (cd "$root" && "$venv/bin/python" setup.py -q build_ext --inplace) >"$venv/kernels.log" 2>&1 || true
-    [[ -f $kernels.so ]] || say "warning: the kernels for CPUs could not be compiled ($venv/kernels.log says why), so" \
-        "DyT is slow here; install a C compiler with OpenMP (gcc), and 'make setup' tries again"
+    are_compiled || say "warning: the kernels for CPUs could not be compiled ($venv/kernels.log says why), so" \
+        "training is slow here; install a C compiler with OpenMP (gcc), and 'make setup' tries again"
 }
 
 main() {
     [[ $# -eq 0 ]] || fail "unknown argument '$1'; this script takes none (PYTHON=... make setup names an interpreter)."
-    up_to_date && [[ -f $kernels.so ]] && return
+    up_to_date && are_compiled && return
     exec 9>"$root/.venv.lock"
     if type -P flock >/dev/null && ! flock -n 9; then
         say "another set-up of this checkout is running; waiting for it"

@@ -6,16 +6,20 @@ what is asked for is more than the replacement computes: see `cpu.replacements`.
 """
 
 # Dimension letters: S  tokens of a sequence   B  sequences   H  heads   G  groups of heads that share keys
-#                    D  channels of a head
+#                    D  channels of a head    V  vocabulary
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_dyt.cpu import kernels
 
 if TYPE_CHECKING:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -82,3 +86,73 @@ def _is_plain(
         and query.size(-1) == key.size(-1) == value.size(-1)
         and (query.size(0) == key.size(0) or not _is_causal(attention))
     )
+
+
+def in_one_pass(original: Any) -> Any:
+    """The autograd function of cross-entropy for logits [S, B, V], whose whole vocabulary is on this rank."""
+
+    def apply(logits: Tensor, target: Tensor, *smoothing_and_group: Any) -> Tensor:
+        smoothing, group = (*smoothing_and_group, None)[:2]  # Megatron 0.19 gives the group.
+        whole = logits.float()
+        if smoothing or _size(group) > 1 or not kernels.fits(whole):
+            return original.apply(logits, target, *smoothing_and_group)
+        return kernels.CrossEntropy.apply(whole, target)
+
+    return types.SimpleNamespace(apply=apply)
+
+
+def _size(group: Any) -> int:
+    """Ranks of the tensor parallel group, the one of this process where None is given."""
+    from megatron.core import parallel_state
+
+    return (group or parallel_state.get_tensor_model_parallel_group()).size()
+
+
+def swiglu(original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Megatron's function inside of its own autograd functions."""
+
+    @functools.wraps(original)
+    def activate(y: Tensor) -> Tensor:
+        needs_graph = torch.is_grad_enabled() and y.requires_grad
+        return original(y) if needs_graph or not kernels.fits(y) else kernels.swiglu(y)
+
+    return activate
+
+
+def swiglu_back(original: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    @functools.wraps(original)
+    def differentiate(g: Tensor, y: Tensor) -> Tensor:
+        return (
+            original(g, y)
+            if torch.is_grad_enabled() or not kernels.fits(g, y)
+            else kernels.swiglu_backward(g, y)
+        )
+
+    return differentiate
+
+
+def rotated_at_once(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`_apply_rotary_pos_emb_bshd`: the first channels of t [S, B, H, D] by angles freqs [S, 1, 1, ...]."""
+
+    @functools.wraps(original)
+    def rotate(t: Tensor, freqs: Tensor, *args: Any, mscale: float = 1.0, **kwargs: Any) -> Tensor:
+        is_interleaved = any(args) or any(kwargs.values())
+        shapes_fit = t.dim() == freqs.dim() == 4 and freqs.shape[:3] == (t.size(0), 1, 1)
+        if is_interleaved or not shapes_fit or freqs.requires_grad or not kernels.fits(t, freqs):
+            return original(t, freqs, *args, mscale=mscale, **kwargs)
+        return kernels.Rotary.apply(t, torch.cos(freqs) * mscale, torch.sin(freqs) * mscale)
+
+    return rotate
+
+
+def rms_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.nn.RMSNorm.forward`, of which PyTorch's own has no backward pass of its own on a CPU."""
+
+    @functools.wraps(original)
+    def normalize(self: torch.nn.RMSNorm, x: Tensor) -> Tensor:
+        if self.weight is None or self.weight.dim() != 1 or not kernels.fits(x, self.weight):
+            return original(self, x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return kernels.RMSNorm.apply(x, self.weight, float(eps))
+
+    return normalize

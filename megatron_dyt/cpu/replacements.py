@@ -138,7 +138,17 @@ def latent_attention_rows() -> list[Replacement]:
 
 def _fused_rows() -> list[Replacement]:
     attention = "megatron.core.transformer.dot_product_attention"
-    return [Replacement(attention, "DotProductAttention.forward", fused.without_scores)]
+    cross_entropy = "megatron.core.tensor_parallel.cross_entropy"
+    activation = "megatron.core.fusions.fused_bias_swiglu"
+    rotary = "megatron.core.models.common.embeddings.rope_utils"
+    return [
+        Replacement(attention, "DotProductAttention.forward", fused.without_scores),
+        Replacement(cross_entropy, "_VocabParallelCrossEntropy", fused.in_one_pass),
+        Replacement(activation, "swiglu", fused.swiglu),
+        Replacement(activation, "swiglu_back", fused.swiglu_back),
+        Replacement(rotary, "_apply_rotary_pos_emb_bshd", fused.rotated_at_once),
+        Replacement("torch.nn", "RMSNorm.forward", fused.rms_norm),
+    ]
 
 
 def _megatron_training_rows() -> list[Replacement]:

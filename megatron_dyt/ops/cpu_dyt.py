@@ -5,13 +5,13 @@ and the reference runs.
 """
 
 import ctypes
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_dyt.ops.native import in_memory, open_library, threads_for
 from megatron_dyt.ops.parameters import Parameters
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -20,9 +20,6 @@ LIBRARY = SOURCE.with_suffix(".so")
 FUNCTIONS = ("tanh", "erf")  # by their numbers in the library
 DTYPES = (torch.float32, torch.bfloat16)
 
-# A thread for every so many elements: where PyTorch's own operators start another one
-# (at::internal::GRAIN_SIZE). Below, waking a thread takes longer than its share of the work.
-_ELEMENTS_PER_THREAD = 1 << 15
 # Blocks of rows are dealt to threads; their numbers do not depend on that of threads, so neither do results.
 # Forward: several per thread on any machine, so that no thread waits long for the last one.
 _FORWARD_BLOCKS = 256
@@ -49,39 +46,21 @@ class _Call(ctypes.Structure):
     )
 
 
-def _open() -> ctypes.CDLL | None:
-    """The compiled kernels; None without, or where they were compiled from another source."""
-    try:
-        library = ctypes.CDLL(str(LIBRARY))  # after torch: they share its OpenMP threads
-        library.dyt_source_crc32.restype = ctypes.c_uint32
-        is_of_this_version = library.dyt_source_crc32() == zlib.crc32(SOURCE.read_bytes())
-    except (OSError, AttributeError):
-        return None
-    return library if is_of_this_version else None
-
-
-_library = _open()
+_library = open_library(SOURCE, "dyt_source_crc32")
 IS_BUILT = _library is not None  # by itself, as torch.compile traces what reads it
-
-
-def _in_memory(t: Tensor) -> Tensor:
-    """`t` with the values that its memory has: not negated lazily, not PyTorch's zeros without memory."""
-    if t._is_zerotensor():
-        return t.clone()
-    return t.resolve_neg() if t.is_neg() else t
 
 
 def _rows(t: Tensor, hidden: int) -> tuple[Tensor, int]:
     """`t` with adjacent columns, and the stride of its rows; a copy only where its strides allow no view."""
     if t.is_contiguous():  # Most are; asking is cheaper than a view.
-        return _in_memory(t), hidden
-    rows = _in_memory(t.reshape(-1, hidden))
+        return in_memory(t), hidden
+    rows = in_memory(t.reshape(-1, hidden))
     rows = rows if rows.stride(1) == 1 or hidden == 1 else rows.contiguous()
     return rows, rows.stride(0)
 
 
 def _vector(t: Tensor) -> Tensor:
-    return _in_memory(t.float()).contiguous()
+    return in_memory(t.float()).contiguous()
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +83,7 @@ def _call(kernel: str, x: Tensor, parameters: Parameters, blocks: int, **tensors
         "rows": x.numel() // hidden,
         "hidden": hidden,
         "blocks": blocks,
-        "threads": max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD)),
+        "threads": threads_for(x.numel()),
         "function": FUNCTIONS.index(function),
         "is_bf16": x.dtype == torch.bfloat16,
         "alpha": alpha.item(),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from megatron_dyt.ops import reference
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, choose_implementation
-from megatron_dyt.ops.library import Dyt, DytResidual, Fork, is_observed, is_transformed
+from megatron_dyt.ops.library import Dyt, DytResidual, Fork
+from megatron_dyt.ops.native import is_observed, is_transformed
 from megatron_dyt.ops.parameters import Parameters
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from megatron_dyt.ops.backends import IMPLEMENTATIONS, needed_gradients
+from megatron_dyt.ops.native import is_observed
 from megatron_dyt.ops.parameters import Parameters
 
 _SPREAD = "Tensor alpha, Tensor weight, Tensor? bias, Tensor? shift, str function, str implementation"
@@ -30,25 +30,6 @@ _library.define(f"dyt_residual(Tensor x, Tensor residual, {_SPREAD}) -> (Tensor,
 # `needs` says which gradients of x, alpha, weight, bias, shift to compute and return, in that order.
 # `dsum` is added to that of x: what reaches x + residual by another way than DyT.
 _library.define(f"dyt_backward(Tensor dy, Tensor x, {_SPREAD}, bool[] needs, Tensor? dsum) -> Tensor[]")
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, and nothing compiles."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str))
-
-
-def is_observed(*arguments: Tensor | str | None) -> bool:
-    """Whether operations on these are seen by torch.compile, a dispatch mode or a subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(each) not in _PLAIN for each in arguments)
-    )
 
 
 def _dyt_kernel(x: Tensor, *spread: Any) -> Tensor:

@@ -10,6 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dyt.cpu import fused, kernels
+
+needs_layer_kernels = pytest.mark.skipif(
+    kernels._library is None, reason="the CPU kernels are not compiled: install gcc, then 'make setup'"
+)
 GROUP = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
 
 
@@ -109,3 +114,136 @@ def test_attention_runs_as_megatrons_where_more_is_asked_for(
         random.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
         results.append(gradients_and_value(lambda *qkv, forward=forward: forward(*qkv, mask), inputs))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# --- what runs in C kernels ----------------------------------------------------------------------------
+
+
+def angles(channels: int) -> Tensor:
+    return torch.rand(11, 1, 1, channels, generator=torch.Generator().manual_seed(3)) * 7
+
+
+def rotated(t: Tensor, channels: int = 8, **options: Any) -> Tensor:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return rope_utils._apply_rotary_pos_emb_bshd(t, angles(channels), **options)
+
+
+def activated(y: Tensor) -> Tensor:
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    return bias_swiglu_impl(y, None)
+
+
+def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    # A copy: Megatron and we write into the logits.
+    return vocab_parallel_cross_entropy(logits.clone(), target, **options)
+
+
+def normalized(x: Tensor, weight: Tensor) -> Tensor:
+    norm = torch.nn.RMSNorm(x.shape[-1], eps=1e-5)
+    value: Tensor = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    return value
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+TARGETS = torch.randint(0, 77, (7, 3), generator=torch.Generator().manual_seed(1))
+# Function, inputs and options that the kernels take.
+FUSED = {
+    "rotary": (rotated, [random(11, 3, 4, 8)], {}),
+    "rotary of a part": (rotated, [random(11, 3, 4, 10)], {"channels": 6}),
+    "rotary of a view": (rotated, [random(11, 3, 4, 24)[..., 8:16]], {}),
+    "rotary scaled": (rotated, [random(11, 3, 4, 8)], {"mscale": 1.3}),
+    "swiglu": (activated, [random(7, 3, 70)], {}),
+    "cross-entropy": (loss, [random(7, 3, 77), TARGETS], {}),
+    "cross-entropy of an unknown piece": (loss, [random(7, 3, 77), TARGETS.clone().fill_(77)], {}),
+    "cross-entropy of bf16": (loss, [random(7, 3, 77, dtype=torch.bfloat16), TARGETS], {}),
+    "RMSNorm": (normalized, [random(70, 3, 77), random(77)], {}),
+}
+# The same with what the kernels do not compute.
+OTHERS = {
+    "rotary interleaved": (rotated, [random(11, 3, 4, 8)], {"rotary_interleaved": True}),
+    "rotary of bf16": (rotated, [random(11, 3, 4, 8, dtype=torch.bfloat16)], {}),
+    "swiglu of bf16": (activated, [random(7, 3, 70, dtype=torch.bfloat16)], {}),
+    "smoothed cross-entropy": (loss, [random(7, 3, 77), TARGETS], {"label_smoothing": 0.1}),
+    "RMSNorm of fp64": (normalized, [random(70, 77).double(), random(77).double()], {}),
+}
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor parallel group of one rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import cross_entropy
+
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    monkeypatch.setattr(cross_entropy, "get_tensor_model_parallel_group", lambda: group)
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_group", lambda *_: group)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+
+
+def both(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Any, Any]:
+    """The kernels that ran; values and gradients with them and without."""
+    function, inputs, options = case
+    ran: list[str] = []
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *rest: (ran.append(name), call(name, *rest))[1])
+    found = gradients_and_value(lambda *given: function(*given, **options), inputs)
+    monkeypatch.setattr(kernels, "_library", None)
+    before = len(ran)
+    expected = gradients_and_value(lambda *given: function(*given, **options), inputs)
+    assert len(ran) == before
+    return ran, found, expected
+
+
+@needs_layer_kernels
+@pytest.mark.parametrize("name", FUSED)
+def test_values_and_gradients_are_megatrons(
+    runtime: None, alone: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ran, found, expected = both(FUSED[name], monkeypatch)
+    assert len(ran) == 2  # forward and backward
+    assert len(found) == len(expected) >= 2
+    for ours, megatrons in zip(found, expected, strict=True):
+        scale = float(megatrons.abs().max())
+        torch.testing.assert_close(ours, megatrons, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_megatrons_own_code_runs_where_the_kernels_cannot(
+    runtime: None, alone: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ran, found, expected = both(OTHERS[name], monkeypatch)
+    assert not ran
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_vocabulary_that_is_split_over_ranks_is_megatrons(runtime: None) -> None:
+    original = SimpleNamespace(apply=lambda *given: given)
+    given = (random(7, 3, 77), TARGETS, 0.0, SimpleNamespace(size=lambda: 2))
+    assert fused.in_one_pass(original).apply(*given) == given
+
+
+@needs_layer_kernels
+def test_the_gradient_of_a_loss_is_taken_once(runtime: None, alone: None) -> None:
+    """It takes the logits' place, as in Megatron, where a second backward pass is an error too."""
+    value = loss(random(7, 3, 77).requires_grad_(), TARGETS).sum()
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@needs_layer_kernels
+def test_what_is_not_finite_is_seen_in_the_loss(runtime: None, alone: None) -> None:
+    """Megatron's check for NaN and the guard look at the loss."""
+    logits = random(5, 1, 77)
+    for row, bad in enumerate((float("nan"), float("inf"), -float("inf"))):
+        logits[row, 0, 5] = bad
+    logits[3] = -float("inf")
+    found = loss(logits, TARGETS[:5, :1]).isfinite()[:, 0].tolist()
+    assert found == [False, False, True, False, True]

@@ -322,21 +322,6 @@ def test_where_there_is_a_compiler_they_are_built() -> None:
     assert cpu_dyt.IS_BUILT
 
 
-@needs_cpu_kernels
-def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, source = tmp_path / "cpu_kernels.so", tmp_path / "cpu_kernels.c"
-    shutil.copy(cpu_dyt.LIBRARY, other)
-    monkeypatch.setattr(cpu_dyt, "LIBRARY", other)
-    assert cpu_dyt._open() is not None
-    monkeypatch.setattr(cpu_dyt, "SOURCE", source)
-    assert cpu_dyt._open() is None  # no source
-    source.write_text("/* another version */\n")
-    assert cpu_dyt._open() is None
-    other.unlink()  # not written over: it is open
-    other.write_bytes(b"no library")
-    assert cpu_dyt._open() is None
-
-
 @needs_compiler
 def test_fast_math_in_the_environment_changes_nothing(
     baseline: Path, monkeypatch: pytest.MonkeyPatch

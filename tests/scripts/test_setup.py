@@ -17,12 +17,14 @@ UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), 
 PYTHON = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 TOOLS = ("cat", "chmod", "dirname", "flock", "grep", "mkdir", "mv", "readlink", "rm", "sha256sum", "sleep")
-INPUTS = ("pyproject.toml", "constraints.txt", "megatron_dyt/ops/cpu_kernels.c")
+KERNELS = ("megatron_dyt/ops/cpu_kernels", "megatron_dyt/cpu/layer_kernels")
+INPUTS = ("pyproject.toml", "constraints.txt", *(f"{kernels}.c" for kernels in KERNELS))
 
 # Compiles nothing: the kernels are there afterwards unless CC_FAILS is set.
-SETUP_PY = """import os, pathlib
+SETUP_PY = f"""import os, pathlib
 if not os.environ.get("CC_FAILS"):
-    pathlib.Path("megatron_dyt/ops/cpu_kernels.so").touch()
+    for kernels in {KERNELS}:
+        pathlib.Path(kernels + ".so").touch()
 """
 # uv, but for `pip install`, which fails with UV_FAILS, and for `venv` with PIP_LOG: that environment's python
 # writes down the calls of pip.
@@ -184,8 +186,11 @@ def test_changed_input_installs_again_into_the_same_venv(ready: Checkout, name: 
     assert "venv" not in log
 
 
-def test_without_cpu_kernels_it_says_so_and_tries_again_without_installing(ready: Checkout) -> None:
-    library = ready.root / "megatron_dyt/ops/cpu_kernels.so"
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_without_cpu_kernels_it_says_so_and_tries_again_without_installing(
+    ready: Checkout, kernels: str
+) -> None:
+    library = ready.root / f"{kernels}.so"
     library.unlink()
     result = ready.run(CC_FAILS="yes")
     assert result.returncode == 0
