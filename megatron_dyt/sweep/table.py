@@ -1,11 +1,11 @@
-"""A sweep's table: `table.csv` with a row per run, `table.json` with these rows and what they come to."""
+"""A sweep's tables: a row per run, per point of the grid, per comparison; `table.json` has all of them."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_dyt.atomic import write_atomically, write_json
@@ -20,13 +20,17 @@ type Point = dict[str, str]
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the grid: its validation losses over the seeds, and how many runs are no number."""
+    """A point of the grid: its validation losses over the seeds, and how many runs are no number.
+
+    `difference` is that to the baseline at the same place of all other axes.
+    """
 
     point: Point
     loss: Summary | None
     diverged: int
     failed: int
     missing: int
+    difference: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -43,31 +47,22 @@ class Comparison:
 
 
 def write(output: Path, sweep: Sweep, results: Results) -> list[Path]:
-    """Write the table of what is done so far; returns the files."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*sweep.axes, "seed_weights", "seed_data", "status", *outcome.NUMBERS, "directory"])
-    for run in sweep.runs:
-        if run in results:
-            rows.writerow(_row(run, results[run], sweep.axes))
-    path = output / "table.csv"
-    write_atomically(path, text.getvalue().encode())
-    write_json(output / "table.json", _json(sweep, results))
-    return [path, output / "table.json"]
-
-
-def _row(run: Run, result: Outcome, axes: Sequence[str]) -> list[object]:
-    numbers = (getattr(result, name) for name in outcome.NUMBERS)
-    return [
-        *(run.point.get(axis, "") for axis in axes),
-        *(run.seed.weights, run.seed.data, result.status),
-        *("" if number is None else number for number in numbers),
-        f"runs/{run.name}",
-    ]
-
-
-def _json(sweep: Sweep, results: Results) -> dict[str, object]:
-    return {
+    """Write the tables of what is done so far; returns the files."""
+    found = cells(sweep, results)
+    compared = comparisons(sweep, results)
+    tables: dict[str, list[list[object]]] = {
+        "table.csv": [[*sweep.axes, *_RUN_COLUMNS], *_run_rows(sweep, results)],
+        "summary.csv": [[*sweep.axes, *_CELL_COLUMNS], *(_cell_row(cell, sweep.axes) for cell in found)],
+        "comparisons.csv": [
+            [*sweep.axes, *_COMPARISON_COLUMNS],
+            *(_comparison_row(each, sweep.axes) for each in compared),
+        ],
+    }
+    for name, rows in tables.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_atomically(output / name, text.getvalue().encode())
+    together = {
         "title": sweep.title,
         "axes": list(sweep.axes),
         "runs": [
@@ -75,16 +70,58 @@ def _json(sweep: Sweep, results: Results) -> dict[str, object]:
             for run in sweep.runs
             if run in results
         ],
-        "cells": [asdict(cell) for cell in cells(sweep.runs, results)],
+        "cells": [asdict(cell) for cell in found],
         "compare": asdict(sweep.compare) if sweep.compare else None,
-        "comparisons": [asdict(each) for each in comparisons(sweep, results)],
+        "comparisons": [asdict(each) for each in compared],
     }
+    write_json(output / "table.json", together)
+    return [output / name for name in (*tables, "table.json")]
+
+
+_RUN_COLUMNS = ("seed_weights", "seed_data", "status", *outcome.NUMBERS, "directory")
+_CELL_COLUMNS = (
+    *("seeds", "mean", "std", "low", "high", "diverged", "failed", "missing"),
+    *("pairs", "difference", "half_width"),
+)
+_COMPARISON_COLUMNS = ("best", "baseline_best", "pairs", "difference", "half_width")
+
+
+def _run_rows(sweep: Sweep, results: Results) -> list[list[object]]:
+    return [
+        [
+            *_place(run.point, sweep.axes),
+            *(run.seed.weights, run.seed.data, results[run].status),
+            *(getattr(results[run], name) for name in outcome.NUMBERS),
+            f"runs/{run.name}",
+        ]
+        for run in sweep.runs
+        if run in results
+    ]
+
+
+def _cell_row(cell: Cell, axes: Sequence[str]) -> list[object]:
+    loss = cell.loss
+    numbers = (loss.count, loss.mean, loss.std, loss.low, loss.high) if loss else (0, None, None, None, None)
+    counts = (cell.diverged, cell.failed, cell.missing)
+    return [*_place(cell.point, axes), *numbers, *counts, *_interval(cell.difference)]
+
+
+def _comparison_row(each: Comparison, axes: Sequence[str]) -> list[object]:
+    return [*_place(each.point, axes), each.best, each.baseline_best, *_interval(each.difference)]
+
+
+def _place(point: Point, axes: Sequence[str]) -> list[object]:
+    return [point.get(axis, "") for axis in axes]
+
+
+def _interval(found: Interval | None) -> tuple[object, ...]:
+    return (found.count, found.mean, found.half_width) if found else (0, None, None)
 
 
 def lines(sweep: Sweep, results: Results) -> list[str]:
     """What a sweep has come to, as text: a line per point of the grid, and one per comparison."""
     found = []
-    for cell in cells(sweep.runs, results):
+    for cell in cells(sweep, results):
         where = " ".join(f"{axis} {label}" for axis, label in cell.point.items())
         bad = [(cell.diverged, "diverged"), (cell.failed, "failed"), (cell.missing, "not done")]
         notes = [f"{count} {what}" for count, what in bad if count]
@@ -107,8 +144,13 @@ def _difference(found: Interval | None) -> str:
     return f"{found.mean:+.4f}{half}, {found.count} seeds"
 
 
-def cells(runs: Sequence[Run], results: Results) -> list[Cell]:
+def cells(sweep: Sweep, results: Results) -> list[Cell]:
     """The points of the grid in their order."""
+    in_place = replace(sweep.compare, best_over=None) if sweep.compare else None
+    differences = {
+        tuple(each.point.items()): each.difference
+        for each in comparisons(replace(sweep, compare=in_place), results)
+    }
     return [
         Cell(
             point=dict(point),
@@ -116,8 +158,9 @@ def cells(runs: Sequence[Run], results: Results) -> list[Cell]:
             diverged=sum(results[run].status == "diverged" for run in group if run in results),
             failed=sum(results[run].status == "failed" for run in group if run in results),
             missing=sum(run not in results for run in group),
+            difference=differences.get(point),
         )
-        for point, group in _grouped(runs).items()
+        for point, group in _grouped(sweep.runs).items()
     ]
 
 

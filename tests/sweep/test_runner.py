@@ -150,12 +150,12 @@ def a_sweep(*runs: Run, prepare: tuple[str, ...] = ()) -> Sweep:
 def test_the_table_is_written_after_each_run(tmp_path: Path) -> None:
     runs = a_run(1, loss="3"), a_run(2, loss="3"), a_run(exit="1")
     paths = sweep.run_sweep(a_sweep(*runs), tmp_path, OPTIONS)
-    assert [path.name for path in paths] == ["table.csv", "table.json"]
+    assert [path.name for path in paths] == ["table.csv", "summary.csv", "comparisons.csv", "table.json"]
     rows = paths[0].read_text().splitlines()
     assert rows[0].startswith("kind,seed_weights,seed_data,status,step,valid_loss")
     assert rows[1].startswith("loss,1,1,finished,4,3.01,3.01,0.3,512,")
     assert [row.split(",")[3] for row in rows[1:]] == ["finished", "finished", "failed"]
-    cells = json.loads(paths[1].read_text())["cells"]
+    cells = json.loads(paths[-1].read_text())["cells"]
     assert cells[0]["loss"] == {
         "count": 2,
         "mean": pytest.approx(3.015),

@@ -39,12 +39,30 @@ SWEEP = Sweep("A title", (), tuple(RESULTS), ("norm", "lr"), Compare("norm", "rm
 
 
 def test_a_cell_has_mean_and_spread_and_counts_what_is_no_number() -> None:
-    cells = {tuple(cell.point.values()): cell for cell in table.cells(SWEEP.runs, RESULTS)}
+    cells = {tuple(cell.point.values()): cell for cell in table.cells(SWEEP, RESULTS)}
     first, last = cells["rmsnorm", "1e-3"], cells["dyt", "1e-2"]
     assert first.loss is not None
     assert (first.loss.mean, first.loss.std) == (pytest.approx(3.3), pytest.approx(0.2 / 2**0.5))
     assert last.loss is not None
     assert (last.loss.mean, last.loss.std, last.diverged) == (2.9, None, 1)
+    assert last.difference is not None
+    assert (last.difference.count, last.difference.mean) == (1, pytest.approx(-0.1))
+    assert first.difference is None
+
+
+def test_tables_as_files(tmp_path: Path) -> None:
+    paths = table.write(tmp_path, SWEEP, RESULTS)
+    rows = {path.name: path.read_text().splitlines() for path in paths if path.suffix == ".csv"}
+    assert {name: len(lines) for name, lines in rows.items()} == {
+        "table.csv": 9,
+        "summary.csv": 5,
+        "comparisons.csv": 2,
+    }
+    assert rows["summary.csv"][0] == (
+        "norm,lr,seeds,mean,std,low,high,diverged,failed,missing,pairs,difference,half_width"
+    )
+    assert rows["summary.csv"][4].startswith("dyt,1e-2,1,2.9,,2.9,2.9,1,0,0,1,-0.1")
+    assert rows["comparisons.csv"][1].startswith("dyt,,1e-3,1e-2,2,0.0999")
 
 
 def test_each_is_compared_at_its_best_that_does_not_diverge() -> None:
