@@ -29,6 +29,10 @@ _IGNORED = {
         '"0:SMALL TOKENS:LARGE" without --global-batch-size',
     ),
     "apply_residual_connection_post_layernorm": ("", "the residual is added before the norm. Leave it out"),
+    "enable_full_sharding_in_hsdp": (
+        "",
+        "what Megatron-FSDP shards over the outer ranks is --outer-dp-sharding-strategy. Give that",
+    ),
     "openai_gelu": ("", "it computes the exact GELU. Leave it out"),
 }
 

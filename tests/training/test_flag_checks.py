@@ -37,6 +37,7 @@ def check(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         ("--log-interval 0", "--log-interval 0 cannot be"),
         ("--tensor-model-parallel-size 0", "cannot be"),
         ("--hidden-dropout 2", "--hidden-dropout 2.0 is no probability"),
+        ("--enable-full-sharding-in-hsdp", "ignores --enable-full.*Give that"),
         ("--openai-gelu", "ignores --openai-gelu: "),
         ("--apply-residual-connection-post-layernorm", "ignores --apply-residual"),
     ],
