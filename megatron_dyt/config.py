@@ -362,7 +362,7 @@ SETTINGS = (
     Setting(
         "dyt_stats_interval",
         "Every N steps append alpha, std of the input and saturation of each DyT to "
-        "dyt_stats.jsonl in the --save directory. Default: 0, off.",
+        "dyt_stats.jsonl in the --save directory, without one in that of --metrics-dir. Default: 0, off.",
         int,
         metavar="N",
         default=0,

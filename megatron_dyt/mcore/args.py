@@ -121,10 +121,10 @@ def _validate_stats(args: Namespace) -> None:
         raise UserError(
             f"--dyt-stats-interval is {args.dyt_stats_interval}; give a number of steps, or 0 for off."
         )
-    if args.dyt_stats_interval > 0 and not (args.save or args.tensorboard_dir):
+    if args.dyt_stats_interval > 0 and not (args.save or args.metrics_dir or args.tensorboard_dir):
         raise UserError(
-            "--dyt-stats-interval writes into the --save directory and to TensorBoard; give --save DIR or "
-            "--tensorboard-dir DIR too."
+            "--dyt-stats-interval writes into the --save directory, without one into that of --metrics-dir, "
+            "and to TensorBoard; give --save DIR, --metrics-dir DIR or --tensorboard-dir DIR too."
         )
 
 

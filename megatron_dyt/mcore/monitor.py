@@ -316,12 +316,13 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
         return None
     stage, stages = mpu.get_pipeline_model_parallel_rank(), args.pipeline_model_parallel_size
     name = "dyt_stats.jsonl" if stages == 1 else f"dyt_stats.stage{stage}.jsonl"
-    # Checkpoints may be in an object store ("msc://..."), to which nothing can be appended.
-    local = args.save and "://" not in args.save
+    # Beside the checkpoints; these may be in an object store ("msc://..."), to which nothing can be appended.
+    places = (args.save, getattr(args, "metrics_dir", None))
+    directory = next((place for place in places if place and "://" not in place), None)
     return Monitor(
         chunks,
         linear_gain=config.init_method_std * config.hidden_size**0.5,
-        stats_file=JsonLines(Path(args.save) / name, args.iteration) if local else None,
+        stats_file=JsonLines(Path(directory) / name, args.iteration) if directory else None,
         interval=getattr(args, "dyt_stats_interval", 0),  # Absent with --yaml-cfg.
         reports=ranks.is_first_of_stage(),
         tracked=bool(args.tensorboard_dir),

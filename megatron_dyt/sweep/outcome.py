@@ -6,13 +6,13 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dyt.atomic import read_json, write_json
 from megatron_dyt.errors import UserError
-from megatron_dyt.report import metrics
+from megatron_dyt.report import dyt_stats, metrics
 
 RESULT_NAME = "result.json"
 LOG_NAME = "log.txt"
@@ -30,6 +30,14 @@ _END = 0.1
 
 
 @dataclass(frozen=True)
+class Site:
+    """How the DyTs of one role work at the end: means over its sites of what `dyt_stats.jsonl` says."""
+
+    alpha_std: float
+    saturated: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a run.
 
@@ -43,6 +51,7 @@ class Outcome:
         tokens: consumed in training.
         seconds: wall time of the process.
         log_tail: of a run that did not finish, the end of its log.
+        sites: {role: how its DyTs work}, of a DyT run with --dyt-stats-interval.
     """
 
     status: Status
@@ -53,6 +62,7 @@ class Outcome:
     tokens: int
     seconds: float
     log_tail: tuple[str, ...] = ()
+    sites: dict[str, Site] = field(default_factory=dict)
 
 
 NUMBERS = ("step", "valid_loss", "train_loss", "seconds_per_step", "tokens", "seconds")
@@ -81,7 +91,23 @@ def of(directory: Path, exit_code: int, seconds: float) -> Outcome:
         tokens=steps[-1].consumed_tokens if steps else 0,
         seconds=round(seconds, 1),
         log_tail=() if status == "finished" else (*tail, ended),
+        sites=_sites(directory),
     )
+
+
+def _sites(directory: Path) -> dict[str, Site]:
+    try:
+        record = dyt_stats.read(dyt_stats.find(directory, 1))[-1]
+    except UserError:  # It is no DyT run, or was asked for none.
+        return {}
+    by_role: dict[str, list[dyt_stats.SiteStats]] = {}
+    for site in record.sites:
+        by_role.setdefault(site.role, []).append(site)
+    mean = statistics.fmean
+    return {
+        role: Site(mean(site.alpha_std for site in sites), mean(site.saturated for site in sites))
+        for role, sites in by_role.items()
+    }
 
 
 def _status(
@@ -139,5 +165,7 @@ def load(directory: Path, flags: Sequence[str]) -> Outcome | None:
             f"{changed}); take another --output, or move that directory away"
         )
     return Outcome(
-        **{name: record[name] for name in ("status", *NUMBERS)}, log_tail=tuple(record["log_tail"])
+        **{name: record[name] for name in ("status", *NUMBERS)},
+        log_tail=tuple(record["log_tail"]),
+        sites={role: Site(**site) for role, site in record.get("sites", {}).items()},
     )

@@ -51,7 +51,7 @@ def write(output: Path, sweep: Sweep, results: Results) -> list[Path]:
     found = cells(sweep, results)
     compared = comparisons(sweep, results)
     tables: dict[str, list[list[object]]] = {
-        "table.csv": [[*sweep.axes, *_RUN_COLUMNS], *_run_rows(sweep, results)],
+        "table.csv": _run_rows(sweep, results),
         "summary.csv": [[*sweep.axes, *_CELL_COLUMNS], *(_cell_row(cell, sweep.axes) for cell in found)],
         "comparisons.csv": [
             [*sweep.axes, *_COMPARISON_COLUMNS],
@@ -79,6 +79,7 @@ def write(output: Path, sweep: Sweep, results: Results) -> list[Path]:
 
 
 _RUN_COLUMNS = ("seed_weights", "seed_data", "status", *outcome.NUMBERS, "directory")
+_SITE_COLUMNS = ("alpha_std", "saturated")
 _CELL_COLUMNS = (
     *("seeds", "mean", "std", "low", "high", "diverged", "failed", "missing"),
     *("pairs", "difference", "half_width"),
@@ -87,15 +88,21 @@ _COMPARISON_COLUMNS = ("best", "baseline_best", "pairs", "difference", "half_wid
 
 
 def _run_rows(sweep: Sweep, results: Results) -> list[list[object]]:
-    return [
+    done = [run for run in sweep.runs if run in results]
+    roles = list(dict.fromkeys(role for run in done for role in results[run].sites))
+    rows: list[list[object]] = [
         [
             *_place(run.point, sweep.axes),
             *(run.seed.weights, run.seed.data, results[run].status),
             *(getattr(results[run], name) for name in outcome.NUMBERS),
             f"runs/{run.name}",
+            *(getattr(results[run].sites.get(role), name, None) for role in roles for name in _SITE_COLUMNS),
         ]
-        for run in sweep.runs
-        if run in results
+        for run in done
+    ]
+    return [
+        [*sweep.axes, *_RUN_COLUMNS, *(f"{name}_{role}" for role in roles for name in _SITE_COLUMNS)],
+        *rows,
     ]
 
 

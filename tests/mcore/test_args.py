@@ -128,7 +128,7 @@ def test_both_names_of_the_scale_must_agree(parse: Make) -> None:
 
 
 def test_statistics_need_a_place_and_a_number(parse: Make) -> None:
-    with pytest.raises(UserError, match="give --save DIR or --tensorboard-dir DIR too"):
+    with pytest.raises(UserError, match="--metrics-dir DIR or --tensorboard-dir DIR too"):
         parse("--normalization DyT --dyt-stats-interval 5")
     with pytest.raises(UserError, match="is -1; give a number of steps"):
         parse("--normalization DyT --save x --dyt-stats-interval -1")

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_dyt.cli.sweep import sweep
-from megatron_dyt.report import metrics
+from megatron_dyt.report import dyt_stats, metrics
 from megatron_dyt.sweep import runner
 from tests.conftest import TINY_LLAMA
 from tests.ranks import Parent, Rank
@@ -26,7 +26,7 @@ base: "{" ".join(TINY_LLAMA.split())} --device cpu --eval-iters 1"
 grid:
   norm:
     rmsnorm: --normalization RMSNorm
-    dyt: --normalization DyT --dyt-preset unit
+    dyt: --normalization DyT --dyt-preset unit --dyt-stats-interval 1
 seeds:
   - {{weights: 3, data: 4}}
 compare: {{axis: norm, baseline: rmsnorm}}
@@ -65,3 +65,11 @@ def test_two_runs_become_two_rows(tmp_path: Path, ranks: Parent, monkeypatch: py
         assert float(row["valid_loss"]) == validation[-1][1]
     assert [(row["step"], row["tokens"]) for row in rows] == [("2", "256")] * 2
     assert not list(output.rglob("iter_*"))
+
+    last = dyt_stats.read([output / rows[1]["directory"] / "dyt_stats.jsonl"])[-1]
+    assert (last.iteration, rows[0]["alpha_std_attn"]) == (2, "")
+    for role in ("attn", "ffn", "final"):
+        sites = [site for site in last.sites if site.role == role]
+        mean = sum(site.alpha_std for site in sites) / len(sites)
+        assert float(rows[1][f"alpha_std_{role}"]) == pytest.approx(mean)
+        assert 0 <= float(rows[1][f"saturated_{role}"]) <= 1
