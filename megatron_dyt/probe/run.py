@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from megatron_dyt.atomic import write_atomically
 from megatron_dyt.checkpoints.iterations import complete_iterations
 from megatron_dyt.errors import UserError
+from megatron_dyt.nn.statistics import RARE, STRAIGHT, is_straight
 from megatron_dyt.probe import figures, history
 from megatron_dyt.probe.history import Moment, Relation
 from megatron_dyt.probe.measure import Gradient, Measurement, SiteMeasurement, measure
@@ -165,28 +167,40 @@ def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
 def _numbers(result: Probe) -> dict[str, float | int | None]:
     """The numbers of the whole model."""
     sites = result.measurement.sites
-    across = history.relation(result.now)
     over_time = _over_time(result)
-    return {
+    numbers: dict[str, float | int | None] = {
         "loss": result.measurement.loss,
         "logit_std": result.measurement.logit_std,
         "tokens": sites[0].tokens,
         "sites": len(sites),
-        "r_over_sites": across and across.r,
-        "slope_over_sites": across and across.slope,
-        "r_over_training_median": _median([each.r for each in over_time]),
-        "slope_over_training_median": _median([each.slope for each in over_time]),
+        "straight_lines": _straight(sites),
     }
+    for where, found in _over_sites(result).items():
+        numbers |= {f"r_over_sites {where}": found.r, f"slope_over_sites {where}": found.slope}
+    if over_time:
+        numbers |= {
+            "r_over_training median": statistics.median(each.r for each in over_time),
+            "slope_over_training median": statistics.median(each.slope for each in over_time),
+        }
+    return numbers
+
+
+def _straight(sites: Sequence[SiteMeasurement]) -> int:
+    return sum(is_straight(1 - site.line_r2, site.saturated) for site in sites)
+
+
+def _over_sites(result: Probe) -> dict[str, Relation]:
+    """Of all sites, and of those of each place that has several."""
+    groups = {"all": result.now}
+    for moment in result.now:
+        groups.setdefault(moment.place, []).append(moment)
+    return {where: found for where, each in groups.items() if (found := history.relation(each)) is not None}
 
 
 def _over_time(result: Probe) -> list[Relation]:
     """Of each site whose history is long enough."""
     lines = history.by_site(result.history).values()
     return [found for line in lines if (found := history.relation(line)) is not None]
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
 
 
 # --- summary ---------------------------------------------------------------------------------------------
@@ -214,9 +228,14 @@ def summary(result: Probe, output: Path) -> str:
     ]
     if any(site.alpha is None for site in measurement.sites):
         lines.append("α: of the γ·tanh(α·x) that is nearest to the norm without its weight")
-    across = history.relation(result.now)
-    if across is not None:
-        lines.append(f"log α against log 1/std over sites: r {across.r:.2f}, slope {across.slope:.2f}")
+    lines.append(
+        f"a straight line (1−R² below {STRAIGHT:.0%}, saturated below {RARE:.1%}) at "
+        f"{_straight(measurement.sites)} of {len(measurement.sites)} sites"
+    )
+    lines += [
+        f"log α against log 1/std over sites, {where}: r {found.r:.2f}, slope {found.slope:.2f}"
+        for where, found in _over_sites(result).items()
+    ]
     over_time = _over_time(result)
     if over_time:
         r, slope = ([getattr(each, name) for each in over_time] for name in ("r", "slope"))

@@ -190,8 +190,9 @@ def _own_data(saved: Namespace | None) -> str:
     prefix = next((word for word in named if Path(word + ".idx").is_file()), None)
     if prefix is None:
         those = [word for word in named if "/" in word or not word.replace(".", "").isdigit()]
-        what = f"the run's data are not here ({', '.join(those)})" if those else "no batch was given"
-        raise UserError(f"{what}; give a data set's prefix with --data-path, or --text FILE")
+        what = f"the run's data ({', '.join(those)}) are not here" if those else "no batch was given"
+        where = "start where training was started, or " if those else ""
+        raise UserError(f"{what}; {where}give a data set's prefix with --data-path, or --text FILE")
     return prefix
 
 

@@ -139,7 +139,7 @@ def test_validation_data_of_the_run_come_first(tmp_path: Path) -> None:
         (
             {"saved": Namespace(train_data_path=["0.3", "far/away"])},
             {},
-            r"the run's data are not here \(far/away\); give .*--data-path",
+            r"the run's data \(far/away\) are not here; start where .* or give .*--data-path",
         ),
         ({}, {"data_path": "nowhere"}, r"--data-path nowhere: there is no nowhere.idx. Give the prefix"),
         ({}, {"text": "nowhere"}, "--text nowhere cannot be read"),
