@@ -20,7 +20,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-STEPS = 5
+# The first has the gradients, the second the update's effect, the third that of what the optimizer remembers.
+STEPS = 3
 
 # A step is two micro-batches, so that gradients are accumulated; where two data parallel ranks share it,
 # ACCUMULATED leaves each of them two (of a model whose loss is a mean over samples: MoE's balancing is not).

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import cases
 from tests.distributed.compare import ALLOWED, differences
@@ -64,7 +65,7 @@ def norm_sites(model: str) -> list[str]:
 @pytest.mark.parametrize("model", cases.named(cases.REFERENCES))
 @pytest.mark.usefixtures("one")
 def test_a_reference_has_every_dyt_parameter_and_trains(model: str, run_of: Callable[[str], Run]) -> None:
-    """What is compared is there: DyT's parameters by name, the embedding scale, a loss that falls."""
+    """What is compared is there: DyT's parameters by name, the embedding scale, updates of all."""
     reference = run_of(model)
     gradients = reference.full("gradient")
     sites = norm_sites(model)
@@ -74,6 +75,8 @@ def test_a_reference_has_every_dyt_parameter_and_trains(model: str, run_of: Call
     assert found == expected
     assert "embedding.embedding_scale.scale" in gradients
     assert ("output_layer.weight" in gradients) == (model not in ("tied", "mtp_tied"))
-    losses = reference.series("losses")
-    assert len(losses) == cases.STEPS
-    assert losses[-1] < losses[0]
+    assert len(reference.series("losses")) == cases.STEPS
+    before, after = reference.full("initial"), reference.full("final")
+    unmoved = {name for name in gradients if torch.equal(before[name], after[name])}
+    # An update may be less than bf16 can hold; the optimizer has it in fp32.
+    assert unmoved < set(gradients) if model == "bf16" else not unmoved
