@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from tests.distributed.cases import DIST_OPT, EP2, PP2, TP2_SP, VPP2, case
 
-SAVED_AT = 2
+# Two steps are left: the loss of the second one follows an update by the optimizer that was loaded.
+SAVED_AT = 1
 
 ASYNC = "--async-save --use-persistent-ckpt-worker"
 # Megatron saves fully in parallel unless told not to.
