@@ -10,6 +10,14 @@ import click
 
 from megatron_dyt.errors import UserError
 
+# A run of the quickstart's shape has 1.5 GB.
+_RUN_MEMORY = 2 * 2**30
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
@@ -20,7 +28,9 @@ from megatron_dyt.errors import UserError
     help="Where runs and table are written. Default: sweeps/NAME of the file.",
 )
 @click.option(
-    "--parallel", type=click.IntRange(1), help="Runs at a time. Default: cores / threads; with --nproc 1."
+    "--parallel",
+    type=click.IntRange(1),
+    help="Runs at a time. Default: cores / threads, of 2 GiB of memory each; with --nproc 1.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each process.")
 @click.option(
@@ -75,7 +85,7 @@ def sweep(
         check_size(found)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if parallel is None:
-        parallel = 1 if nproc else max(1, cores // threads)
+        parallel = 1 if nproc else max(1, min(cores // threads, _memory() // _RUN_MEMORY))
     if parallel * threads > cores and not nproc:
         raise UserError(
             f"--parallel {parallel} times --threads {threads} is more than the {cores} cores here; take fewer"

@@ -146,7 +146,7 @@ def _start(output: Path, run: Run, slot: int, options: Options) -> _Process:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         **({"CUDA_VISIBLE_DEVICES": _devices(slot, options.gpus)} if options.gpus else {}),
     }
-    with (directory / outcome.LOG_NAME).open("ab") as log:
+    with (directory / outcome.LOG_NAME).open("wb") as log:
         popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

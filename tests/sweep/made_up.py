@@ -15,6 +15,9 @@ def main(flags: dict[str, str]) -> int:
     directory = Path(flags["--metrics-dir"])
     with (directory / "starts").open("a") as file:
         file.write(f"{os.environ['OMP_NUM_THREADS']} {flags['--data-cache-path']}\n")
+    if "--save" in flags:
+        assert flags["--save"] == flags["--load"]
+        Path(flags["--save"]).mkdir(exist_ok=True)
     while not Path(flags.get("--wait-for", "/")).exists():
         time.sleep(0.05)
     time.sleep(float(flags.get("--seconds", "0")))

@@ -84,6 +84,17 @@ def test_three_failures_in_a_row_end_the_sweep(tmp_path: Path) -> None:
         do(tmp_path, *runs, options=dataclasses.replace(OPTIONS, parallel=1))
 
 
+def test_checkpoints_stay_until_a_run_has_finished(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, save_interval=5, retry=True)
+    failed, finished = a_run(1, exit="1"), a_run(2)
+    for _ in range(2):
+        do(tmp_path, failed, finished, options=options)
+    # It was started twice in the same directory; without checkpoints it would have been emptied.
+    assert len(starts(tmp_path, failed)) == 2
+    saved = [(runner.directory_of(tmp_path, run) / "checkpoint").is_dir() for run in (failed, finished)]
+    assert saved == [True, False]
+
+
 def test_gpus_of_a_slot_are_among_those_that_the_sweep_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert runner._devices(1, 2) == "2,3"
