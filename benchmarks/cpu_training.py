@@ -1,5 +1,8 @@
 """A training step of `make quickstart`, DyT beside RMSNorm: python benchmarks/cpu_training.py [--output DIR]
 
+With --against CHECKOUT the same runs by another checkout of megatron_dyt too (its C kernels compiled), with
+--hugging-face a LLaMA of the same shape by transformers and PyTorch's AdamW, as one would write it.
+
 Two processes train as the quickstart's two runs do, with their flags out of examples/quickstart.sh, on
 mock data: Megatron's own training loop, optimizer, logging and the plugin's checks included. They take
 turns: one iteration of one, while the other waits, then the other's; so whatever else the machine does
@@ -17,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from common_picture import Bar, bars_svg
@@ -37,6 +41,7 @@ FLAGS = [
     *("--save-interval", "1000000"),
 ]
 WARM_UP = 4
+HUGGING_FACE = "--hugging-face"  # in front of a child's flags
 
 
 def quickstart_runs(script: str, steps: int) -> dict[str, list[str]]:
@@ -91,19 +96,58 @@ def train_in_turn(argv: list[str], turns: Any, done: Any) -> None:
     pretrain.main(["--device", "cpu", *argv])
 
 
+def train_hugging_face_in_turn(argv: list[str], turns: Any, done: Any) -> None:
+    """The same for transformers' LLaMA of the shape that Megatron's flags `argv` give, on random tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def value(flag: str) -> int:
+        return int(argv[argv.index(flag) + 1])
+
+    config = LlamaConfig(
+        hidden_size=value("--hidden-size"),
+        intermediate_size=value("--ffn-hidden-size"),
+        num_hidden_layers=value("--num-layers"),
+        num_attention_heads=value("--num-attention-heads"),
+        num_key_value_heads=value("--num-query-groups"),
+        max_position_embeddings=value("--seq-length"),
+        vocab_size=value("--vocab-size") + 1,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    assert model.config._attn_implementation == "sdpa"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, value("--train-iters"))
+    shape = value("--micro-batch-size"), value("--seq-length")
+    started: list[float] = []
+    while True:
+        now = (time.perf_counter(), time.process_time())
+        done.write(json.dumps([end - start for end, start in zip(now, started, strict=False)]) + "\n")
+        done.flush()
+        turns.readline()
+        started[:] = (time.perf_counter(), time.process_time())
+        tokens = torch.randint(config.vocab_size, shape)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
 # --- the parent --------------------------------------------------------------------------------------
 
 
 class Runner:
-    """A child that trains one iteration at a time; `log` gets what it prints."""
+    """A child that trains one iteration at a time, by `checkout`; `log` gets what it prints."""
 
-    def __init__(self, argv: list[str], log: Path) -> None:
+    def __init__(self, argv: list[str], log: Path, checkout: Path = ROOT) -> None:
         self.log = log
         to_child, self.turns = os.pipe()
         self.done, from_child = os.pipe()
         command = [sys.executable, "-W", "ignore", __file__, "--child", str(to_child), str(from_child), *argv]
         # A lone process uses all cores unless it is told otherwise; waiting must not cost the other's time.
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(checkout)}
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=environment, pass_fds=(to_child, from_child)
@@ -133,23 +177,38 @@ class Runner:
         os.close(self.turns)
 
 
+def everyone(
+    runs: dict[str, list[str]], against: Path | None, hugging_face: bool
+) -> tuple[dict[str, list[str]], dict[str, Path]]:
+    """All runs by name, and the checkout of those that are not of this one."""
+    earlier = {f"{name}, {against.name}": argv for name, argv in runs.items()} if against else {}
+    checkouts = {name: against for name in earlier if against}
+    others = {"Hugging Face": [HUGGING_FACE, *next(iter(runs.values()))]} if hugging_face else {}
+    return runs | earlier | others, checkouts
+
+
 @contextmanager
-def runners(runs: dict[str, list[str]]) -> Iterator[dict[str, Runner]]:
+def runners(
+    runs: dict[str, list[str]], checkouts: Mapping[str, Path] = MappingProxyType({})
+) -> Iterator[dict[str, Runner]]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = {}
         for name, argv in runs.items():
             paths = ["--data-cache-path", str(directory / "cache"), "--save", str(directory / name)]
-            found[name] = Runner([*argv, *paths], directory / f"{name}.log")
+            log = directory / f"{name}.log"
+            found[name] = Runner([*argv, *paths], log, checkouts.get(name, ROOT))
             stack.callback(found[name].stop)
         yield found
 
 
-def measure(runs: dict[str, list[str]], rounds: int, starts: int) -> dict[str, list[Seconds]]:
+def measure(
+    runs: dict[str, list[str]], rounds: int, starts: int, checkouts: Mapping[str, Path] = MappingProxyType({})
+) -> dict[str, list[Seconds]]:
     """Run's name -> each timed iteration, of all starts; the order within a pair alternates."""
     seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
     for _ in range(starts):
-        with runners(runs) as found:
+        with runners(runs, checkouts) as found:
             order = list(found.items())
             for i in range(WARM_UP + rounds):
                 for name, runner in order if i % 2 else order[::-1]:
@@ -209,17 +268,22 @@ def main(argv: list[str] | None = None) -> None:
         "--rounds", type=int, default=15, help="timed iterations of each process (default 15)"
     )
     parser.add_argument("--starts", type=int, default=4, help="processes of each run (default 4)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, run in turn too")
+    parser.add_argument("--hugging-face", action="store_true", help="transformers' LLaMA of that shape too")
     add_output(parser)
     args = parser.parse_args(argv)
+    if args.against and not (args.against / "megatron_dyt").is_dir():
+        parser.error(f"--against {args.against} is no checkout of megatron_dyt")
     if args.rounds < 2 or args.starts < 1:
         parser.error("--rounds must be at least 2 and --starts at least 1")
     steps = WARM_UP + args.rounds + 1
     runs = quickstart_runs(QUICKSTART.read_text(), steps)
     runs = {name: [*flags, *FLAGS] for name, flags in runs.items()}
+    runs, checkouts = everyone(runs, args.against and args.against.resolve(), args.hugging_face)
     settings = {"rounds": args.rounds, "starts": args.starts, "runs": runs}
     report = new_report("cpu_training", "cpu", settings)
     print(f"{heading(report)}, {args.starts} x {args.rounds} iterations of each, in turn")
-    report["results"] = results(measure(runs, args.rounds, args.starts))
+    report["results"] = results(measure(runs, args.rounds, args.starts, checkouts))
     print(table(report))
     save(report, picture(report), args.output)
 
@@ -227,6 +291,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child_in, child_out = (int(descriptor) for descriptor in sys.argv[2:4])
-        train_in_turn(sys.argv[4:], os.fdopen(child_in), os.fdopen(child_out, "w"))
+        argv = sys.argv[4:]
+        train = train_hugging_face_in_turn if argv[0] == HUGGING_FACE else train_in_turn
+        train(argv, os.fdopen(child_in), os.fdopen(child_out, "w"))
     else:
         main()

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def without_scores(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`DotProductAttention.forward` that never holds the scores of all pairs of tokens.
 
-    `scaled_dot_product_attention` also skips what the causal mask hides, and reads the keys that heads
-    share where they are.
+    The kernel, and `scaled_dot_product_attention` where there is none, also skip what the causal mask hides
+    and read the keys that heads share where they are.
     """
 
     @functools.wraps(forward)
@@ -44,15 +44,16 @@ def without_scores(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         if attention_mask is not None or not _is_plain(self, query, key, value, *args, **kwargs):
             return forward(self, query, key, value, attention_mask, *args, **kwargs)
+        is_causal = _is_causal(self) and query.size(0) > 1
+        # With --apply-query-key-layer-scaling the softmax multiplies by what the scores were divided by.
+        scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
+        if kernels.HAS_ATTENTION and kernels.fits(query, key, value):
+            mixed: Tensor = kernels.Attention.apply(query, key, value, is_causal, scale)
+            return mixed.flatten(2)
         q_BHSD, k_BGSD, v_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        is_grouped = query.size(2) != key.size(2)
         mixed_BHSD = F.scaled_dot_product_attention(
-            q_BHSD,
-            k_BGSD,
-            v_BGSD,
-            is_causal=_is_causal(self) and query.size(0) > 1,
-            # With --apply-query-key-layer-scaling the softmax multiplies by what the scores were divided by.
-            scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
-            enable_gqa=query.size(2) != key.size(2),
+            q_BHSD, k_BGSD, v_BGSD, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
         )
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_dyt.ops.native import in_memory, is_observed, is_transformed, open_library, threads_for
 
 _library = open_library(Path(__file__).with_name("layer_kernels.c"), "source_crc32")
+if _library is not None:
+    _library.has_attention.restype = _library.attention_scratch.restype = ctypes.c_int64
 
 # Blocks of rows with a sum of their own in backward: enough for 64 cores, and so few that the sums, in fp64,
 # are a small part of what 32 rows read and write.
@@ -33,6 +35,10 @@ def fits(*tensors: Tensor) -> bool:
         and not is_transformed()
         and not is_observed(*tensors)
     )
+
+
+# The attention of `layer_kernels.c` needs AVX-512.
+HAS_ATTENTION = _library is not None and bool(_library.has_attention())
 
 
 def _call(kernel: str, *arguments: int | float | Tensor) -> None:
@@ -52,6 +58,12 @@ def _shape(x_RN: Tensor) -> tuple[int, int, int]:
 
 def _dense(t: Tensor) -> Tensor:
     return in_memory(t).contiguous()
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    """`t` in memory, with adjacent channels."""
+    t = in_memory(t)
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,8 +120,7 @@ class Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, is_backward: bool = False) -> Tensor:
-    x = in_memory(x)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _adjacent(x)
     out = _new(*x.shape)
     half, threads = cos.shape[-1] // 2, threads_for(x.numel())
     _call("rotary", *x.shape, half, threads, *x.stride()[:3], is_backward, x, _dense(cos), _dense(sin), out)
@@ -137,3 +148,64 @@ class RMSNorm(torch.autograd.Function):
         sizes = rows, columns, blocks, threads
         _call("rms_norm_backward", *sizes, ctx.eps, _dense(dout), x, weight, dx, dweights)
         return dx, dweights.sum(0).float(), None
+
+
+class _Heads(ctypes.Structure):
+    """`struct heads` of the library: where a tensor's heads are."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("token", "batch", "head")))
+
+
+_SIZES = ("tokens", "keys", "batch", "heads", "groups", "channels", "is_causal", "threads", "scratch_size")
+_HEADS = ("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue")
+
+
+class _Attention(ctypes.Structure):
+    """`struct attention` of the library."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("scale", ctypes.c_double),
+        *((name, _Heads) for name in _HEADS),
+        ("log_sums", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+def _attend(is_causal: bool, scale: float, log_sums: Tensor, **tensors: Tensor) -> None:
+    """Run the kernel on tensors [S, B, H or G, D] by their names in `struct attention`."""
+    query, key = tensors["query"], tensors["key"]
+    (tokens, batch, heads, channels), (keys, _, groups, _) = query.shape, key.shape
+    library = _library
+    assert library is not None
+    threads = min(threads_for(batch * heads * tokens * keys), batch * groups)
+    size = library.attention_scratch(ctypes.c_int64(keys), ctypes.c_int64(channels))
+    scratch = _new(torch.get_num_threads() if threads > 1 else 1, size)
+    sizes = (tokens, keys, batch, heads, groups, channels, is_causal, threads, size)
+    places = {name: _Heads(t.data_ptr(), *t.stride()[:3]) for name, t in tensors.items()}
+    call = _Attention(*sizes, scale, log_sums=log_sums.data_ptr(), scratch=scratch.data_ptr(), **places)
+    library.attention(ctypes.byref(call))
+
+
+class Attention(torch.autograd.Function):
+    """softmax(scale q k^T) v [S, B, H, D] of q [S, B, H, D], k and v [keys, B, G, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+        query, key, value = map(_adjacent, (query, key, value))
+        tokens, batch, heads, channels = query.shape
+        out, log_sums = _new(tokens, batch, heads, channels), _new(batch, heads, tokens)
+        _attend(is_causal, scale, log_sums, query=query, key=key, value=value, out=out)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, out, log_sums = ctx.saved_tensors
+        forward = {"query": query, "key": key, "value": value, "out": out, "dout": _adjacent(dout)}
+        found = [_new(*t.shape) for t in (query, key, value)]
+        gradients = dict(zip(("dquery", "dkey", "dvalue"), found, strict=True))
+        _attend(ctx.is_causal, ctx.scale, log_sums, **forward, **gradients)
+        dquery, dkey, dvalue = found
+        return dquery, dkey, dvalue, None, None

@@ -5,6 +5,7 @@
  * the shape alone decides, so results do not depend on the number of threads.
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -253,6 +254,231 @@ void rms_norm_backward(
             rms_norm_backward_row(dout + row * n, x + row * n, weight, n, (float)eps, dx + row * n, sums);
     }
 }
+
+/* --- attention ------------------------------------------------------------------------------------------- */
+
+/*
+ * Softmax(scale Q K^T) V, for QUERIES rows of Q at a time, whose scores stay in the cache; with the causal mask
+ * only keys up to the last of these rows are read. The keys that heads share are prepared once.
+ *
+ * Matrices are copied to scratch, their rows and columns padded with zeros to a multiple of WIDE, so that the
+ * product has no rest to care for. Registers hold TALL x WIDE of its result: 16 of AVX-512's 32.
+ */
+enum { QUERIES = 32, WIDE = 32, TALL = 8 };
+
+#if defined __x86_64__ && defined __gnu_linux__
+#define WIDE_VECTORS __attribute__((target("arch=x86-64-v4")))
+/* Sixteen floats; "aligned" as rows of other widths are. */
+typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* Whether this machine can run what follows: attention with narrower vectors is left to PyTorch. */
+int64_t has_attention(void) { return __builtin_cpu_supports("x86-64-v4") != 0; }
+
+/*
+ * c (rows, columns) = or += a (rows, inner) b (inner, columns), where a's elements lie a_row and a_inner apart.
+ * rows are a multiple of TALL, columns of WIDE.
+ */
+WIDE_VECTORS static void multiply(
+    int64_t rows, int64_t inner, int64_t columns, const float *a, int64_t a_row, int64_t a_inner, const float *b,
+    int64_t b_row, float *c, int64_t c_row, int is_added)
+{
+    for (int64_t column = 0; column < columns; column += WIDE)
+        for (int64_t row = 0; row < rows; row += TALL) {
+            vector sums[TALL][2] = {{{0}}};
+            const float *from_a = a + row * a_row, *from_b = b + column;
+            float *to = c + row * c_row + column;
+            for (int64_t k = 0; k < inner; k++) {
+                vector left = *(const vector *)(from_b + k * b_row);
+                vector right = *(const vector *)(from_b + k * b_row + 16);
+#pragma GCC unroll 8
+                for (int r = 0; r < TALL; r++) {
+                    float factor = from_a[r * a_row + k * a_inner];
+                    sums[r][0] += factor * left;
+                    sums[r][1] += factor * right;
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < TALL; r++) {
+                vector *left = (vector *)(to + r * c_row), *right = (vector *)(to + r * c_row + 16);
+                if (is_added) {
+                    sums[r][0] += *left;
+                    sums[r][1] += *right;
+                }
+                *left = sums[r][0];
+                *right = sums[r][1];
+            }
+        }
+}
+
+/* Where the heads of a tensor (tokens, batch, heads, channels) are; channels are adjacent. */
+struct heads {
+    float *data;
+    int64_t token, batch, head; /* strides */
+};
+
+struct attention {
+    int64_t tokens, keys, batch, heads, groups, channels, is_causal, threads, scratch_size;
+    double scale;
+    struct heads query, key, value, out, dout, dquery, dkey, dvalue;
+    float *log_sums; /* (batch, heads, tokens): of exp(score) */
+    float *scratch;  /* (threads, scratch_size) */
+};
+
+INLINE int64_t padded(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
+
+INLINE float *head_of(const struct heads *from, int64_t b, int64_t head)
+{
+    return from->data + b * from->batch + head * from->head;
+}
+
+/* `n` tokens from `first` on into rows of `to`, or with `columns` into columns; the rest of it is zero. */
+WIDE_VECTORS static void gather(
+    const struct heads *from, int64_t b, int64_t head, int64_t first, int64_t n, int64_t channels, float *to,
+    int64_t rows, int64_t columns, int as_columns)
+{
+    const float *data = head_of(from, b, head) + first * from->token;
+    memset(to, 0, rows * columns * sizeof *to);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t d = 0; d < channels; d++)
+            to[as_columns ? d * columns + i : i * columns + d] = data[i * from->token + d];
+}
+
+WIDE_VECTORS static void scatter(
+    const struct heads *into, int64_t b, int64_t head, int64_t first, int64_t n, int64_t channels, const float *from,
+    int64_t columns)
+{
+    float *data = head_of(into, b, head) + first * into->token;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t d = 0; d < channels; d++)
+            data[i * into->token + d] = from[i * columns + d];
+}
+
+/* Keys that the query sees, and those that any of the block from `first` on sees, padded. */
+INLINE int64_t seen(const struct attention *a, int64_t query) { return a->is_causal ? query + 1 : a->keys; }
+
+INLINE int64_t seen_by_block(const struct attention *a, int64_t first)
+{
+    int64_t last = first + QUERIES < a->tokens ? first + QUERIES : a->tokens;
+    return padded(seen(a, last - 1));
+}
+
+/* Scores become exp(score - max); the sum is returned, and the max put at `max`. */
+WIDE_VECTORS static float exponentials(float *scores, int64_t seen, int64_t all, float scale, float *max)
+{
+    float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < seen; j++)
+        most = scores[j] > most ? scores[j] : most;
+    most *= scale;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < seen; j++) {
+        scores[j] = exp_of_negative(scores[j] * scale - most);
+        sum += scores[j];
+    }
+    memset(scores + seen, 0, (all - seen) * sizeof *scores);
+    *max = most;
+    return sum;
+}
+
+/* All queries of the heads that share the keys of one group. */
+WIDE_VECTORS static void attend_group(const struct attention *a, int64_t b, int64_t group, float *scratch)
+{
+    int64_t wide = padded(a->channels), keys = padded(a->keys), shared = a->heads / a->groups;
+    float *key = scratch, *value = key + wide * keys, *query = value + wide * keys;
+    float *out = query + QUERIES * wide, *scores = out + QUERIES * wide;
+    gather(&a->key, b, group, 0, a->keys, a->channels, key, wide, keys, 1);
+    gather(&a->value, b, group, 0, a->keys, a->channels, value, keys, wide, 0);
+    for (int64_t head = group * shared; head < (group + 1) * shared; head++)
+        for (int64_t first = 0; first < a->tokens; first += QUERIES) {
+            int64_t n = a->tokens - first < QUERIES ? a->tokens - first : QUERIES, all = seen_by_block(a, first);
+            float *log_sums = a->log_sums + (b * a->heads + head) * a->tokens + first, over_sum[QUERIES];
+            gather(&a->query, b, head, first, n, a->channels, query, QUERIES, wide, 0);
+            multiply(QUERIES, a->channels, all, query, wide, 1, key, keys, scores, keys, 0);
+            for (int64_t i = 0; i < n; i++) {
+                float max, sum = exponentials(scores + i * keys, seen(a, first + i), all, (float)a->scale, &max);
+                log_sums[i] = logf(sum) + max;
+                over_sum[i] = 1.0f / sum;
+            }
+            multiply(QUERIES, all, wide, scores, keys, 1, value, wide, out, wide, 0);
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t d = 0; d < wide; d++)
+                    out[i * wide + d] *= over_sum[i];
+            scatter(&a->out, b, head, first, n, a->channels, out, wide);
+        }
+}
+
+/* Row i of scores becomes probabilities, that of their gradients the gradient of the scores. */
+WIDE_VECTORS static void backward_row(
+    const float *dout, const float *out, int64_t wide, int64_t seen, int64_t all, float scale, float log_sum,
+    float *p, float *ds)
+{
+    float along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t d = 0; d < wide; d++)
+        along += dout[d] * out[d];
+#pragma omp simd
+    for (int64_t j = 0; j < seen; j++) {
+        float exponent = p[j] * scale - log_sum; /* rounded, it may be a little above 0 */
+        p[j] = exp_of_negative(exponent > 0 ? 0.0f : exponent);
+        ds[j] = p[j] * (ds[j] - along) * scale;
+    }
+    memset(p + seen, 0, (all - seen) * sizeof *p);
+    memset(ds + seen, 0, (all - seen) * sizeof *ds);
+}
+
+WIDE_VECTORS static void attend_group_backward(const struct attention *a, int64_t b, int64_t group, float *scratch)
+{
+    int64_t wide = padded(a->channels), keys = padded(a->keys), shared = a->heads / a->groups, size = wide * keys;
+    float *key = scratch, *key_columns = key + size, *value_columns = key_columns + size;
+    float *dkey = value_columns + size, *dvalue = dkey + size, *query = dvalue + size;
+    float *dout = query + QUERIES * wide, *dquery = dout + QUERIES * wide, *p = dquery + QUERIES * wide;
+    float *ds = p + QUERIES * keys;
+    gather(&a->key, b, group, 0, a->keys, a->channels, key, keys, wide, 0);
+    gather(&a->key, b, group, 0, a->keys, a->channels, key_columns, wide, keys, 1);
+    gather(&a->value, b, group, 0, a->keys, a->channels, value_columns, wide, keys, 1);
+    memset(dkey, 0, 2 * size * sizeof *dkey);
+    for (int64_t head = group * shared; head < (group + 1) * shared; head++)
+        for (int64_t first = 0; first < a->tokens; first += QUERIES) {
+            int64_t n = a->tokens - first < QUERIES ? a->tokens - first : QUERIES, all = seen_by_block(a, first);
+            const float *log_sums = a->log_sums + (b * a->heads + head) * a->tokens + first;
+            float *out = dquery; /* until dquery is computed */
+            gather(&a->query, b, head, first, n, a->channels, query, QUERIES, wide, 0);
+            gather(&a->out, b, head, first, n, a->channels, out, QUERIES, wide, 0);
+            gather(&a->dout, b, head, first, n, a->channels, dout, QUERIES, wide, 0);
+            multiply(QUERIES, a->channels, all, query, wide, 1, key_columns, keys, p, keys, 0);
+            multiply(QUERIES, a->channels, all, dout, wide, 1, value_columns, keys, ds, keys, 0);
+            for (int64_t i = 0; i < n; i++)
+                backward_row(
+                    dout + i * wide, out + i * wide, wide, seen(a, first + i), all, (float)a->scale,
+                    log_sums[i], p + i * keys, ds + i * keys);
+            multiply(QUERIES, all, wide, ds, keys, 1, key, wide, dquery, wide, 0);
+            scatter(&a->dquery, b, head, first, n, a->channels, dquery, wide);
+            multiply(all, n, wide, ds, 1, keys, query, wide, dkey, wide, 1);
+            multiply(all, n, wide, p, 1, keys, dout, wide, dvalue, wide, 1);
+        }
+    scatter(&a->dkey, b, group, 0, a->keys, a->channels, dkey, wide);
+    scatter(&a->dvalue, b, group, 0, a->keys, a->channels, dvalue, wide);
+}
+
+/* Floats of scratch that a thread needs. */
+int64_t attention_scratch(int64_t keys, int64_t channels)
+{
+    int64_t wide = padded(channels), rows = padded(keys);
+    return 5 * wide * rows + 3 * QUERIES * wide + 2 * QUERIES * rows;
+}
+
+/* Every thread takes groups of one sequence each. `dout.data` is NULL in forward. */
+void attention(const struct attention *a)
+{
+#pragma omp parallel for schedule(static) if (a->threads > 1)
+    for (int64_t i = 0; i < a->batch * a->groups; i++) {
+        float *scratch = a->scratch + omp_get_thread_num() * a->scratch_size;
+        (a->dout.data ? attend_group_backward : attend_group)(a, i / a->groups, i % a->groups, scratch);
+    }
+}
+#else
+int64_t has_attention(void) { return 0; }
+#endif
 
 /* Of this file, by which the caller knows that it has the library of the same version. */
 uint32_t source_crc32(void) { return SOURCE_CRC32; }

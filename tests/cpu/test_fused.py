@@ -15,6 +15,9 @@ from megatron_dyt.cpu import fused, kernels
 needs_layer_kernels = pytest.mark.skipif(
     kernels._library is None, reason="the CPU kernels are not compiled: install gcc, then 'make setup'"
 )
+needs_attention_kernel = pytest.mark.skipif(
+    not kernels.HAS_ATTENTION, reason="the CPU kernels are not compiled, or this processor lacks AVX-512"
+)
 GROUP = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
 
 
@@ -64,6 +67,8 @@ def plain(module: torch.nn.Module) -> Callable[..., Tensor]:
     return type(module).forward.__wrapped__.__get__(module)  # type: ignore[attr-defined,no-any-return]
 
 
+@pytest.mark.parametrize("implementation", [pytest.param("kernel", marks=needs_attention_kernel), "sdpa"])
+@pytest.mark.parametrize("tokens", [11, 70])  # a block of queries in part, and more than two
 @pytest.mark.parametrize(
     ("mask_type", "settings"),
     [
@@ -76,16 +81,26 @@ def plain(module: torch.nn.Module) -> Callable[..., Tensor]:
     ],
 )
 def test_attention_without_scores_is_megatrons(
-    runtime: None, monkeypatch: pytest.MonkeyPatch, mask_type: str, settings: dict[str, Any]
+    runtime: None,
+    monkeypatch: pytest.MonkeyPatch,
+    mask_type: str,
+    settings: dict[str, Any],
+    tokens: int,
+    implementation: str,
 ) -> None:
-    inputs = query_key_value(settings.get("groups", 2))
+    settings = dict(settings)
+    inputs = query_key_value(settings.get("groups", 2), tokens, tokens)
     module = attention(monkeypatch, mask_type, **settings)
     monkeypatch.setattr(torch, "baddbmm", None)  # what Megatron's needs
+    if implementation == "kernel":
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    else:
+        monkeypatch.setattr(kernels, "HAS_ATTENTION", False)
     found = gradients_and_value(lambda *qkv: module(*qkv, None), inputs)
     monkeypatch.undo()
     module = attention(monkeypatch, mask_type, **settings)
     expected = gradients_and_value(lambda *qkv: plain(module)(*qkv, None), inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)  # sums of up to 280 terms
     assert found[0].is_contiguous()
 
 
@@ -109,6 +124,7 @@ def test_attention_runs_as_megatrons_where_more_is_asked_for(
     inputs = query_key_value(**given)
     module = attention(monkeypatch, **settings)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    monkeypatch.setattr(kernels, "Attention", None)
     results = []
     for forward in (module, plain(module)):
         random.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
@@ -146,6 +162,30 @@ def normalized(x: Tensor, weight: Tensor) -> Tensor:
     norm = torch.nn.RMSNorm(x.shape[-1], eps=1e-5)
     value: Tensor = torch.func.functional_call(norm, {"weight": weight}, (x,))
     return value
+
+
+@needs_attention_kernel
+@pytest.mark.parametrize(("tokens", "keys", "channels"), [(33, 70, 33), (1, 40, 64), (65, 64, 16)])
+def test_attention_to_other_keys_of_strided_heads(tokens: int, keys: int, channels: int) -> None:
+    """As a view of the joint projection has them, and of any number of channels."""
+    mixed = [random(n, 2, 3 * channels, scale=1).double() for n in (2 * tokens, keys, keys)]
+    mixed[0] = mixed[0].view(tokens, 2, 2, 3 * channels)
+    inputs = [each if each.dim() == 4 else each.unsqueeze(2) for each in mixed]
+
+    def views(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        return [each[..., channels : 2 * channels] for each in (query, key, value)]
+
+    def exact(*given: Tensor) -> Tensor:
+        query, key, value = (each.permute(1, 2, 0, 3) for each in views(*given))
+        return ((query @ key.mT * 0.3).softmax(-1) @ value).permute(2, 0, 1, 3)
+
+    def ours(*given: Tensor) -> Tensor:
+        return kernels.Attention.apply(*views(*given), False, 0.3)  # type: ignore[no-any-return]
+
+    found = gradients_and_value(ours, [each.float() for each in inputs])
+    for value, expected in zip(found, gradients_and_value(exact, inputs), strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6 * scale)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> Tensor:
