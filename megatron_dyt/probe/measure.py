@@ -209,6 +209,8 @@ def _measure_site(site: Site, x: Tensor, points: int) -> SiteMeasurement:
     alpha = nearest.alpha if site.alpha is None else site.alpha
     of_input = input_statistics(x_TC, alpha, site.function or "tanh", site.shift)
     std = float(of_input.std)
+    if std == 0:
+        raise UserError(f"the input of {site.name} is the same everywhere; give another batch")
     centered = x_TC - x_TC.mean()
     return SiteMeasurement(
         name=site.name,

@@ -94,19 +94,31 @@ def _history(
     """Alpha and 1/std over training, and where that is from: the run's statistics, else its checkpoints."""
     if source.iteration is None or source.saved is None or source.load_iteration is None:
         return [], ""
-    stages = getattr(source.saved, "pipeline_model_parallel_size", 1)
-    files = dyt_stats.find(load, stages)
-    if files:
-        records = dyt_stats.read(files)
-        return history.of_records(records, sites, source.iteration), files[-1].name
-    earlier = [step for step in complete_iterations(load) if step < source.iteration]
+    # What is lost here leaves the figure of training without a part, and nothing else.
+    try:
+        files = dyt_stats.find(load, getattr(source.saved, "pipeline_model_parallel_size", 1))
+        if files:
+            records = dyt_stats.read(files)
+            return history.of_records(records, sites, source.iteration), files[-1].name
+    except UserError as error:
+        _log.warning(f"alpha over training is taken from checkpoints: {error}")
     found: list[Moment] = []
-    for step in [earlier[i] for i in evenly(len(earlier), most - 1)] if most > 1 else []:
-        source.load_iteration(step)
-        _log.info(f"probing iteration {step}")
-        of_step = measure(source.model, source.call(ids[:, :-1]), points=0)
+    for step in _earlier(complete_iterations(load), source.iteration, most):
+        try:
+            source.load_iteration(step)
+            _log.info(f"probing iteration {step}")
+            of_step = measure(source.model, source.call(ids[:, :-1]), points=0)
+        except UserError as error:
+            _log.warning(f"iteration {step} is left out: {error}")
+            continue
         found += history.of_sites(of_step.sites, step)
     return ([*found, *now], "its checkpoints") if found else ([], "")
+
+
+def _earlier(complete: Sequence[int], iteration: int, most: int) -> list[int]:
+    """Of the `complete` iterations those before `iteration`, evenly chosen, `most` together with it."""
+    steps = [step for step in complete if step < iteration] + [iteration]
+    return [steps[i] for i in evenly(len(steps), most)][:-1] if most > 1 else []
 
 
 # --- files ----------------------------------------------------------------------------------------------

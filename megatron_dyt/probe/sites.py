@@ -77,9 +77,8 @@ def _site(name: str, place: str, layer: int | None, module: nn.Module, found: No
             name, place, layer, module, kind, None, None, None, found.channel_dim, lambda x: plain(x.float())
         )
     # With a running scale the parameter is not what multiplies x.
-    alpha = float(
-        (module.scaled_alpha() if isinstance(module, DyTNorm) else module.get_parameter("alpha")).detach()
-    )
+    scaled = module.scaled_alpha() if isinstance(module, DyTNorm) else module.get_parameter("alpha")
+    alpha = float(scaled.detach())
     shift = getattr(module, "shift", None)
     offset = 0.0 if shift is None else float(shift.detach())
     value = FUNCTIONS[found].value

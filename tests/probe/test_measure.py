@@ -191,6 +191,9 @@ def test_what_cannot_be_measured() -> None:
     with pytest.raises(UserError, match=r"input of layers.0.norm has values that are not finite"):
         measure(Model(nn.RMSNorm(SIZE)), torch.full((2, 3, SIZE), torch.nan))
 
+    with pytest.raises(UserError, match=r"input of layers.0.norm is the same everywhere"):
+        measure(Model(nn.RMSNorm(SIZE)), torch.ones(2, 3, SIZE))
+
     class Unreached(Model):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x

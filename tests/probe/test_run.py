@@ -16,6 +16,7 @@ import torch
 from megatron_dyt.cli.probe import probe
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
 from megatron_dyt.errors import UserError
+from megatron_dyt.probe.run import _earlier
 from megatron_dyt.probe.sources import Source, tokens
 from tests.evaluation.conftest import (  # noqa: F401
     SEQUENCE,
@@ -104,6 +105,21 @@ def test_a_hugging_face_model_with_dyt(
         assert row["kind"] == "DyT"
         assert float(row["alpha"]) == pytest.approx(float(model.get_submodule(name).alpha), rel=1e-5)
     assert "post_attention_layernorm 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("iteration", "most", "expected"),
+    [
+        (50, 8, [10, 20, 30, 40]),
+        (50, 3, [10, 30]),
+        (50, 2, [10]),
+        (50, 1, []),
+        (10, 8, []),
+        (30, 8, [10, 20]),
+    ],
+)
+def test_which_checkpoints_stand_for_the_training(iteration: int, most: int, expected: list[int]) -> None:
+    assert _earlier([10, 20, 30, 40, 50, 60], iteration, most) == expected
 
 
 # --- what does not fit --------------------------------------------------------------------------------
