@@ -45,7 +45,7 @@ test-te: setup ## build Transformer Engine for a CPU, once, and test its models 
 test-newest: setup ## test the newest release of every dependency, in environments of its own
 	@WORKERS=$(WORKERS) bash scripts/test-newest.sh
 
-compatibility: setup ## make docs/compatibility.md of the results of test, test-versions and test-newest
+compatibility: setup ## make docs/compatibility.md of the results of the tests above and below
 	@$(PY) scripts/compatibility.py collect build/results build/newest
 
 check-patches: setup ## check patches/ (MEGATRON_LM=clone: against the releases too)
@@ -55,10 +55,12 @@ test-megatron-lm: setup ## run Megatron-LM's own scripts, unmodified and patched
 	@MEGATRON_LM="$(MEGATRON_LM)" $(PY) -m pytest tests/megatron_lm --no-cov $(PYTEST_ARGS)
 
 test-layouts: setup ## checkpoints of DP2, TP2, PP2 and EP2, each continued in every other (2 to 5 minutes)
-	@MEGATRON_DYT_LAYOUTS=1 $(PY) -m pytest tests/distributed/test_checkpoints.py -k every_layout --no-cov $(PYTEST_ARGS)
+	@MEGATRON_DYT_LAYOUTS=1 $(PY) -m pytest tests/distributed/test_checkpoints.py -k every_layout --no-cov \
+		--record-results=build/results/layouts $(PYTEST_ARGS)
 
 test-slurm: setup ## run the launch scripts on a Slurm cluster of two nodes, made on this machine (as root)
-	@MEGATRON_DYT_SLURM=1 $(PY) -m pytest tests/slurm --no-cov $(PYTEST_ARGS)
+	@MEGATRON_DYT_SLURM=1 $(PY) -m pytest tests/slurm --no-cov \
+		--record-results=build/results/slurm $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy, shellcheck
 	@$(PY) -m ruff check .

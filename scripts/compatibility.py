@@ -6,7 +6,9 @@
 
 `make compatibility` does the first two. The results come from `pytest --record-results`: `make test` and
 `make test-versions` fill build/results, `make test-newest` build/newest; where one is missing its part of the
-page stays. Rows are what the tests are called: nothing here knows a family or a layout.
+page stays. What another target runs (`make test-te`, `test-slurm`, `test-layouts`) is in folders of
+build/results, and stands in the release's column in the place of a skipped test. Rows are what the tests are
+called: nothing here knows a family or a layout.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ GROUPS = {
     "marks and special cases taken away are noticed": ("tests/distributed/test_mutations.py",),
     "faults: kills, damage, bad numbers": ("tests/faults/", "tests/distributed/test_guard.py"),
     "ranks that disagree": ("tests/distributed/test_handshake.py",),
+    "models of real Transformer Engine layers, built and saved": ("tests/te/",),
     "Transformer Engine's specs (stand-ins for its classes)": ("transformer_engine", "te_spec", "[te"),
+    "launch scripts on a real Slurm of two nodes": ("tests/slurm/",),
     "combinations that are refused": ("tests/mcore/test_limits.py",),
     "other unit tests of what touches Megatron": ("tests/mcore/",),
     "training and evaluation entry points": (
@@ -80,12 +84,14 @@ TOUCHED = {
 APART = ("megatron-bridge",)  # Dependencies whose tests run in an environment of their own.
 HEAD = """# Compatibility
 
-Made by `make compatibility` of the results of `make test`, `make test-versions` and `make test-newest`; not
-typed. A test that has not run on a release has an empty field: releases other than that of `constraints.txt`
-run the core of the table. Nothing on this page ran on a GPU unless its run says so under device: context
-parallelism, NCCL, Transformer Engine's kernels, FP8, CUDA graphs and Mamba's kernels need one and have
-not run; the cases of `tests/distributed/cases.py` run there as they are, with MEGATRON_DYT_DEVICE=cuda. What
-is refused with a clear error is in `megatron_dyt/mcore/limits.py` and [families.md](families.md).
+Made by `make compatibility` of the results of `make test`, `make test-versions`, `make test-te`,
+`make test-slurm`, `make test-layouts` and `make test-newest`; not typed. Date and commit are those of the
+release's longest run. A test that has not run on a release has an empty field: releases other than that of
+`constraints.txt` run the core of the table. Nothing on this page ran on a GPU unless its run says so under
+device: context parallelism, NCCL, Transformer Engine's kernels, FP8, CUDA graphs and Mamba's kernels need one
+and have not run; the cases of `tests/distributed/cases.py` run there as they are, with
+MEGATRON_DYT_DEVICE=cuda. What is refused with a clear error is in `megatron_dyt/mcore/limits.py` and
+[families.md](families.md).
 
 ## Runs, by release of megatron-core
 """
@@ -141,7 +147,7 @@ def collect(known: dict[str, Any], results: Path, newest: Path) -> dict[str, Any
     Raises:
         SystemExit: neither has any.
     """
-    runs, tried = _records(results), _records(newest)
+    runs, tried = _merged(_records(results)), _records(newest)
     if not runs and not tried:
         raise SystemExit(
             f"{results} and {newest} have no results; run `make test`, `make test-versions` or "
@@ -154,6 +160,21 @@ def collect(known: dict[str, Any], results: Path, newest: Path) -> dict[str, Any
 
 def _records(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.rglob("*.json"))]
+
+
+def _merged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record of each release: the longest, and what others have of tests that it skipped or has not."""
+    releases: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: -len(record["outcomes"])):
+        whole = releases.setdefault(record["megatron"], record)
+        for test, outcome in record["outcomes"].items():
+            known = whole["outcomes"].get(test)
+            if known is None or (known == "skipped" and outcome != "skipped"):
+                whole["outcomes"][test] = outcome
+                whole["reasons"].pop(test, None)
+        new = {test: why for test, why in record["reasons"].items() if whole["outcomes"][test] == "skipped"}
+        whole["reasons"] = new | whole["reasons"]
+    return list(releases.values())
 
 
 def newest_releases(records: list[dict[str, Any]]) -> dict[str, Any]:

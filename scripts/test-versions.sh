@@ -43,7 +43,7 @@ install() {
 run() {
   local release=$1 tests=("${UNIT[@]}") parallel=("${PARALLEL[@]}") path=$PWD/.venv-versions/$1 results=build/results
   [ -d ".venv-versions/$release/megatron/training" ] || parallel=("${PARALLEL_WITHOUT_LOOP[@]}")
-  [ -z "${WITH_TE:-}" ] || { tests=(tests/te) parallel=() path=$WITH_TE:$path results=build/results-te; }
+  [ -z "${WITH_TE:-}" ] || { tests=(tests/te) parallel=() path=$WITH_TE:$path results=build/results/te; }
   echo "test-versions: megatron-core $release"
   # shellcheck disable=SC2086 # PYTEST_ARGS is a list of words.
   PYTHONPATH=$path MEGATRON_DYT_CORE_CASES=1 \

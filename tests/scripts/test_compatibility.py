@@ -49,6 +49,20 @@ def test_rows_come_from_the_names_of_the_tests(results: Path) -> None:
     assert "| 0.19.2 | no GPU | 2 |" in page
 
 
+def test_another_target_s_results_take_the_place_of_skipped_tests(results: Path) -> None:
+    skipped = "tests/distributed/test_families.py::test_gradients_and_loss_are_those_of_one_process"
+    outcomes = {f"{skipped}[family-t5-tp2_sp]": "passed", "tests/te/test_models.py::test_a": "passed"}
+    outcomes["tests/te/test_models.py::test_b"] = "skipped"
+    reasons = {"tests/te/test_models.py::test_b": "no layers"}
+    (results / "te").mkdir()
+    (results / "te/0.19.2.json").write_text(json.dumps(record("0.19.2", outcomes, reasons)))
+    page = compatibility.render(compatibility.collect({}, results, results / "none")).splitlines()
+    assert "| t5 | tp2_sp |  | yes |" in page
+    assert "| models of real Transformer Engine layers, built and saved |  | 1 of 2 |" in page
+    assert "| 0.19.2 | no layers | 1 |" in page
+    assert "| 0.19.2 | no GPU | 1 |" in page
+
+
 @pytest.fixture
 def newest(tmp_path: Path) -> Path:
     """Results of the environment of all newest releases, and of Bridge's."""
