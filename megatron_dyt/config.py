@@ -217,6 +217,15 @@ class DyTConfig:
     """Whether alpha is a constant: without gradient and optimizer state, and saved like a learned one. With
     initial alphas of 1 it is the paper's ablation "without alpha" (Table 8)."""
 
+    alpha_in_grad_norm: bool = _setting(
+        "dyt_alpha_in_grad_norm",
+        "Count the gradients of the alphas in the gradient norm that --clip-grad limits. Default: preset.",
+        of_model=False,
+        default=True,
+    )
+    """Whether the gradients of the alphas count in the gradient norm. An alpha's gradient is a sum over all of
+    its site's elements, and outweighs those of all weights together (docs/initial-scale.md)."""
+
     backend: Backend = _setting(
         "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
     )
@@ -261,9 +270,11 @@ class DyTConfig:
 
     @classmethod
     def auto(cls, hidden_size: int, **overrides: Any) -> Self:
-        """`unit` with a running scale, so that alpha need not follow 1/std of its input by gradient."""
-        scale = {"embedding_scale": "unit", "weight_init": "unit", "running_scale": AUTO_RUNNING_SCALE}
-        return cls._build("auto", *UNIT_ALPHA, scale | overrides)
+        """`unit` with a running scale, so that alpha need not follow 1/std of its input by gradient, and with
+        the alphas' gradients left out of the gradient norm, so that they do not clip all others."""
+        settings: dict[str, Any] = {"embedding_scale": "unit", "weight_init": "unit"}
+        settings |= {"running_scale": AUTO_RUNNING_SCALE, "alpha_in_grad_norm": False}
+        return cls._build("auto", *UNIT_ALPHA, settings | overrides)
 
     @classmethod
     def preset(cls, name: str, hidden_size: int, **overrides: Any) -> Self:

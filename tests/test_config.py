@@ -171,6 +171,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "weight_init": ("dyt_weight_init", "one"),
     "running_scale": ("dyt_running_scale", 0.5),
     "freeze_alpha": ("dyt_freeze_alpha", True),
+    "alpha_in_grad_norm": ("dyt_alpha_in_grad_norm", False),
     "backend": ("dyt_backend", "torch"),
     "fuse_residual": ("dyt_fuse_residual", False),
 }

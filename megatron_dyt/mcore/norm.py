@@ -83,6 +83,10 @@ class DyTNorm(DynamicTanh):
         )
         # Megatron's gradient buffers and optimizers leave out what needs no gradient.
         self.alpha.requires_grad_(not dyt.freeze_alpha)
+        if not dyt.alpha_in_grad_norm:
+            # What Megatron leaves out of the gradient norm, in every optimizer and in Megatron-FSDP: parameters
+            # that another stage counts. It is clipped with all others, which Adam's step does not notice.
+            self.alpha.shared = True  # type: ignore[attr-defined]
         self.role: Role = role
         self.returns_residual = returns_residual
         self.refills = not (offloads(config) or uses_cuda_graphs(config))

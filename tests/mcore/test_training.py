@@ -48,6 +48,20 @@ def test_resuming_equals_never_stopping(megatron_run: Run, tiny_llama: list[str]
     assert resumed.losses == whole.losses[4:]
 
 
+@pytest.mark.parametrize("flag", ["--dyt-alpha-in-grad-norm", "--no-dyt-alpha-in-grad-norm"])
+@pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]])
+def test_the_gradient_norm_counts_the_alphas_or_not(
+    megatron_run: Run, tiny_llama: list[str], flag: str, optimizer: list[str]
+) -> None:
+    run = megatron_run([*tiny_llama, *DYT, flag, *optimizer, "--train-iters", "1", "--clip-grad", "0"])
+    counted = [
+        parameter.main_grad.square().sum()
+        for name, parameter in run.model[0].named_parameters()
+        if flag == "--dyt-alpha-in-grad-norm" or not name.endswith(".alpha")
+    ]
+    assert float(run.optimizer.get_grad_norm()) == pytest.approx(float(sum(counted)) ** 0.5, rel=1e-5)
+
+
 def test_the_other_norms_checkpoint_is_refused(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path
 ) -> None:
