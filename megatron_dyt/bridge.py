@@ -58,11 +58,10 @@ class DyTProviderMixin(DyTFields):
         register()
         super().finalize()  # type: ignore[misc]  # the provider's
         config = getattr(self, "dyt", None)
-        if config is not None and config.running_scale:
+        if config is not None and config.log_alpha:
             raise UserError(
-                f"dyt_running_scale is {config.running_scale}: Megatron's own loop updates the scale, "
-                "and Bridge has another, in which it would stay 1. Set it to 0, or take another dyt_preset "
-                'than "auto".'
+                "dyt_log_alpha is True: Bridge's mappings to and from Hugging Face know alpha, not its "
+                'logarithm. Set it to False; the rest of dyt_preset="auto" stays.'
             )
 
 

@@ -8,8 +8,7 @@ that scale:
 - `unit`: unit variance everywhere, at any width: embedding scale 1/std of the embedding, linear layers
   of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere, and the weight (gamma) with
   which DyT hands a unit-variance input on at unit variance.
-- `auto`: `unit` with a running scale: alpha counts in units of 1/rms of the site's input, on average over the
-  last steps (`mcore/running_scale.py`).
+- `auto`: `unit` with alpha learned by its logarithm, and without alpha's share of the gradient norm.
 
 `SETTINGS` is the one table of what a user can set. Megatron's flags, the names in its args and checkpoints,
 and the fields of configs made in code (`DyTFields`) are all made from it.
@@ -51,10 +50,6 @@ UNIT_ALPHA = (0.5, 0.25)
 # The paper has no DyT on queries and keys. They leave a linear layer with about the scale of its
 # input, DyT's output, so alpha 1 puts them inside tanh's curved range under both presets.
 QK_ALPHA = 1.0
-
-# Decay per step of the running scale of `auto`: an average over about ten steps. The residual stream grows
-# tenfold within 40 steps of a small run; noise of one batch in ten is 1 % and less of the rms.
-AUTO_RUNNING_SCALE = 0.9
 
 EMBEDDING_SCALE_RULES = ("sqrt", "unit", "none")
 
@@ -138,7 +133,7 @@ class DyTConfig:
         "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
         "'unit' for unit variance at any width (also sets --init-method-std to "
         "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given), "
-        "'auto' for unit with a running scale.",
+        "'auto' for unit with alpha learned by its logarithm and left out of the gradient norm.",
         default="paper",
     )
     """The preset that the other values come from; "unit" and "auto" also want linear layers of
@@ -198,15 +193,13 @@ class DyTConfig:
     unit-variance input at unit variance, as RMSNorm does (`unit_response`). A sigmoid's bias then starts
     where the mean is 0."""
 
-    running_scale: float = _setting(
-        "dyt_running_scale",
-        "Divide each DyT's input by a running average of its rms in training, a constant in evaluation: the "
-        "average's decay per step, such as 0.9; 0 for none. Default: preset.",
-        metavar="DECAY",
-        default=0.0,
+    log_alpha: bool = _setting(
+        "dyt_log_alpha",
+        "Learn the logarithm of alpha instead of alpha, which then stays above 0 and changes by a share of "
+        "itself per step. Default: preset.",
+        default=False,
     )
-    """Decay per step of the running rms of its input by which each DyT divides alpha; at least 0, which is
-    without it, and below 1 (`mcore/running_scale.py`)."""
+    """Whether the parameter is `log_alpha`, and alpha = exp(3 log_alpha) (`ops.parameters.alpha_of_log`)."""
 
     freeze_alpha: bool = _setting(
         "dyt_freeze_alpha",
@@ -223,8 +216,8 @@ class DyTConfig:
         of_model=False,
         default=True,
     )
-    """Whether the gradients of the alphas count in the gradient norm. An alpha's gradient is a sum over all of
-    its site's elements, and outweighs those of all weights together (docs/initial-scale.md)."""
+    """Whether the gradients of the alphas count in the gradient norm. An alpha's gradient is a sum over all
+    elements of its site, and outweighs those of all weights together (docs/initial-scale.md)."""
 
     backend: Backend = _setting(
         "dyt_backend", "Kernel to use. Default: auto.", of_model=False, default="auto"
@@ -246,8 +239,6 @@ class DyTConfig:
                 value = getattr(self, setting.field)
                 if setting.choices:
                     check_choice(setting.flag, value, setting.choices)
-                elif setting.field == "running_scale":
-                    check_decay(setting.flag, value)
                 elif setting.kind is float:
                     check_alpha(setting.flag, value)
         parse_embedding_scale(self.embedding_scale)
@@ -270,10 +261,10 @@ class DyTConfig:
 
     @classmethod
     def auto(cls, hidden_size: int, **overrides: Any) -> Self:
-        """`unit` with a running scale, so that alpha need not follow 1/std of its input by gradient, and with
-        the alphas' gradients left out of the gradient norm, so that they do not clip all others."""
+        """`unit` with alpha learned by its logarithm, so that a step changes it by a share of itself, and
+        with the alphas' gradients left out of the gradient norm, so that they do not clip all others."""
         settings: dict[str, Any] = {"embedding_scale": "unit", "weight_init": "unit"}
-        settings |= {"running_scale": AUTO_RUNNING_SCALE, "alpha_in_grad_norm": False}
+        settings |= {"log_alpha": True, "alpha_in_grad_norm": False}
         return cls._build("auto", *UNIT_ALPHA, settings | overrides)
 
     @classmethod
@@ -501,15 +492,6 @@ def check_alpha(flag: str, value: float) -> None:
         raise UserError(
             f"{flag} is {value}; alpha must start finite and > 0 (the paper uses 0.05 to 1.0). "
             "Leave the flag away to take the preset's value."
-        )
-
-
-def check_decay(flag: str, value: float) -> None:
-    """Raises UserError unless `value` is a decay: at least 0 and below 1."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 <= value < 1):
-        raise UserError(
-            f"{flag} is {value}; it must be at least 0 (no running scale) and below 1, such as 0.9."
         )
 
 

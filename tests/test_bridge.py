@@ -234,7 +234,7 @@ def test_wrong_settings(bridge: Any) -> None:
     provider = bridge.DyTGPTModelProvider(**SMALL, dyt_preset="best")
     with pytest.raises(UserError, match="--dyt-preset is 'best'"):
         provider.finalize()
-    with pytest.raises(UserError, match="Bridge has another"):
+    with pytest.raises(UserError, match="know alpha, not its logarithm"):
         bridge.DyTGPTModelProvider(**SMALL, dyt_preset="auto").finalize()
     baseline = bridge.DyTGPTModelProvider(**SMALL, normalization="RMSNorm", dyt_bias=True)
     with pytest.raises(UserError, match="given with --normalization RMSNorm"):

@@ -169,7 +169,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "embedding_scale": ("dyt_embedding_scale", 2.5),
     "function": ("dyt_function", "erf"),
     "weight_init": ("dyt_weight_init", "one"),
-    "running_scale": ("dyt_running_scale", 0.5),
+    "log_alpha": ("dyt_log_alpha", True),
     "freeze_alpha": ("dyt_freeze_alpha", True),
     "alpha_in_grad_norm": ("dyt_alpha_in_grad_norm", False),
     "backend": ("dyt_backend", "torch"),
@@ -198,7 +198,8 @@ def test_either_name_of_the_embedding_scale_counts() -> None:
 
 def test_how_a_run_computed_is_no_part_of_its_model() -> None:
     args = Namespace(hidden_size=64, **dict(OTHER.values()))
-    assert {name for name, _ in OTHER.values()} - set(MODEL_ARGS) == {"dyt_backend", "dyt_fuse_residual"}
+    others = {"dyt_backend", "dyt_fuse_residual", "dyt_alpha_in_grad_norm"}
+    assert {name for name, _ in OTHER.values()} - set(MODEL_ARGS) == others
     args.dyt_backend = "a backend of a later version"
     model = DyTConfig.from_args(args, of_model=True)
     assert (model.backend, model.fuse_residual, model.alpha_ffn) == ("auto", True, 0.31)

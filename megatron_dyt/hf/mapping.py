@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_dyt.hf.model import Model
 from megatron_dyt.llama import LlamaShape
+from megatron_dyt.ops.parameters import alpha_of_log
 
 EMBEDDING = "embedding.word_embeddings."
 EMBEDDING_SCALE = "embedding.embedding_scale."
@@ -108,13 +109,11 @@ def _linear(rows: int, columns: int, bias: bool = False) -> Sizes:
 def _norm(model: Model, size: int) -> Sizes:
     if model.dyt is None:
         return {"weight": (size,)}
-    sizes: Sizes = {"alpha": (1,), "weight": (size,)}
+    sizes: Sizes = {"log_alpha" if model.dyt.log_alpha else "alpha": (1,), "weight": (size,)}
     if model.dyt.bias:
         sizes["bias"] = (size,)
     if model.dyt.function == "erf":
         sizes["shift"] = (1,)
-    if model.dyt.running_scale:
-        sizes["sigma"] = (1,)
     return sizes
 
 
@@ -122,7 +121,7 @@ def _hf_sizes(model: Model, folded: Collection[str]) -> dict[str, Sizes]:
     """The tensors of every row of NAMES in the export, before they are split."""
     sizes, shape = megatron_sizes(model), model.hf_shape(folded)
     for row in sizes:
-        sizes[row] = {name: size for name, size in sizes[row].items() if name != "sigma"}
+        sizes[row] = {"alpha" if name == "log_alpha" else name: size for name, size in sizes[row].items()}
     if model.dyt is None:
         sizes[EMBEDDING_SCALE] = {}
     if not shape.tie_embeddings:
@@ -174,9 +173,8 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     sizes, wanted = megatron_sizes(model), _hf_sizes(model, folded)[row]
     source = EMBEDDING if row == OUTPUT and model.shape.tie_embeddings else row
     tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
-    if "sigma" in sizes[source]:
-        # Constant outside of training: alpha is what the model multiplies by.
-        tensors["alpha"] = tensors["alpha"].float() / read(f"{source}sigma", layer).float()
+    if "log_alpha" in sizes[source]:
+        tensors["alpha"] = alpha_of_log(read(f"{source}log_alpha", layer))
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
     if row == EMBEDDING and model.dyt is None and model.embedding_scale is not None:

@@ -210,23 +210,24 @@ def _is_norm(key: str) -> bool:
 
 
 def _is_dyt(key: str) -> bool:
-    return key.endswith(("alpha", "shift", "sigma", "embedding_scale.scale"))
+    return key.endswith(("alpha", "shift", "embedding_scale.scale"))
 
 
 def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
-    if any(key.endswith("alpha") for key in missing):
+    lacks, has = (any(key.endswith("alpha") for key in keys) for keys in (missing, unexpected))
+    if lacks and not has:
         return (
             "It holds a LayerNorm or RMSNorm model and this one is DyT; give the --normalization it was "
             "trained with, or start DyT from scratch in an empty --save/--load directory."
         )
-    if any(key.endswith("alpha") for key in unexpected):
+    if has and not lacks:
         return (
             "It holds a DyT model and this one is not; give --normalization DyT (or "
             "--use-checkpoint-args, which restores every DyT setting)."
         )
     if any(_is_dyt(key) or _is_norm(key) for key in missing | unexpected):
         return (
-            "The DyT settings differ (bias, function, embedding scale, running scale); --use-checkpoint-args "
+            "The DyT settings differ (bias, function, embedding scale, log alpha); --use-checkpoint-args "
             "restores those it was saved with."
         )
     return "Check the architecture flags against those it was saved with (--use-checkpoint-args)."

@@ -152,7 +152,7 @@ class Guard:
         def step() -> T:
             self.norm, self.refused = None, False
             # Megatron-FSDP gives the module other parameters during the step; those of before are updated.
-            alphas = [site.module.alpha for site in self.sites]
+            alphas = [site.module.alpha_parameter for site in self.sites]
             before = self._values(alphas)
             result = original()
             self._judge(before, self._values(alphas))
@@ -160,11 +160,13 @@ class Guard:
 
         return step
 
-    def _values(self, alphas: list[nn.Parameter]) -> Tensor:
-        """Copies of these alphas in fp32; nan where another rank has it (FSDP)."""
-        if not alphas:
+    @torch.no_grad()
+    def _values(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The alphas of the sites' parameters, copied in fp32; nan where another rank has it (FSDP)."""
+        if not parameters:
             return torch.zeros(0, device=self._device())
-        return torch.cat([_value(alpha) for alpha in alphas])
+        both = zip(self.sites, parameters, strict=True)
+        return torch.cat([site.module.effective_alpha(_value(parameter)) for site, parameter in both])
 
     def _device(self) -> torch.device | int:
         parameter = next((p for chunk in self.chunks for p in chunk.parameters()), None)

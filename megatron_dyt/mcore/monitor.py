@@ -149,7 +149,7 @@ class Monitor:
             return
         with torch.no_grad():
             # A copy: the optimizer changes the parameter in place before this is read.
-            alpha = module.scaled_alpha().detach().float().clone()
+            alpha = module.effective_alpha().detach().float().clone()
             self.samples[module] = Sample(alpha, input_statistics(x, alpha, module.function, module.shift))
 
     def after_step(self, iteration: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING, get_args
 
-import torch
 from torch import Tensor, nn
 
 from megatron_dyt.config import DyTConfig, Role, check_choice
 from megatron_dyt.mcore.residual import DeferredSum, offloads, uses_cuda_graphs
 from megatron_dyt.nn import DynamicTanh
+from megatron_dyt.ops.parameters import LOG_ALPHA_RATE, alpha_of_log
 
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -43,13 +44,10 @@ class DyTNorm(DynamicTanh):
         output_dtype: the parameters' with `fp32_residual_connection`, where the input is fp32 and the
             layer behind takes what Transformer Engine's norms return; else None, the input's.
         probe: called with (module, input) at each forward while a monitor is looking, else None.
-        decay: of the running scale, per step; 0 without one.
-        sigma: with a running scale a buffer (1,) of fp32, by which alpha is divided; else None.
-        seen: with a running scale the sum of squares and the number of the inputs' elements since sigma was
-            last updated, (2,) of fp64 (`mcore/running_scale.py`); None before the first.
+        log_alpha: the parameter (1,) in place of `alpha` with `dyt_log_alpha`, else None.
     """
 
-    sigma: Tensor | None
+    log_alpha: nn.Parameter | None
 
     def __init__(
         self,
@@ -81,20 +79,23 @@ class DyTNorm(DynamicTanh):
             backend=dyt.backend,
             dtype=config.params_dtype,
         )
+        self.log_alpha = None
+        if dyt.log_alpha:
+            # Another name than alpha's: a checkpoint of the one kind must not load as the other.
+            self.log_alpha = self.alpha
+            del self.alpha
+            self._reset_alpha()
         # Megatron's gradient buffers and optimizers leave out what needs no gradient.
-        self.alpha.requires_grad_(not dyt.freeze_alpha)
+        self.alpha_parameter.requires_grad_(not dyt.freeze_alpha)
         if not dyt.alpha_in_grad_norm:
-            # What Megatron leaves out of the gradient norm, in every optimizer and in Megatron-FSDP: parameters
-            # that another stage counts. It is clipped with all others, which Adam's step does not notice.
-            self.alpha.shared = True  # type: ignore[attr-defined]
+            # The mark of parameters that another pipeline stage counts: every optimizer and Megatron-FSDP
+            # leave them out of the norm. They are clipped with all others; Adam's step does not notice.
+            self.alpha_parameter.shared = True  # type: ignore[attr-defined]
         self.role: Role = role
         self.returns_residual = returns_residual
         self.refills = not (offloads(config) or uses_cuda_graphs(config))
         self.output_dtype = config.params_dtype if config.fp32_residual_connection else None
         self.probe: Callable[[DyTNorm, Tensor], None] | None = None
-        self.decay = dyt.running_scale
-        self.register_buffer("sigma", torch.ones(1) if self.decay else None)
-        self.seen: Tensor | None = None
         mark_sequence_parallel(self, config.sequence_parallel)
         if averaged:
             mark_averaged(self)
@@ -114,49 +115,38 @@ class DyTNorm(DynamicTanh):
             y, x = self.forward_fork(x)
         else:
             y = super().forward(x)
-        if self.sigma is not None and self.training and torch.is_grad_enabled():
-            self._see(x.detach())
         if self.probe is not None:
             self.probe(self, x)
         if self.output_dtype is not None:
             y = y.to(self.output_dtype)
         return (y, x) if gives_both else y
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        # Absent while the base class builds its parameters.
-        sigma: Tensor | None = getattr(self, "sigma", None)
-        if sigma is not None:
-            nn.init.ones_(sigma)
+    @property
+    def alpha_parameter(self) -> nn.Parameter:
+        """What is learned: `log_alpha`, or `alpha`."""
+        return self.alpha if self.log_alpha is None else self.log_alpha
 
-    def scaled_alpha(self) -> Tensor:
-        """The alpha that multiplies x, (1,): of fp32 with a running scale, else the parameter."""
-        return self.alpha if self.sigma is None else self.alpha.float() / self.sigma
+    def effective_alpha(self, parameter: Tensor | None = None) -> Tensor:
+        """The alpha that multiplies x, (1,): of fp32 with `log_alpha`, else the parameter.
+
+        parameter: another value of `alpha_parameter`, for the alpha that belongs to it.
+        """
+        parameter = self.alpha_parameter if parameter is None else parameter
+        return parameter if self.log_alpha is None else alpha_of_log(parameter)
+
+    def _reset_alpha(self) -> None:
+        # Absent while the base class builds its parameters.
+        if getattr(self, "log_alpha", None) is None:
+            super()._reset_alpha()
+        else:
+            nn.init.constant_(self.alpha_parameter, math.log(self.alpha_init) / LOG_ALPHA_RATE)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.scaled_alpha(), self.weight, self.bias
-
-    @torch.no_grad()
-    def _see(self, x: Tensor) -> None:
-        """Count an input: once where a forward pass is repeated, as one of the two has no gradients on."""
-        if self.seen is None:
-            self.seen = torch.zeros(2, dtype=torch.float64, device=x.device)
-        norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
-        # In place and without a tensor made on the host, so that it can be captured in a CUDA graph.
-        self.seen[0] += norm.double().square()
-        self.seen[1] += x.numel()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.sigma
-        super()._apply(fn, recurse)
-        # Cast to 16 bits, sigma would be rounded at each step. On the meta device it has no value.
-        if before is not None and self.sigma is not None and self.sigma.dtype != torch.float32:
-            self.sigma = before.to(self.sigma.device) if not before.is_meta else self.sigma.float()
-        return self
+        return self.effective_alpha(), self.weight, self.bias
 
     def extra_repr(self) -> str:
-        scale = "" if self.sigma is None else ", running scale"
-        return f"{super().extra_repr()}, role={self.role}{scale}"
+        learns = "" if self.log_alpha is None else ", learns log(alpha)"
+        return f"{super().extra_repr()}, role={self.role}{learns}"
 
 
 def mark_sequence_parallel(module: nn.Module, sequence_parallel: bool) -> None:

@@ -23,7 +23,6 @@ from megatron_dyt.mcore import (
     norm,
     norm_sites,
     recipe_flags,
-    running_scale,
     spec,
     trackers,
 )
@@ -129,7 +128,6 @@ TRAINING = (
     Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
     Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
     Seam("megatron.training.training", "setup_model_and_optimizer", guard.wrap_setup),
-    Seam("megatron.training.training", "setup_model_and_optimizer", running_scale.wrap_setup),
     Seam("megatron.training.training", "train_step", guard.wrap_train_step),
     Seam("megatron.training.training", "setup_model_and_optimizer", metrics_writer.wrap_setup),
     Seam("megatron.training.training", "training_log", metrics_writer.wrap_training_log),

@@ -89,12 +89,15 @@ class DynamicTanh(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the initial values, in place; also after meta-device construction and `to_empty`."""
-        nn.init.constant_(self.alpha, self.alpha_init)
+        self._reset_alpha()
         nn.init.constant_(self.weight, self.weight_init)
         if self.bias is not None:
             nn.init.constant_(self.bias, self.bias_init)
         if self.shift is not None:
             nn.init.zeros_(self.shift)
+
+    def _reset_alpha(self) -> None:
+        nn.init.constant_(self.alpha, self.alpha_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden_size) of any strides -> y of the same shape and dtype, contiguous.

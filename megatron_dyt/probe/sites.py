@@ -58,7 +58,7 @@ def find(model: nn.Module) -> list[Site]:
 
 def dyt_function(module: nn.Module) -> str | None:
     """The function of a DyT of any class: ours, an export's, or the paper's; None for another module."""
-    alpha = getattr(module, "alpha", None)
+    alpha = module.alpha_parameter if isinstance(module, DyTNorm) else getattr(module, "alpha", None)
     if not isinstance(alpha, Tensor) or alpha.numel() != 1 or any(True for _ in module.children()):
         return None
     # The paper's class has no other function than tanh, and so no attribute for it.
@@ -76,9 +76,9 @@ def _site(name: str, place: str, layer: int | None, module: nn.Module, found: No
         return Site(
             name, place, layer, module, kind, None, None, None, found.channel_dim, lambda x: plain(x.float())
         )
-    # With a running scale the parameter is not what multiplies x.
-    scaled = module.scaled_alpha() if isinstance(module, DyTNorm) else module.get_parameter("alpha")
-    alpha = float(scaled.detach())
+    # The parameter may be the logarithm of what multiplies x.
+    factor = module.effective_alpha() if isinstance(module, DyTNorm) else module.get_parameter("alpha")
+    alpha = float(factor.detach())
     shift = getattr(module, "shift", None)
     offset = 0.0 if shift is None else float(shift.detach())
     value = FUNCTIONS[found].value

@@ -74,11 +74,10 @@ def gradient_shards(model: list[Any]) -> list[Shard]:
 
 
 def _learns(shard: Shard, model: list[Any]) -> bool:
-    """Whether it has a gradient: no running scale, and no frozen alpha."""
+    """Whether it has a gradient: no frozen alpha."""
     from megatron_dyt.mcore.norm_sites import unwrap
 
-    without = ("sigma", "alpha") if unwrap(model[0]).config.dyt.freeze_alpha else ("sigma",)
-    return not shard.name.split("[")[0].endswith(without)
+    return not (unwrap(model[0]).config.dyt.freeze_alpha and shard.name.split("[")[0].endswith("alpha"))
 
 
 def _gradient_of(part: torch.Tensor, parameters: list[Any]) -> torch.Tensor:
@@ -141,7 +140,7 @@ def _gather_gradients(chunk: Any) -> None:
 
 
 def _parameters(model: list[Any]) -> Iterator[Shard]:
-    """This rank's parameters and running scales, as views: writing to a shard's data writes to them."""
+    """This rank's parameters, as views: writing to a shard's data writes to them."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     from megatron_dyt.mcore.norm_sites import unwrap

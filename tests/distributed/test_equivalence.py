@@ -69,7 +69,8 @@ def test_a_reference_has_every_dyt_parameter_and_trains(model: str, run_of: Call
     reference = run_of(model)
     gradients = reference.full("gradient")
     sites = norm_sites(model)
-    learned = ("weight", "bias") if model == "frozen" else ("alpha", "weight", "bias")
+    alpha = {"frozen": (), "auto": ("log_alpha",)}.get(model, ("alpha",))
+    learned = (*alpha, "weight", "bias")
     expected = {site.format(name) for site in sites for name in learned}
     found = {key for key in gradients if any(part in key for part in ("norm.", "layer_norm_"))}
     assert found == expected

@@ -128,11 +128,8 @@ def randomize(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_matrix = parameter.dim() > 1
-            parameter.copy_(noise * 0.2 if is_matrix or name.endswith(("bias", "shift")) else 1 + 0.3 * noise)
-        for name, sigma in model.named_buffers():
-            if name.endswith("sigma"):
-                sigma.uniform_(0.5, 2, generator=generator)
+            around_zero = parameter.dim() > 1 or name.endswith(("bias", "shift", "log_alpha"))
+            parameter.copy_(noise * 0.2 if around_zero else 1 + 0.3 * noise)
 
 
 def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> Namespace:

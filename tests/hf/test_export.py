@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"tied": True},
         "add_qkv_bias": True,
     },
-    "running scale, queries and keys": {"dyt": DyTConfig.auto(32), "qk_layernorm": True},
+    "log alpha, queries and keys": {"dyt": DyTConfig.auto(32), "qk_layernorm": True},
     "wide heads, other rotary base": {"kv_channels": 16, "model": {"rotary_base": 500}},
     "LLaMA 3's rotary scaling": {"model": {"rope_scaling": True}},
     "interpolated positions": {"model": {"seq_len_interpolation_factor": 2}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -167,20 +168,20 @@ def test_channels_first() -> None:
     assert (site.tokens, site.channels) == (40, 8)
 
 
-def test_a_running_scale_divides_alpha(
+def test_alpha_learned_by_its_logarithm(
     make_config: Callable[..., Any],  # noqa: F811
     build_gpt: Callable[..., Any],  # noqa: F811
 ) -> None:
     import dataclasses
 
     config = make_config("DyT")
-    config.dyt = dataclasses.replace(config.dyt, running_scale=0.9)
+    config.dyt = dataclasses.replace(config.dyt, log_alpha=True)
     model = build_gpt(config)
-    model.decoder.final_layernorm.sigma.fill_(4.0)
+    model.decoder.final_layernorm.log_alpha.data.fill_(math.log(0.7) / 3)
     ids = torch.arange(32).reshape(2, 16)
     call = {"input_ids": ids, "position_ids": torch.arange(16).expand(2, 16), "attention_mask": None}
     final = sites(measure(model, call, ids))["decoder.final_layernorm"]
-    assert final.alpha == pytest.approx(float(model.decoder.final_layernorm.alpha) / 4)
+    assert final.alpha == pytest.approx(0.7)
     assert final.tanh_alpha == pytest.approx(final.alpha, rel=0.01)
     assert all(norm.probe is None for norm in model.modules() if hasattr(norm, "probe"))
 
