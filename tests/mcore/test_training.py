@@ -100,7 +100,6 @@ SETTINGS = {
     "dyt_alpha_init_qk": 0.61,
     "dyt_bias": True,
     "dyt_embedding_scale": 2.5,
-    "dyt_freeze_alpha": True,
     "dyt_function": "erf",
     "dyt_weight_init": "one",
     "dyt_log_alpha": True,
