@@ -89,10 +89,10 @@ run() {
   fi
 }
 
-# Each at its own best learning rate of docs/quickstart-sweep.md. RMSNorm gets the embedding scale too,
-# because that is better for it.
+# RMSNorm's best learning rate of docs/quickstart-sweep.md, which is DyT's too (docs/initial-scale.md). RMSNorm gets
+# the embedding scale as well, because that is better for it.
 run rmsnorm 8e-3 --normalization RMSNorm --embedding-scale unit
-run dyt 5.6e-3 --normalization DyT --dyt-preset unit --dyt-stats-interval 10
+run dyt 8e-3 --normalization DyT --dyt-preset auto --dyt-stats-interval 10
 
 if [ $worked = no ] && [ -e "$OUT/results.json" ]; then
   trap - EXIT # A look at finished work is no work.
