@@ -144,7 +144,7 @@ def build(shape: Shape, variant: Variant, device: str, dtype: torch.dtype) -> An
     if variant.plain:
         formula = torch.compile(plain_dyt) if variant.plain == "compiled" else plain_dyt
         for _, site in dyt_sites(model):
-            site.forward = lambda x, site=site: formula(x, site.alpha, site.weight)
+            site.forward = lambda x, site=site: formula(x, site.effective_alpha(), site.weight)
     return model.train()
 
 

@@ -57,7 +57,7 @@ run .venv-newest-bridge megatron-bridge || code=$?
 read -r bridge core < <(.venv-newest-bridge/bin/python -c 'from importlib.metadata import version
 print(version("megatron-bridge"), version("megatron-core"))')
 whole=$("$uv" pip compile -q --no-annotate --python .venv-newest-bridge/bin/python - <<<"megatron-bridge==$bridge" |
-  sed -n 's/^megatron-core==//p') || whole="none"
+  sed -nE 's/^megatron-core(\[.*\])?==//p') || whole="none"
 echo "test-newest: Bridge's providers and YAML: megatron-bridge $bridge with megatron-core $core"
 [ "$whole" = "$core" ] ||
   echo "test-newest: megatron-bridge $bridge as a whole cannot be had here: with all that it asks for uv takes megatron-core $whole (glibc: $(ldd --version | sed -n '1s/.* //p'))"

@@ -95,7 +95,8 @@ def in_one_pass(original: Any) -> Any:
     def apply(logits: Tensor, target: Tensor, *smoothing_and_group: Any) -> Tensor:
         smoothing, group = (*smoothing_and_group, None)[:2]  # Megatron 0.19 gives the group.
         whole = logits.float()
-        if smoothing or _size(group) > 1 or not kernels.fits(whole):
+        indices_fit = target.dtype == torch.int64 and target.shape == logits.shape[:-1]
+        if smoothing or _size(group) > 1 or not (indices_fit and kernels.fits(whole)):
             return original.apply(logits, target, *smoothing_and_group)
         return kernels.CrossEntropy.apply(whole, target)
 
@@ -151,7 +152,7 @@ def rms_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def normalize(self: torch.nn.RMSNorm, x: Tensor) -> Tensor:
-        if self.weight is None or self.weight.dim() != 1 or not kernels.fits(x, self.weight):
+        if self.weight is None or x.shape[-1:] != self.weight.shape or not kernels.fits(x, self.weight):
             return original(self, x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return kernels.RMSNorm.apply(x, self.weight, float(eps))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_dyt.ops.native import in_memory, is_observed, is_transformed, open_library, threads_for
 
@@ -82,6 +83,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         logits, targets, maximum, total = ctx.saved_tensors
         _call("cross_entropy_backward", *_shape(logits), _dense(dloss), targets, maximum, total, logits)
@@ -114,6 +116,7 @@ class Rotary(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(dout, cos, sin, is_backward=True), None, None
@@ -140,6 +143,7 @@ class RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         rows, columns, threads = _shape(x)
@@ -180,7 +184,7 @@ def _attend(is_causal: bool, scale: float, log_sums: Tensor, **tensors: Tensor) 
     assert library is not None
     threads = min(threads_for(batch * heads * tokens * keys), batch * groups)
     size = library.attention_scratch(ctypes.c_int64(keys), ctypes.c_int64(channels))
-    scratch = _new(torch.get_num_threads() if threads > 1 else 1, size)
+    scratch = _new(threads, size)
     sizes = (tokens, keys, batch, heads, groups, channels, is_causal, threads, size)
     places = {name: _Heads(t.data_ptr(), *t.stride()[:3]) for name, t in tensors.items()}
     call = _Attention(*sizes, scale, log_sums=log_sums.data_ptr(), scratch=scratch.data_ptr(), **places)
@@ -201,6 +205,7 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, log_sums = ctx.saved_tensors
         forward = {"query": query, "key": key, "value": value, "out": out, "dout": _adjacent(dout)}

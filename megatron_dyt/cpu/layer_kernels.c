@@ -266,7 +266,7 @@ void rms_norm_backward(
  */
 enum { QUERIES = 32, WIDE = 32, TALL = 8 };
 
-#if defined __x86_64__ && defined __gnu_linux__
+#if defined __x86_64__ && defined __gnu_linux__ && !defined BASELINE_ONLY
 #define WIDE_VECTORS __attribute__((target("arch=x86-64-v4")))
 /* Sixteen floats; "aligned" as rows of other widths are. */
 typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
@@ -470,7 +470,7 @@ int64_t attention_scratch(int64_t keys, int64_t channels)
 /* Every thread takes groups of one sequence each. `dout.data` is NULL in forward. */
 void attention(const struct attention *a)
 {
-#pragma omp parallel for schedule(static) if (a->threads > 1)
+#pragma omp parallel for schedule(static) num_threads(a->threads)
     for (int64_t i = 0; i < a->batch * a->groups; i++) {
         float *scratch = a->scratch + omp_get_thread_num() * a->scratch_size;
         (a->dout.data ? attend_group_backward : attend_group)(a, i / a->groups, i % a->groups, scratch);
@@ -478,6 +478,7 @@ void attention(const struct attention *a)
 }
 #else
 int64_t has_attention(void) { return 0; }
+int64_t attention_scratch(int64_t keys, int64_t channels) { return 0 * (keys + channels); }
 #endif
 
 /* Of this file, by which the caller knows that it has the library of the same version. */

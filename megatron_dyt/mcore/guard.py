@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_dyt.config import is_dyt
+from megatron_dyt.config import DyTConfig, is_dyt
 from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.norm import DyTNorm
@@ -128,7 +128,7 @@ class Guard:
         @functools.wraps(original)
         def step_with_ready_grads() -> bool:
             self._complete_norms()
-            self.refused = not all(map(math.isfinite, self._norms()))
+            self.refused = not (all(map(math.isfinite, self._norms())) and self._uncounted_are_finite())
             return False if self.refused else original()
 
         return step_with_ready_grads
@@ -141,6 +141,20 @@ class Guard:
         by_group = getattr(self.optimizer, "_compute_grad_norms_by_group", None)
         if by_group is not None and not self.optimizer.config.clip_grad > 0:
             by_group()
+
+    def _uncounted_are_finite(self) -> bool:
+        """Whether the alphas' gradients are finite on all ranks where no norm counts them."""
+        # The config's, as a pipeline stage may have no site.
+        configs = [getattr(chunk, "config", None) for chunk in self.chunks]
+        dyts: list[DyTConfig | None] = [getattr(config, "dyt", None) for config in configs]
+        if all(dyt is None or dyt.alpha_in_grad_norm for dyt in dyts):
+            return True
+        gradients = [_gradient(site.module.alpha_parameter) for site in self.sites]
+        bad = any(each is not None and not _finite(each) for each in gradients)
+        flag = torch.tensor(int(bad), device=self._device())
+        if ranks.world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return not flag
 
     def _norms(self) -> list[float]:
         # From 0.19 the MTP layers may be clipped by a norm of their own.

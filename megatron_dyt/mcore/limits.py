@@ -161,6 +161,12 @@ LIMITS = (
         lambda config: _has_unshared_experts(config) and _micro_batches(config) > 1,
     ),
     Limit(
+        "--dyt-log-alpha with --weight-decay-on all",
+        "the decay of a logarithm pulls every alpha to 1",
+        "Add --no-dyt-log-alpha, or leave out --weight-decay-on all.",
+        lambda config: _on("dyt_log_alpha")(config) and getattr(config, "weight_decay_on", None) == "all",
+    ),
+    Limit(
         "mla_down_proj_fusion",
         "it fuses the norm in front of attention into the down-projection",
         "Remove --mla-down-proj-fusion.",

@@ -75,11 +75,12 @@ def of(directory: Path, exit_code: int, seconds: float) -> Outcome:
         run = metrics.read(directory / metrics.FILE_NAME)
     except UserError:  # It ended before its first logged step.
         steps: Sequence[metrics.Step] = ()
-        valid = None
+        valid, arguments = None, {}
     else:
         steps = run.steps
         valid = run.validation[-1][1] if run.validation else None
-    status = _status(exit_code, steps, valid, tail)
+        arguments = run.arguments
+    status = _status(exit_code, steps, valid, tail, arguments)
     ended = f"ended by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     times = [step.seconds for step in (steps[1:] or steps) if math.isfinite(step.seconds)]
     return Outcome(
@@ -111,16 +112,34 @@ def _sites(directory: Path) -> dict[str, Site]:
 
 
 def _status(
-    exit_code: int, steps: Sequence[metrics.Step], valid: float | None, tail: Sequence[str]
+    exit_code: int,
+    steps: Sequence[metrics.Step],
+    valid: float | None,
+    tail: Sequence[str],
+    arguments: dict[str, Any],
 ) -> Status:
+    if exit_code == 0 and not _reached_the_end(steps, arguments):
+        return "failed"
     if exit_code == 0:
         # With the check switched off, Megatron trains on with values that are not finite.
         losses = [step.loss for step in steps[-1:]] + ([] if valid is None else [valid])
         return (
             "finished" if losses and all(map(math.isfinite, losses)) else "diverged" if losses else "failed"
         )
-    stopped = exit_code in _NOT_FINITE_CODES or any(map(_NOT_FINITE.search, tail))
+    # A signal has another reason than the run's numbers.
+    stopped = exit_code in _NOT_FINITE_CODES or (exit_code > 0 and any(map(_says_not_finite, tail)))
     return "diverged" if stopped else "failed"
+
+
+def _reached_the_end(steps: Sequence[metrics.Step], arguments: dict[str, Any]) -> bool:
+    """Whether a run that ended in good order was not told to end early (--exit-interval and the like)."""
+    last = steps[-1].iteration if steps else 0
+    return not steps or last > (arguments.get("train_iters") or 0) - (arguments.get("log_interval") or 1)
+
+
+def _says_not_finite(line: str) -> bool:
+    # The guard warns of a step that it skips, and the run goes on.
+    return _NOT_FINITE.search(line) is not None and "skipped" not in line
 
 
 def _end_loss(steps: Sequence[metrics.Step]) -> float | None:
@@ -135,7 +154,7 @@ def _tail(log: Path) -> list[str]:
     """The lines with which the plugin says why a run ended, else the last ones."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     written = [line.strip() for line in lines if line.strip()]
-    said = [line for line in written if _LAST_WORDS.search(line) or _NOT_FINITE.search(line)]
+    said = [line for line in written if _LAST_WORDS.search(line) or _says_not_finite(line)]
     return (said or written)[-_TAIL_LINES:]
 
 

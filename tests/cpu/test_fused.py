@@ -269,6 +269,19 @@ def test_a_vocabulary_that_is_split_over_ranks_is_megatrons(runtime: None) -> No
     assert fused.in_one_pass(original).apply(*given) == given
 
 
+def test_a_norm_of_another_width_is_pytorchs_error(runtime: None) -> None:
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        torch.nn.RMSNorm(8)(random(3, 16))
+
+
+@needs_layer_kernels
+def test_a_second_derivative_is_refused(runtime: None) -> None:
+    x = random(3, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.nn.RMSNorm(16)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @needs_layer_kernels
 def test_the_gradient_of_a_loss_is_taken_once(runtime: None, alone: None) -> None:
     """It takes the logits' place, as in Megatron, where a second backward pass is an error too."""

@@ -82,6 +82,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     )
 
 
+@pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]])
+def test_a_gradient_of_alpha_that_no_norm_counts_stops_the_run_too(
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], optimizer: list[str]
+) -> None:
+    def harm(model: Any) -> None:
+        model.decoder.layers[0].input_layernorm.log_alpha.main_grad.fill_(math.inf)
+
+    harm_in_step(1, harm)
+    with pytest.raises(TrainingFault, match=r"step 1: the gradient is not finite .*log_alpha \(gradient\)"):
+        megatron_run([*tiny_llama, "--normalization", "DyT", "--dyt-preset", "auto", *optimizer])
+
+
 @pytest.mark.parametrize("clip", ["1.0", "0"])
 def test_without_megatrons_check_such_a_step_is_skipped(
     megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str

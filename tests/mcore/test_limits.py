@@ -102,6 +102,14 @@ def test_experts_that_fsdp_would_scale_twice_are_refused() -> None:
         refuse_unsupported(SimpleNamespace(**(settings | fine)))
 
 
+def test_decay_of_a_logarithm_of_alpha_is_refused() -> None:
+    both = {"dyt_log_alpha": True, "weight_decay_on": "all"}
+    with pytest.raises(UserError, match=r"pulls every alpha to 1.*--no-dyt-log-alpha"):
+        refuse_unsupported(SimpleNamespace(**both))
+    for fine in ({"dyt_log_alpha": False}, {"weight_decay_on": "matrices"}):
+        refuse_unsupported(SimpleNamespace(**(both | fine)))
+
+
 def test_a_config_built_without_flags_is_checked_too(make_config: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="memory_efficient_layer_norm"):
         make_config(memory_efficient_layer_norm=True)
