@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quickstart: is DyT as good as RMSNorm? A small answer on this machine, in about ten minutes.
+# Quickstart: is DyT as good as RMSNorm? A small answer on this machine, in five to ten minutes.
 #
 # Trains two small LLaMAs with Megatron-Core's own training loop, one with RMSNorm and one with DyT, on the
 # source code of Python's standard library; evaluates both zero-shot with lm-eval; compares them in
