@@ -90,7 +90,7 @@ run() {
 }
 
 # Each at its own best learning rate of docs/quickstart-sweep.md. RMSNorm gets the embedding scale too,
-# because that is better for it. The preset auto is better than unit in most seeds and fails in others (docs/results.md).
+# because that is better for it. The preset auto beats RMSNorm with most seeds and fails with others (docs/results.md).
 run rmsnorm 8e-3 --normalization RMSNorm --embedding-scale unit
 run dyt 5.6e-3 --normalization DyT --dyt-preset unit --dyt-stats-interval 10
 

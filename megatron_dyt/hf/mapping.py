@@ -174,7 +174,8 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     source = EMBEDDING if row == OUTPUT and model.shape.tie_embeddings else row
     tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
     if "log_alpha" in sizes[source]:
-        tensors["alpha"] = alpha_of_log(read(f"{source}log_alpha", layer))
+        log_alpha = read(f"{source}log_alpha", layer)
+        tensors["alpha"] = alpha_of_log(log_alpha).to(log_alpha.dtype)
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
     if row == EMBEDDING and model.dyt is None and model.embedding_scale is not None:
