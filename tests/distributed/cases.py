@@ -188,6 +188,7 @@ TWO_PROCESSES = chosen(
         case("latent", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),
         case("mtp", "tp2", TP2),
         case("mtp", "tp2_sp", TP2_SP),
+        case("mtp", "cp2", CP2, without=["mean_per_rank"]),
         case("mtp", "pp2", f"{PP2} --save {{output}}/checkpoints/mtp_pp2 --save-interval 1000"),
         case("mtp", "pp2_virtual", VPP2),
         case("mtp", "dp2_distributed_optimizer", f"{DIST_OPT} {ACCUMULATED}"),

@@ -211,9 +211,23 @@ def _without_bucket(mark_shared: Callable[..., None]) -> Callable[..., None]:
     return mark
 
 
+def _count_of_all_ranks(roll_tensor: Callable[..., Any]) -> Callable[..., Any]:
+    def roll(tensor: Any, *args: Any, cp_group: Any = None, **options: Any) -> Any:
+        rolled, total = roll_tensor(tensor, *args, cp_group=cp_group, **options)
+        if cp_group is not None and cp_group.size() > 1:
+            dist.all_reduce(total, group=cp_group)
+            total = total / cp_group.size()
+        return rolled, total
+
+    return roll
+
+
 # Special cases that a run can do without, each by the replacement that takes it away.
 EMBEDDING = "megatron_dyt.mcore.embedding"
+PREDICTION = "megatron.core.transformer.multi_token_prediction"
 ABSENCES = {
+    # Megatron's own: the loss of multi-token prediction is a mean over each context parallel rank's tokens.
+    "mean_per_rank": Replacement(PREDICTION, "roll_tensor", _count_of_all_ranks),
     "averaging": Replacement("megatron_dyt.mcore.norm", "mark_averaged", lambda _original: _nothing),
     "sum_of_copies": Replacement(EMBEDDING, "sum_copies", lambda _original: _nothing),
     "bucket": Replacement(EMBEDDING, "mark_shared", _without_bucket),
