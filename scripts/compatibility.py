@@ -178,7 +178,7 @@ def _merged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest_releases(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each dependency of TOUCHED: the release pinned, the one tried, and how its tests went."""
+    """Of each dependency of TOUCHED: the releases pinned and tried, the commit, how its tests went."""
     pins = dict(re.findall(r"^([^=#\s]+)==(\S+)", PINS.read_text(encoding="utf-8"), re.MULTILINE))
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     rows: dict[str, dict[str, Any]] = {}
@@ -192,6 +192,7 @@ def newest_releases(records: list[dict[str, Any]]) -> dict[str, Any]:
                 {
                     "pinned": pins.get(name, ""),
                     "tried": record["versions"][name],
+                    "commit": record["commit"],
                     "tests": [],
                     "outcomes": Counter(),
                 },
@@ -200,7 +201,12 @@ def newest_releases(records: list[dict[str, Any]]) -> dict[str, Any]:
                 if path := next((path for path in paths if test.startswith(path)), None):
                     row["outcomes"][how] += 1
                     row["tests"] += [path] if path not in row["tests"] else []
-    return {name: row for name, row in rows.items() if row["tests"]}
+    # Two processes run them in another order each time.
+    return {
+        name: row | {"tests": sorted(row["tests"], key=TOUCHED[name].index)}
+        for name, row in rows.items()
+        if row["tests"]
+    }
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +246,10 @@ def render(data: dict[str, Any]) -> str:
     ]
     groups = [[name, *(_counts(run["groups"].get(name, {})) for run in runs)] for name in GROUPS]
     newest = [
-        [name, row["pinned"], row["tried"], ", ".join(row["tests"]), _result(row["outcomes"])]
+        [
+            *(name, row["pinned"], row["tried"], row["commit"]),
+            *(", ".join(row["tests"]), _result(row["outcomes"])),
+        ]
         for name, row in data.get("newest", {}).items()
     ]
     skips = sorted({(run["megatron"], why, n) for run in runs for why, n in run["skipped"].items()})
@@ -257,7 +266,7 @@ def render(data: dict[str, Any]) -> str:
             *_table(head, groups),
             "",
             NEWEST,
-            *_table(["dependency", "pinned", "newest, tried", "tests", "result"], newest),
+            *_table(["dependency", "pinned", "newest, tried", "commit", "tests", "result"], newest),
             "",
             "## Not run, and why",
             "",

@@ -87,10 +87,12 @@ def test_a_dependency_s_row_counts_the_tests_that_it_concerns(newest: Path) -> N
     page = compatibility.render(compatibility.collect(known, newest / "none", newest)).splitlines()
     pinned = re.search(r"^lm_eval==(.*)$", compatibility.PINS.read_text(), re.MULTILINE)
     assert pinned
-    assert f"| lm-eval | {pinned[1]} | 9.9 | tests/evaluation/ | 1 passed, 1 failed |" in page
+    assert f"| lm-eval | {pinned[1]} | 9.9 | abc | tests/evaluation/ | 1 passed, 1 failed |" in page
     rows = [line.split(" | ") for line in page if line.startswith("| transformers")]
-    assert [(row[2], row[4]) for row in rows] == [("99.1", "1 passed, 1 failed, 1 skipped |")]
-    assert "| megatron-bridge |  | 7.7 | tests/test_bridge.py | 1 passed |" in page
+    # In the order of TOUCHED, not of the run.
+    found = ("99.1", "tests/hf/, tests/evaluation/", "1 passed, 1 failed, 1 skipped |")
+    assert [(row[2], row[4], row[5]) for row in rows] == [found]
+    assert "| megatron-bridge |  | 7.7 | abc | tests/test_bridge.py | 1 passed |" in page
 
 
 def test_what_has_no_new_results_stays(results: Path, newest: Path) -> None:
