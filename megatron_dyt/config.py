@@ -1,4 +1,4 @@
-"""What a DyT model is made of: alpha by role, bias, embedding scale, function; and the two presets.
+"""What a DyT model is made of: alpha by role, bias, embedding scale, function; and the presets.
 
 DyT does not rescale its input, so a run's success is decided by the scale it starts at. A preset fixes
 that scale:
@@ -8,7 +8,8 @@ that scale:
 - `unit`: unit variance everywhere, at any width: embedding scale 1/std of the embedding, linear layers
   of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere, and the weight (gamma) with
   which DyT hands a unit-variance input on at unit variance.
-- `auto`: `unit` with alpha learned by its logarithm, and without alpha's share of the gradient norm.
+- `auto`, the default: `unit` with alpha 0.5, in front of the MLP 1, learned by its logarithm, and without
+  alpha's share of the gradient norm.
 
 `SETTINGS` is the one table of what a user can set. Megatron's flags, the names in its args and checkpoints,
 and the fields of configs made in code (`DyTFields`) are all made from it.
@@ -31,6 +32,7 @@ NORMALIZATION = "DyT"
 # or on queries and keys.
 Role = Literal["attn", "ffn", "final", "qk"]
 Preset = Literal["paper", "unit", "auto"]
+DEFAULT_PRESET: Preset = "auto"
 Function = Literal["tanh", "erf", "hardtanh", "sigmoid", "isru", "identity"]
 WeightInit = Literal["one", "unit"]
 Backend = Literal["auto", "triton", "torch"]
@@ -46,7 +48,11 @@ PAPER_ALPHA: dict[int, tuple[float, float]] = {
     5120: (0.6, 0.15),
     8192: (0.2, 0.05),
 }
-UNIT_ALPHA = (0.5, 0.25)
+# In front of attention, in front of the MLP or MoE, after the last layer.
+UNIT_ALPHA = (0.5, 0.25, 0.25)
+# DyT hands on at most gamma: 4.2 for alpha 0.25, 2.4 for 0.5 and 1.6 for 1 (output of unit variance).
+# A gated MLP squares it: 17, 6 and 2.5. With 0.25 the stream can run away within the first steps.
+AUTO_ALPHA = (0.5, 1.0, 0.5)
 # The paper has no DyT on queries and keys. They leave a linear layer with about the scale of its
 # input, DyT's output, so alpha 1 puts them inside tanh's curved range under both presets.
 QK_ALPHA = 1.0
@@ -130,11 +136,12 @@ class DyTConfig:
 
     name: Preset = _setting(
         "dyt_preset",
-        "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622; default), "
+        "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622), "
         "'unit' for unit variance at any width (also sets --init-method-std to "
         "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given), "
-        "'auto' for unit with alpha learned by its logarithm and left out of the gradient norm.",
-        default="paper",
+        "'auto' (default) for unit with a larger alpha, learned by its logarithm and left out of the "
+        "gradient norm.",
+        default=DEFAULT_PRESET,
     )
     """The preset that the other values come from; "unit" and "auto" also want linear layers of
     `linear_init_std`."""
@@ -199,7 +206,7 @@ class DyTConfig:
         "itself per step. Default: preset.",
         default=False,
     )
-    """Whether the parameter is `log_alpha`, and alpha = exp(3 log_alpha) (`ops.parameters.alpha_of_log`)."""
+    """Whether the parameter is `log_alpha`, and alpha = exp(10 log_alpha) (`ops.parameters.alpha_of_log`)."""
 
     freeze_alpha: bool = _setting(
         "dyt_freeze_alpha",
@@ -247,7 +254,7 @@ class DyTConfig:
     def paper(cls, hidden_size: int, **overrides: Any) -> Self:
         """The paper's LLaMA settings for a width (`paper_alpha`), embedding scale sqrt(hidden)."""
         attn, other = paper_alpha(hidden_size)
-        return cls._build("paper", attn, other, overrides)
+        return cls._build("paper", (attn, other, other), overrides)
 
     @classmethod
     def unit(cls, hidden_size: int, **overrides: Any) -> Self:
@@ -257,15 +264,16 @@ class DyTConfig:
         Goes with linear layers of std 1/sqrt(hidden_size): see `linear_init_std`.
         """
         scale = {"embedding_scale": "unit", "weight_init": "unit"}
-        return cls._build("unit", *UNIT_ALPHA, scale | overrides)
+        return cls._build("unit", UNIT_ALPHA, scale | overrides)
 
     @classmethod
     def auto(cls, hidden_size: int, **overrides: Any) -> Self:
-        """`unit` with alpha learned by its logarithm, so that a step changes it by a share of itself, and
-        with the alphas' gradients left out of the gradient norm, so that they do not clip all others."""
+        """`unit` with larger alphas (`AUTO_ALPHA`), learned by their logarithm, so that a step changes them
+        by a share of themselves, and with their gradients left out of the gradient norm, so that they do
+        not clip all others."""
         settings: dict[str, Any] = {"embedding_scale": "unit", "weight_init": "unit"}
         settings |= {"log_alpha": True, "alpha_in_grad_norm": False}
-        return cls._build("auto", *UNIT_ALPHA, settings | overrides)
+        return cls._build("auto", AUTO_ALPHA, settings | overrides)
 
     @classmethod
     def preset(cls, name: str, hidden_size: int, **overrides: Any) -> Self:
@@ -297,7 +305,7 @@ class DyTConfig:
             value = getattr(args, setting.arg, None)
             if setting.field and value is not None and (setting.of_model or not of_model):
                 given.setdefault(setting.field, value)
-        return cls.preset(given.pop("name", "paper"), hidden_size, **given)
+        return cls.preset(given.pop("name", DEFAULT_PRESET), hidden_size, **given)
 
     def to_args(self) -> dict[str, str | float | bool]:
         """All settings by their names in Megatron's args."""
@@ -306,13 +314,13 @@ class DyTConfig:
         return {setting.arg: values[setting.field] for setting in SETTINGS if setting.field}
 
     @classmethod
-    def _build(cls, name: Preset, attn: float, other: float, settings: dict[str, Any]) -> Self:
+    def _build(cls, name: Preset, alphas: tuple[float, float, float], settings: dict[str, Any]) -> Self:
         unknown = set(settings) - {each.name for each in fields(cls)}
         if unknown:
             raise UserError(
                 f"DyTConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}."
             )
-        alpha = {"alpha_attn": attn, "alpha_ffn": other, "alpha_final": other}
+        alpha = dict(zip(("alpha_attn", "alpha_ffn", "alpha_final"), alphas, strict=True))
         # Only a bias takes away the sigmoid's mean. Not 2 sigmoid(z) - 1: that is tanh(z / 2), DyT once more.
         centers = settings.get("function") == "sigmoid" and settings.get("weight_init") == "unit"
         preset: dict[str, Any] = {"name": name, "bias": centers, **alpha}

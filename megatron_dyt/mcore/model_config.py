@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_dyt.config import DyTConfig, DyTFields, is_dyt, resolve_embedding_scale
+from megatron_dyt.config import DEFAULT_PRESET, DyTConfig, DyTFields, is_dyt, resolve_embedding_scale
 from megatron_dyt.mcore.args import checked_config, validate_other_norm
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.parsed_args import parsed_args
@@ -51,7 +51,8 @@ def attach(config: TransformerConfig) -> None:
     """Give a DyT model's TransformerConfig its settings, unless it has them.
 
     They come from Megatron's command line. Users of `megatron.core`, who have none, set `config.dyt` to
-    a DyTConfig before they build the model; otherwise the paper's settings for the width are taken. It is
+    a DyTConfig before they build the model; otherwise the default preset is taken, and the linear layers keep
+    the init that the config has. It is
     a plain attribute: `copy.deepcopy` keeps it, `dataclasses.replace` does not. A config with `DyTFields`
     keeps its settings through both.
     """
@@ -59,7 +60,9 @@ def attach(config: TransformerConfig) -> None:
         return
     args = parsed_args()
     by_flags = is_dyt(args) and hasattr(args, "dyt_preset")
-    config.dyt = DyTConfig.from_args(args) if by_flags else DyTConfig.paper(config.hidden_size)
+    config.dyt = (
+        DyTConfig.from_args(args) if by_flags else DyTConfig.preset(DEFAULT_PRESET, config.hidden_size)
+    )
 
 
 def initial_embedding_scale(config: TransformerConfig) -> float | None:
