@@ -57,12 +57,6 @@ class DyTProviderMixin(DyTFields):
         """Register the plugin, then Bridge's own `finalize`; calling it again is fine."""
         register()
         super().finalize()  # type: ignore[misc]  # the provider's
-        config = getattr(self, "dyt", None)
-        if config is not None and config.log_alpha:
-            raise UserError(
-                "dyt_log_alpha is True: Bridge's mappings to and from Hugging Face know alpha, not its "
-                'logarithm. Set it to False; the rest of dyt_preset="auto" stays.'
-            )
 
 
 @dataclass

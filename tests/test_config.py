@@ -187,7 +187,7 @@ def test_every_setting_has_its_name_in_args_and_comes_back_from_there() -> None:
 
 
 def test_what_is_absent_from_args_or_none_is_the_presets() -> None:
-    assert DyTConfig.from_args(Namespace(hidden_size=4096)) == DyTConfig.paper(4096)
+    assert DyTConfig.from_args(Namespace(hidden_size=4096)) == DyTConfig.auto(4096)
     given = Namespace(hidden_size=64, dyt_preset="unit", dyt_bias=None, dyt_alpha_init_ffn=0.3)
     assert DyTConfig.from_args(given) == DyTConfig.unit(64, alpha_ffn=0.3)
 

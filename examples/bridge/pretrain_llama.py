@@ -52,10 +52,10 @@ def config(options: argparse.Namespace) -> Any:
 
 
 def norm_of(norm: str, preset: str) -> dict[str, Any]:
-    """The provider's fields for a norm; RMSNorm starts at the same scale as DyT's preset `unit`."""
+    """The provider's fields for a norm; RMSNorm starts at the same scale as DyT, but for the paper's preset."""
     if norm == "DyT":
         return {}
-    scale = "unit" if preset == "unit" else None
+    scale = None if preset == "paper" else "unit"
     return {"normalization": norm, "dyt_preset": None, "dyt_bias": None, "embedding_scale": scale}
 
 

@@ -75,7 +75,7 @@ def model_parameters(recipe: Recipe, layout: Layout, norm: str = "DyT") -> int:
     copies = 1 if recipe.tie_embeddings and layout.pp == 1 else 2  # The last stage has its own.
     embeddings = copies * recipe.padded_vocab_size(layout.tp) * recipe.hidden_size
     one_norm = norm_parameters(recipe) if norm == "DyT" else recipe.hidden_size
-    scale = int(norm == "DyT" or recipe.preset == "unit")  # of the embedding
+    scale = int(norm == "DyT" or recipe.preset != "paper")  # of the embedding
     matrices = recipe.parameters_without_norms - recipe.embedding_parameters
     return matrices + embeddings + (2 * recipe.num_layers + 1) * one_norm + scale
 

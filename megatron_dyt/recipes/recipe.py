@@ -31,7 +31,7 @@ class Recipe(LlamaShape):
         weight_decay_on: "matrices" or "all"; see `megatron_dyt.mcore.recipe_flags`.
         init_std: of the embedding, and under the preset "paper" of linear layers.
         output_init: "plain" or "depth-scaled"; see `megatron_dyt.mcore.recipe_flags`.
-        preset: DyT's preset, "paper" or "unit".
+        preset: DyT's preset: "paper" or "auto".
         bias: whether each DyT has a bias (beta).
         paper: what the paper reports for this size (loss, zero-shot mean, GPUs); empty if it has none.
         notes: what was ambiguous, what was chosen, and the source.
@@ -105,13 +105,13 @@ class Recipe(LlamaShape):
         )
 
     def _norm_flags(self, norm: str) -> list[str]:
-        """The norm and its start. The RMSNorm twin of a `unit` recipe starts at the same scale; that of a
-        `paper` recipe is the paper's baseline, which has no embedding scale."""
+        """The norm and its start. The RMSNorm twin starts at the same scale; that of a `paper` recipe is the
+        paper's baseline, which has no embedding scale."""
         start = as_flags(
             {"init_method_std": self.linear_init_std, "embedding_init_method_std": self.init_std}
         )
         if norm == "RMSNorm":
-            scale = ["--embedding-scale", "unit"] if self.preset == "unit" else []
+            scale = ["--embedding-scale", "unit"] if self.preset != "paper" else []
             return ["--normalization", "RMSNorm", *start, *scale]
         bias = "--dyt-bias" if self.bias else "--no-dyt-bias"
         return ["--normalization", "DyT", "--dyt-preset", self.preset, bias, *start]
@@ -122,7 +122,7 @@ class Recipe(LlamaShape):
             f"LLaMA {self.name}: {self.parameters_without_norms / 1e9:.3g}B parameters, "
             f"{self.tokens / 1e9:.3g}B tokens in {self.train_iters} steps",
             f"  DyT preset {self.preset}: alpha0 {self.dyt.alpha_attn:g} in front of attention, "
-            f"{self.dyt.alpha_ffn:g} elsewhere",
+            f"{self.dyt.alpha_ffn:g} in front of the MLP, {self.dyt.alpha_final:g} at the end",
         ]
         if self.paper:
             known = self.paper

@@ -44,9 +44,14 @@ def test_an_unknown_norm_is_refused_with_the_choices(parse: Make, capsys: pytest
     assert "DyT" in message.split("choose from")[1]
 
 
-def test_the_paper_is_the_default_and_is_resolved_to_numbers(parse: Make) -> None:
+def test_auto_is_the_default(parse: Make) -> None:
     args = parse("--normalization DyT")
-    assert args.dyt_preset == "paper"
+    assert (args.dyt_preset, args.dyt_log_alpha, args.dyt_alpha_in_grad_norm) == ("auto", True, False)
+    assert (args.dyt_alpha_init_attn, args.dyt_alpha_init_ffn, args.dyt_alpha_init_final) == (0.5, 1.0, 0.5)
+
+
+def test_the_paper_is_resolved_to_numbers(parse: Make) -> None:
+    args = parse("--normalization DyT --dyt-preset paper")
     assert (args.dyt_alpha_init_attn, args.dyt_alpha_init_ffn) == (1.0, 1.0)
     assert (args.dyt_alpha_init_final, args.dyt_alpha_init_qk) == (1.0, 1.0)
     assert (args.dyt_bias, args.dyt_function, args.dyt_backend) == (False, "tanh", "auto")
@@ -175,14 +180,14 @@ def test_a_parser_without_the_norm_flag_is_refused() -> None:
         wrapped(argparse.ArgumentParser())
 
 
-def test_core_users_get_the_papers_settings_or_their_own(make_config: Make) -> None:
+def test_core_users_get_the_default_preset_or_their_own(make_config: Make) -> None:
     config = make_config(hidden_size=4096, num_attention_heads=32)
+    assert config.dyt == DyTConfig.auto(4096)
+    assert initial_embedding_scale(config) == pytest.approx(50.0)
+    config.dyt = DyTConfig.paper(4096)
+    config.__post_init__()
     assert config.dyt == DyTConfig.paper(4096)
     assert initial_embedding_scale(config) == 64.0
-    config.dyt = DyTConfig.unit(4096)
-    config.__post_init__()
-    assert config.dyt == DyTConfig.unit(4096)
-    assert initial_embedding_scale(config) == pytest.approx(50.0)
 
 
 def test_flags_reach_the_model_config(

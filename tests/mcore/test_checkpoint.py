@@ -64,7 +64,7 @@ def test_a_dyt_checkpoint_does_not_load_into_rmsnorm(
     save_model(build_gpt(make_config()), tmp_path / "c")
     with pytest.raises(UserError, match="holds a DyT model and this one is not") as error:
         load(build_gpt(make_config("RMSNorm")), tmp_path / "c", strict=strict)
-    assert "layer_norm_alpha" in str(error.value)
+    assert "layer_norm_log_alpha" in str(error.value)
 
 
 def test_other_dyt_settings_are_named(
@@ -129,7 +129,7 @@ def test_loading_something_without_a_model_is_not_checked() -> None:
 def test_all_virtual_stages_count(make_config: Make, build_gpt: Make) -> None:
     model = build_gpt(make_config())
     keys = set(checkpoint.model_tensor_keys({"model0": model.sharded_state_dict(), "model1": []}))
-    assert "decoder.final_layernorm.alpha" in keys
+    assert "decoder.final_layernorm.log_alpha" in keys
     assert "embedding.embedding_scale.scale" in keys
 
 

@@ -17,7 +17,7 @@ def test_scale_multiplies_the_embeddings_output(make_config: Make, build_gpt: Ma
     tokens, positions = torch.tensor([[1, 2, 3]]), torch.arange(3)[None]
     output = model.embedding(tokens, positions)
     plain = model.embedding.word_embeddings.weight[tokens[0]]
-    torch.testing.assert_close(output[:, 0], plain * 32**0.5)
+    torch.testing.assert_close(output[:, 0], plain * 50.0)
     output.sum().backward()
     expected = plain.detach().sum()
     torch.testing.assert_close(model.embedding.embedding_scale.scale.grad, expected[None])

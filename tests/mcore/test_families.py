@@ -172,8 +172,8 @@ def test_llava_with_dyt_in_both_parts_learns(capsys: pytest.CaptureFixture[str])
     assert model.vision_model.ln_pre.alpha.item() == 0.25
     llava_loss(model).backward()
     for name, site in dyt_sites(model):
-        assert site.alpha.grad is not None, name
-        assert site.alpha.grad.any(), name
+        assert site.alpha_parameter.grad is not None, name
+        assert site.alpha_parameter.grad.any(), name
     assert "keeps its" not in capsys.readouterr().out
 
 

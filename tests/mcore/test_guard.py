@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore.guard import SHOWN, Finding, Guard, merge
 from megatron_dyt.patching import Patches, Replacement
@@ -281,7 +282,9 @@ def test_the_deepest_layer_comes_first_and_the_rest_is_counted() -> None:
 
 def test_alphas_are_followed_where_the_optimizer_has_them(make_config: Make, build_gpt: Make) -> None:
     """As with Megatron-FSDP: in the step the module gets other parameters, which hold anything by then."""
-    model = build_gpt(make_config())
+    config = make_config()
+    config.dyt = DyTConfig.unit(32)
+    model = build_gpt(config)
     site = model.decoder.final_layernorm
     trained = site.alpha
     updates = iter([0.2, -0.1])

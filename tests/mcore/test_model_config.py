@@ -49,11 +49,11 @@ def test_without_fields_replace_falls_back_to_the_preset(make_config: Make) -> N
     """What the fields are there for."""
     config = make_config()
     config.dyt = DyTConfig.unit(32)
-    assert dataclasses.replace(config).dyt == DyTConfig.paper(32)
+    assert dataclasses.replace(config).dyt == DyTConfig.auto(32)
 
 
 def test_alpha_follows_a_changed_width(make: Make) -> None:
-    config = make(dyt_alpha_init_attn=0.7)
+    config = make(dyt_preset="paper", dyt_alpha_init_attn=0.7)
     assert (config.dyt.alpha_attn, config.dyt.alpha_ffn) == (0.7, 1.0)
     wider = dataclasses.replace(config, hidden_size=4096, kv_channels=None, ffn_hidden_size=None)
     assert (wider.dyt.alpha_attn, wider.dyt.alpha_ffn) == (0.7, 0.2)
@@ -82,7 +82,7 @@ def test_another_norm_with_its_embedding_scale(make: Make) -> None:
 
 def test_the_models_norms_start_as_the_fields_say(make: Make, build_gpt: Make) -> None:
     size = {"hidden_size": 32, "use_cpu_initialization": True}
-    config = dataclasses.replace(make(**size, dyt_alpha_init_ffn=0.3, dyt_alpha_init_final=0.4))
+    config = dataclasses.replace(make(**size, dyt_preset="unit", dyt_alpha_init_ffn=0.3, dyt_alpha_init_final=0.4))
     parameters = dict(build_gpt(config).named_parameters())
     assert parameters["decoder.layers.1.pre_mlp_layernorm.alpha"].tolist() == pytest.approx([0.3])
     assert parameters["decoder.final_layernorm.alpha"].tolist() == pytest.approx([0.4])

@@ -63,7 +63,7 @@ def test_an_fp32_residual_stream_leaves_the_norm_in_the_parameters_dtype(
     x = torch.randn(3, 2, 32, requires_grad=True)
     y = norm(x)
     assert y.dtype == (torch.bfloat16 if fp32_residual else torch.float32)
-    expected = torch.tanh(norm.alpha.float() * x) * norm.weight.float()
+    expected = torch.tanh(norm.effective_alpha() * x) * norm.weight.float()
     torch.testing.assert_close(y, expected.to(y.dtype))
     y.sum().backward()
     assert x.grad is not None
@@ -75,7 +75,7 @@ def test_forward_is_dyt_and_shows_its_input_to_a_probe(make_config: Make) -> Non
     x = torch.randn(3, 2, 32)
     seen: list[Any] = []
     norm.probe = lambda module, given: seen.append((module, given))
-    torch.testing.assert_close(norm(x), torch.tanh(norm.alpha * x) * norm.weight)
+    torch.testing.assert_close(norm(x), torch.tanh(norm.effective_alpha() * x) * norm.weight)
     assert seen == [(norm, x)]
 
 
@@ -103,19 +103,22 @@ def test_gradients_reach_every_dyt_parameter(make_config: Make, build_gpt: Make,
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("log_alpha", [False, True])
 def test_alphas_gradient_is_the_slope_of_the_loss(
-    make_config: Make, build_gpt: Make, loss_of: LossOf
+    make_config: Make, build_gpt: Make, loss_of: LossOf, log_alpha: bool
 ) -> None:
-    model = build_gpt(make_config()).double()
+    config = make_config()
+    config.dyt = DyTConfig.paper(32, log_alpha=log_alpha)
+    model = build_gpt(config).double()
     loss_of(model).backward()
     for name, site in dyt_sites(model):
-        step = 2e-2
+        step = 2e-3 if log_alpha else 2e-2
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                site.alpha += sign * step
+                site.alpha_parameter.add_(sign * step)
                 values.append(loss_of(model).item())
-                site.alpha -= sign * step
+                site.alpha_parameter.sub_(sign * step)
         slope = (values[0] - values[1]) / (2 * step)
         # The loss is computed in fp32 whatever the model's dtype.
-        assert site.alpha.grad.item() == pytest.approx(slope, rel=5e-2, abs=1e-4), name
+        assert site.alpha_parameter.grad.item() == pytest.approx(slope, rel=5e-2, abs=1e-4), name

@@ -133,8 +133,8 @@ def test_local_and_transformer_engine_checkpoints_have_the_same_keys(
     assert keys[0] == keys[1]
     sites = ["self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"]
     sites += ["self_attention.q_layernorm.", "self_attention.k_layernorm."] if qk else []
-    expected = {f"decoder.layers.{site}{name}" for site in sites for name in ("alpha", "weight")}
-    expected |= {"decoder.final_layernorm.alpha", "decoder.final_layernorm.weight"}
+    expected = {f"decoder.layers.{site}{name}" for site in sites for name in ("log_alpha", "weight")}
+    expected |= {"decoder.final_layernorm.log_alpha", "decoder.final_layernorm.weight"}
     assert {key for key in keys[0] if "norm" in key} == expected
 
 
@@ -252,7 +252,7 @@ def test_a_layer_on_its_own_is_a_layer_of_a_model(
         assert torch.equal(layer(x, mask)[0], first(x, mask)[0])
         keys = [{t.key for t in tensors(each.sharded_state_dict())} for each in (layer, first)]
         assert keys[0] == keys[1]
-        assert "self_attention.linear_qkv.layer_norm_alpha" in keys[0]
+        assert "self_attention.linear_qkv.layer_norm_log_alpha" in keys[0]
 
 
 def tensors(state: dict[str, Any]) -> list[Any]:

@@ -45,8 +45,8 @@ def test_every_norm_site_is_dyt(
     assert Counter(site.role for _, site in dyt_sites(model)) == expected
     loss_of(model).backward()
     for name, site in dyt_sites(model):
-        assert site.alpha.grad is not None, name
-        assert site.alpha.grad.abs() > 0, name
+        assert site.alpha_parameter.grad is not None, name
+        assert site.alpha_parameter.grad.abs() > 0, name
 
 
 def test_the_norms_are_on_the_latents(make_latent_config: Make, build_gpt: Make) -> None:
@@ -93,7 +93,7 @@ def test_transformer_engine_spec_is_unfused_and_saves_the_same_keys(
     keys = [set(model_tensor_keys({"model": model.sharded_state_dict()})) for model in (te, local)]
     assert keys[0] == keys[1]
     for norm in ("input_layernorm", "self_attention.q_layernorm", "self_attention.kv_layernorm"):
-        assert f"decoder.layers.{norm}.alpha" in keys[0]
+        assert f"decoder.layers.{norm}.log_alpha" in keys[0]
     # The same weights, so the same model.
     assert loss_of(te).item() == loss_of(local).item()
 

@@ -42,8 +42,8 @@ def test_every_norm_of_a_prediction_layer_is_dyt(
     assert layer.final_layernorm.role == "final"
     loss_of(model).backward()
     for name, site in dyt_sites(model):
-        assert site.alpha.grad is not None, name
-        assert site.alpha.grad.abs() > 0, name
+        assert site.alpha_parameter.grad is not None, name
+        assert site.alpha_parameter.grad.abs() > 0, name
 
 
 def test_megatrons_spec_is_not_changed(make_config: Make, block_spec: Callable[..., Any]) -> None:

@@ -37,7 +37,8 @@ def test_dyt_learns_and_reports_itself(megatron_run: Run, tiny_llama: list[str],
 
 
 def test_paper_preset_at_a_small_width_is_warned_about(megatron_run: Run, tiny_llama: list[str]) -> None:
-    run = megatron_run([*tiny_llama, "--normalization", "DyT", "--train-iters", "1"])
+    flags = ["--normalization", "DyT", "--dyt-preset", "paper", "--train-iters", "1"]
+    run = megatron_run([*tiny_llama, *flags])
     assert "WARNING: DyT: linear layers start with gain std*sqrt(hidden) = 0.11" in run.log
 
 
@@ -76,7 +77,8 @@ def test_a_log_alpha_is_resumed_too(megatron_run: Run, tiny_llama: list[str], tm
     whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
     resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
     assert resumed.losses == whole.losses[4:]
-    unit = megatron_run([*tiny_llama, *DYT, "--train-iters", "8"])
+    alphas = ["--dyt-alpha-init-ffn", "1", "--dyt-alpha-init-final", "0.5"]
+    unit = megatron_run([*tiny_llama, *DYT, *alphas, "--train-iters", "8"])
     assert unit.losses[0] == pytest.approx(whole.losses[0], rel=1e-6)
     assert unit.losses[7] != whole.losses[7]
 

@@ -93,7 +93,7 @@ def test_the_twins_differ_in_the_norm_alone(name: str) -> None:
     shared = rms.index("--normalization")
     assert dyt[:shared] == rms[:shared]
     assert not any(flag.startswith("--dyt-") for flag in rms)
-    if recipe.preset == "unit":  # Both start at the same scale.
+    if recipe.preset != "paper":  # Both start at the same scale.
         assert value(rms, "--embedding-scale") == "unit"
 
 
@@ -106,7 +106,7 @@ def test_notes_name_what_the_paper_leaves_open() -> None:
     notes = " ".join(load("34b").notes)
     for word in ("train_iters", "warmup_iters", "warmup_style", "weight_decay_on", "rope_base"):
         assert word in notes
-    assert "alpha0 0.2 in front of attention, 0.05 elsewhere" in load("34b").describe()[1]
+    assert "alpha0 0.2 in front of attention, 0.05 in front of the MLP, 0.05 at the end" in load("34b").describe()[1]
 
 
 def test_an_unknown_recipe_or_norm_is_refused() -> None:
