@@ -157,7 +157,7 @@ def test_overrides_between_construction_and_finalize_count(bridge: Any) -> None:
     provider.finalize()
     provider.dyt_alpha_init_attn = 0.3
     provider.finalize()
-    assert provider.dyt == DyTConfig.paper(8192, bias=True, alpha_attn=0.3)
+    assert provider.dyt == DyTConfig.auto(8192, bias=True, alpha_attn=0.3)
 
 
 def through_dict(provider: Any) -> Any:
@@ -234,8 +234,6 @@ def test_wrong_settings(bridge: Any) -> None:
     provider = bridge.DyTGPTModelProvider(**SMALL, dyt_preset="best")
     with pytest.raises(UserError, match="--dyt-preset is 'best'"):
         provider.finalize()
-    with pytest.raises(UserError, match="know alpha, not its logarithm"):
-        bridge.DyTGPTModelProvider(**SMALL, dyt_preset="auto").finalize()
     baseline = bridge.DyTGPTModelProvider(**SMALL, normalization="RMSNorm", dyt_bias=True)
     with pytest.raises(UserError, match="given with --normalization RMSNorm"):
         baseline.finalize()
@@ -243,7 +241,7 @@ def test_wrong_settings(bridge: Any) -> None:
 
 @pytest.mark.parametrize(
     ("size", "alpha", "std", "output_std"),
-    [("7b", (0.8, 0.2), 0.02, 0.02), ("350m", (0.5, 0.25), 1 / 32, 1 / 32 / 48**0.5)],
+    [("7b", (0.8, 0.2), 0.02, 0.02), ("350m", (0.5, 1.0), 1 / 32, 1 / 32 / 48**0.5)],
 )
 def test_llama_of_a_recipe(
     bridge: Any, size: str, alpha: tuple[float, float], std: float, output_std: float

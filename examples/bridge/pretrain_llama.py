@@ -52,7 +52,7 @@ def config(options: argparse.Namespace) -> Any:
 
 
 def norm_of(norm: str, preset: str) -> dict[str, Any]:
-    """The provider's fields for a norm; RMSNorm starts at the same scale as DyT, but for the paper's preset."""
+    """The provider's fields for a norm; RMSNorm starts at DyT's scale, but for the preset `paper`."""
     if norm == "DyT":
         return {}
     scale = None if preset == "paper" else "unit"

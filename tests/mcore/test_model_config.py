@@ -82,7 +82,9 @@ def test_another_norm_with_its_embedding_scale(make: Make) -> None:
 
 def test_the_models_norms_start_as_the_fields_say(make: Make, build_gpt: Make) -> None:
     size = {"hidden_size": 32, "use_cpu_initialization": True}
-    config = dataclasses.replace(make(**size, dyt_preset="unit", dyt_alpha_init_ffn=0.3, dyt_alpha_init_final=0.4))
+    config = dataclasses.replace(
+        make(**size, dyt_preset="unit", dyt_alpha_init_ffn=0.3, dyt_alpha_init_final=0.4)
+    )
     parameters = dict(build_gpt(config).named_parameters())
     assert parameters["decoder.layers.1.pre_mlp_layernorm.alpha"].tolist() == pytest.approx([0.3])
     assert parameters["decoder.final_layernorm.alpha"].tolist() == pytest.approx([0.4])

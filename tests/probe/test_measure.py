@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.nn import DynamicTanh
+from megatron_dyt.ops.parameters import LOG_ALPHA_RATE
 from megatron_dyt.probe import Measurement, SiteMeasurement, measure
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
@@ -172,12 +173,8 @@ def test_alpha_learned_by_its_logarithm(
     make_config: Callable[..., Any],  # noqa: F811
     build_gpt: Callable[..., Any],  # noqa: F811
 ) -> None:
-    import dataclasses
-
-    config = make_config("DyT")
-    config.dyt = dataclasses.replace(config.dyt, log_alpha=True)
-    model = build_gpt(config)
-    model.decoder.final_layernorm.log_alpha.data.fill_(math.log(0.7) / 3)
+    model = build_gpt(make_config("DyT"))
+    model.decoder.final_layernorm.log_alpha.data.fill_(math.log(0.7) / LOG_ALPHA_RATE)
     ids = torch.arange(32).reshape(2, 16)
     call = {"input_ids": ids, "position_ids": torch.arange(16).expand(2, 16), "attention_mask": None}
     final = sites(measure(model, call, ids))["decoder.final_layernorm"]

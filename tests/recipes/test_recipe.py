@@ -106,7 +106,10 @@ def test_notes_name_what_the_paper_leaves_open() -> None:
     notes = " ".join(load("34b").notes)
     for word in ("train_iters", "warmup_iters", "warmup_style", "weight_decay_on", "rope_base"):
         assert word in notes
-    assert "alpha0 0.2 in front of attention, 0.05 in front of the MLP, 0.05 at the end" in load("34b").describe()[1]
+    assert (
+        "alpha0 0.2 in front of attention, 0.05 in front of the MLP, 0.05 at the end"
+        in load("34b").describe()[1]
+    )
 
 
 def test_an_unknown_recipe_or_norm_is_refused() -> None:
