@@ -20,7 +20,7 @@ VERSIONS ?=
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-versions test-te test-newest compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench docs build clean
+.PHONY: help setup quickstart test test-versions test-te test-newest compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench gpu-wheels gpu-rehearsal docs build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ format: setup ## sort imports and format the code
 
 bench: setup ## run the benchmarks that this machine can; tables go to docs/benchmarks.md
 	@$(PY) benchmarks/run.py
+
+gpu-wheels: setup ## collect what benchmarks/gpu_hour.sh needs on a GPU machine without network (build/gpu-wheels)
+	@$(PY) benchmarks/gpu_wheels.py
+
+gpu-rehearsal: setup ## all of benchmarks/gpu_hour.sh with a CPU in the GPU's place and the network off (minutes)
+	@MEGATRON_DYT_GPU_REHEARSAL=1 $(PY) -m pytest tests/benchmarks/test_gpu_hour.py -k everything --no-cov -s $(PYTEST_ARGS)
 
 docs: setup ## the documentation as a site, in build/docs
 	@$(PY) -m sphinx -W --keep-going -q -b html docs build/docs

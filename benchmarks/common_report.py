@@ -106,10 +106,16 @@ def save(report: dict[str, Any], picture: str, directory: Path | None) -> None:
     """Write figures and picture, and name the files; without a directory nothing."""
     if directory is None:
         return
+    write_atomically(result_path(report, directory).with_suffix(".svg"), picture.encode())
+    save_figures(report, directory)
+
+
+def save_figures(report: dict[str, Any], directory: Path | None) -> None:
+    if directory is None:
+        return
     path = result_path(report, directory)
-    write_atomically(path.with_suffix(".svg"), picture.encode())
     write_json(path, report)
-    print(f"written: {path} and .svg")
+    print(f"written: {path}")
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -135,7 +135,7 @@ def measure_all(args: argparse.Namespace, shape: dict[str, int], device: str, re
     parameters = list({id(p): p for model, _ in twins.values() for p in model.parameters()}.values())
     tokens = torch.randint(shape["vocab_size"], (1, args.tokens), device=device)
     x = torch.randn(1, args.tokens, shape["hidden_size"], device=device, dtype=dtype)
-    for compiled in (False, True):
+    for compiled in (True,) if args.only_compiled else (False, True):
         if compiled and not args.compile:
             report["left_out"]["compiled"] = "torch.compile is off on CPU unless --compile is given"
             continue
@@ -199,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the small model on a GPU too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default on a GPU only")
+    parser.add_argument("--only-compiled", action="store_true", help="not the passes that are not compiled")
     add_output(parser)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     args.layers = args.layers or (2 if small else 32)
     args.tokens = args.tokens or (512 if small else 4096)
     args.rounds = args.rounds or (20 if small else 100)
-    args.compile = device == "cuda" if args.compile is None else args.compile
+    args.compile = device == "cuda" or args.only_compiled if args.compile is None else args.compile
     if args.rounds < 2 or min(args.layers, args.tokens) < 1:
         parser.error("--rounds must be at least 2, --layers and --tokens at least 1")
     shape = SMALL if small else LLAMA_7B

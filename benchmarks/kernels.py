@@ -7,7 +7,8 @@ medians and quartiles, GB/s of the bytes that the operation must move (activatio
 fraction of the copy rate measured in the same run, the error of values and gradients against fp64, and
 the time of one small call on the host. Peers that are not installed are named and left out.
 
-On a CPU, benchmarks/cpu_norms.py does the like.
+On a CPU, benchmarks/cpu_norms.py does the like; --rehearse runs this script there, on tiny shapes and without
+torch.compile, to see that it would on a GPU.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from common_picture import Line, lines_svg
 from common_report import add_output, heading, markdown_table, new_report, save
-from common_timing import Clock, DeviceClock, in_turn, summary
+from common_timing import Clock, DeviceClock, WallClock, in_turn, summary, synchronize
 from peers import PEERS, Inputs, Peer, Result, exact
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def gradients(peer: Peer, result: Result, inputs: Inputs, upstream: Tensor) -> t
 
 def measure_copy(timer: Clock, rounds: int) -> float:
     """Bytes a second, read and written, of torch's copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    source = torch.empty(1 << (30 if DEVICE == "cuda" else 20), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     seconds: list[float] = []
     for i in range(rounds + 3):
@@ -103,12 +104,12 @@ def host_time(peer: Peer, run: Callable[[Inputs], Result], dtype: torch.dtype) -
     inputs = make_inputs(*SMALL, dtype)
     upstream = torch.ones(SMALL, device=DEVICE, dtype=dtype)
     seconds = []
-    for i in range(130):
-        torch.cuda.synchronize()
+    for i in range(130 if DEVICE == "cuda" else 4):
+        synchronize()
         start = time.perf_counter()
         gradients(peer, run(inputs), inputs, upstream)
-        torch.cuda.synchronize()
-        if i >= 30:
+        synchronize()
+        if i >= 30 or DEVICE == "cpu":
             seconds.append(time.perf_counter() - start)
     return summary(seconds)
 
@@ -121,7 +122,7 @@ def working_peers(hidden: int, dtype: torch.dtype, left_out: dict[str, str]) -> 
             run = peer.make(hidden, dtype)
             inputs = make_inputs(64, hidden, dtype)
             gradients(peer, run(inputs), inputs, torch.ones_like(inputs.x))
-            torch.cuda.synchronize()
+            synchronize()
         except Exception as error:  # a peer's fault must not end the run
             left_out[f"{peer.name}, hidden {hidden}"] = f"{type(error).__name__}: {error}"[:200]
         else:
@@ -227,7 +228,7 @@ def picture(report: dict[str, Any]) -> str:
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[args.dtype]
-    timer = DeviceClock()
+    timer = DeviceClock() if DEVICE == "cuda" else WallClock()
     copy_rate = measure_copy(timer, args.rounds)
     report = new_report("kernels", DEVICE, {"dtype": args.dtype, "rounds": args.rounds})
     report |= {"copy_gb_per_s": copy_rate / 1e9, "accuracy": []}
@@ -258,6 +259,13 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def rehearse() -> None:
+    """Everything on the CPU, but what would generate code, which takes longer than all the rest."""
+    global DEVICE, PEERS, SMALL
+    DEVICE, SMALL = "cpu", (4, 64)
+    PEERS = tuple(peer for peer in PEERS if "compile" not in peer.name)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, nargs="+", help=f"default {HIDDEN}")
@@ -265,11 +273,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds per shape (default 30)")
     parser.add_argument("--quick", action="store_true", help=f"hidden {QUICK_HIDDEN}, tokens {QUICK_TOKENS}")
+    parser.add_argument("--rehearse", action="store_true", help="a CPU in the GPU's place")
     add_output(parser)
     args = parser.parse_args(argv)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
-    if not torch.cuda.is_available():
+    if args.rehearse:
+        rehearse()
+    elif not torch.cuda.is_available():
         parser.error("there is no CUDA device; benchmarks/cpu_norms.py times the CPU path")
     args.hidden = args.hidden or (QUICK_HIDDEN if args.quick else HIDDEN)
     args.tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common_report import save, save_figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "benchmarks.md"
 ON_CPU = ("cpu_norms", "cpu_training", "model", "hf_model")
 ON_GPU = ("kernels", "model", "hf_model")
+# Of several reports of one benchmark and day, those that are one measurement in parts.
+PARTS = ("results", "accuracy")
 
 
 def run(benchmark: str, directory: Path) -> bool:
@@ -34,6 +37,25 @@ def run(benchmark: str, directory: Path) -> bool:
     done = subprocess.run([*command, "--output", str(directory)], env=environment)
     print(f"{benchmark}: exit code {done.returncode}, {time.monotonic() - start:.0f} s", flush=True)
     return done.returncode == 0
+
+
+def take(hour: Path, directory: Path) -> None:
+    """Keep what the stages of `gpu_hour.sh` measured; the reports of a benchmark become one."""
+    whole: dict[str, dict[str, Any]] = {}
+    for path in sorted(hour.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        for report in json.loads(path.read_bytes()).get("reports", []):
+            if (known := whole.setdefault(report["benchmark"], report)) is not report:
+                known["left_out"] |= report["left_out"]
+                for part in PARTS:
+                    known[part] = known.get(part, []) + report.get(part, [])
+    for name, report in whole.items():
+        if name == "kernels":
+            report["results"].sort(key=lambda result: (result["hidden"], result["tokens"]))
+        module = importlib.import_module(name)
+        if hasattr(module, "picture"):
+            save(report, module.picture(report), directory)
+        else:
+            save_figures(report, directory)
 
 
 def newest(directory: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -78,7 +100,12 @@ def fill(text: str, results: dict[str, tuple[Path, dict[str, Any]]], docs: Path)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="*", help="which (default: all that this machine can run)")
+    parser.add_argument("--from", type=Path, dest="hour", metavar="DIR", help="run none: take gpu_hour.sh's")
     args = parser.parse_args(argv)
+    if args.hour:
+        take(args.hour, RESULTS)
+        DOCS.write_text(fill(DOCS.read_text(), newest(RESULTS), DOCS))
+        return 0
     names = args.benchmarks or (ON_GPU if torch.cuda.is_available() else ON_CPU)
     unknown = set(names) - {*ON_CPU, *ON_GPU}
     if unknown:

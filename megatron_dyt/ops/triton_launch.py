@@ -1,15 +1,21 @@
 """How the Triton kernels are cut into programs: a table by chip and element size, and the arithmetic on it.
 
 There is no tuning at run time: the same shape gets the same programs on every run, so results are
-reproducible, and the first step of a CUDA graph is no different from the others. The table's numbers
-come from the compiled code (registers) and are held to it by tests/ops/test_triton_compiled.py; they
-have not been tuned by timing.
+reproducible, and the first step of a CUDA graph is no different from the others. The table is
+`launch_table.json`. Its numbers come from the compiled code (registers) and are held to it by
+tests/ops/test_triton_compiled.py; `benchmarks/tune.py` makes rows from timings, which
+MEGATRON_DYT_LAUNCH_TABLE=FILE puts in the place of those here.
 """
 
 import functools
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from megatron_dyt.errors import UserError
 
 # What one access of 16 bytes by each of 4 * 32 threads covers in 2-byte elements, the widest tile of columns.
 # Narrow rows are stacked instead, so that a tile always keeps every thread busy.
@@ -59,21 +65,36 @@ class Plan(NamedTuple):
     max_registers: int | None
 
 
-# (family, bytes of an element) -> plan. An NVIDIA SM has 65536 registers: 3 * 128 threads may have 168 each,
-# 4 * 128 threads 128. An AMD SIMD has 512 per lane, and a program of 4 waves puts one on each SIMD.
-# 4 warps: one for each of an SM's or CU's four schedulers. 4 accesses in flight per thread and operand: of 3
-# programs * 128 threads * 4 accesses * 16 bytes * 3 operands, 73 KB, an H200 needs 23 KB per SM to hide its
-# memory's latency (700 ns). Where it says 2, the programs that shall be resident leave no registers for 4.
-PLANS: dict[tuple[str, int], Plan] = {
-    ("sm80", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
-    ("sm80", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
-    ("sm90", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
-    ("sm90", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
-    ("sm100", 2): Plan(warps=4, forward=4, tanh=4, erf=2, resident=3, max_registers=168),
-    ("sm100", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=4, max_registers=128),
-    ("gfx9", 2): Plan(warps=4, forward=4, tanh=2, erf=2, resident=4, max_registers=None),
-    ("gfx9", 4): Plan(warps=4, forward=4, tanh=4, erf=4, resident=3, max_registers=None),
-}
+def read_table(path: Path) -> dict[tuple[str, int], Plan]:
+    """(family, bytes of an element) -> plan, from {"sm90": {"2": {"warps": 4, ...}, ...}, ...}.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+        table = {
+            (family, int(size)): Plan(**plan)
+            for family, plans in data.items()
+            for size, plan in plans.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no launch table ({error}); benchmarks/tune.py writes one, "
+            f"and {_SHIPPED.name} beside {__name__} has the form"
+        ) from error
+    return table
+
+
+# An NVIDIA SM has 65536 registers: 3 * 128 threads may have 168 each, 4 * 128 threads 128. An AMD SIMD has
+# 512 per lane, and a program of 4 waves puts one on each SIMD. 4 warps: one for each of an SM's or CU's four
+# schedulers. 4 accesses in flight per thread and operand: of 3 programs * 128 threads * 4 accesses * 16 bytes
+# * 3 operands, 73 KB, an H200 needs 23 KB per SM to hide its memory's latency (700 ns). Where it says 2, the
+# programs that shall be resident leave no registers for 4.
+_SHIPPED = Path(__file__).with_name("launch_table.json")
+PLANS = read_table(_SHIPPED)
+if _measured := os.environ.get("MEGATRON_DYT_LAUNCH_TABLE"):
+    PLANS |= read_table(Path(_measured))
 
 INTERPRETER = Chip("sm90", processors=1, warp_size=32, ptx=False)
 

@@ -12,12 +12,11 @@ import torch
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/kernels.py on the CPU."""
+    """benchmarks/kernels.py on the CPU, as --rehearse has it."""
     module = importlib.import_module("kernels")
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    # Generating code takes longer than all the rest.
-    monkeypatch.setattr(module, "PEERS", [p for p in module.PEERS if "compile" not in p.name])
+    for name in ("DEVICE", "PEERS", "SMALL"):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    module.rehearse()
     return module
 
 
@@ -53,8 +52,6 @@ def test_bytes_of_an_operation(kernels: ModuleType) -> None:
 def test_measures_and_reports_every_peer(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timing = importlib.import_module("common_timing")
-    monkeypatch.setattr(kernels, "DeviceClock", timing.WallClock)
     monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
     args = SimpleNamespace(dtype="bf16", rounds=4, hidden=(64, 96), tokens=(8, 16))
     report = kernels.measure_all(args)
@@ -90,8 +87,6 @@ def test_a_shape_that_does_not_fit_is_left_out(
             raise torch.OutOfMemoryError("no memory")
         return original(clock, tokens, *rest)
 
-    timing = importlib.import_module("common_timing")
-    monkeypatch.setattr(kernels, "DeviceClock", timing.WallClock)
     monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
     monkeypatch.setattr(kernels, "measure_shape", measure_shape)
     report = kernels.measure_all(SimpleNamespace(dtype="bf16", rounds=2, hidden=(64,), tokens=(16, 8)))

@@ -1,4 +1,7 @@
-"""The benchmarks of whole models, at tiny shapes: every variant is the model that its name says."""
+"""The benchmarks of whole models, at tiny shapes: every variant is the model that its name says.
+
+On a GPU these are what `pytest -m gpu` has of Megatron's layers, in bf16.
+"""
 
 import importlib
 import re
@@ -12,11 +15,23 @@ import torch
 pytestmark = pytest.mark.needs("training_loop")
 
 
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Of losses and gradients that are rounded at other places.
+TOLERANCES = {"cpu": 1e-6, "cuda": 2e-2}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return str(request.param)
+
+
 @pytest.fixture
-def model() -> Iterator[ModuleType]:
-    """benchmarks/model.py in a world of one CPU process."""
+def model(device: str) -> Iterator[ModuleType]:
+    """benchmarks/model.py in a world of one process on the device."""
     world = importlib.import_module("megatron_world")
-    with world.one_process_world("cpu"):
+    with world.one_process_world(device):
         yield importlib.import_module("model")
 
 
@@ -25,25 +40,70 @@ def shape(model: ModuleType) -> Any:
     return model.Shape(layers=2, hidden=32, ffn=64, heads=4, vocabulary=64, tokens=16, sequences=2)
 
 
-def loss_of(model: Any, shape: Any) -> float:
-    tokens = torch.arange(shape.tokens).expand(shape.sequences, -1) * 7 % shape.vocabulary
-    positions = torch.arange(shape.tokens).expand(shape.sequences, -1)
-    loss: float = model(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().item()
+def loss_tensor(model: Any, shape: Any) -> torch.Tensor:
+    positions = torch.arange(shape.tokens, device=next(model.parameters()).device).expand(shape.sequences, -1)
+    tokens = positions * 7 % shape.vocabulary
+    loss: torch.Tensor = model(tokens, positions, None, labels=tokens.roll(-1, 1)).float().mean()
     return loss
 
 
-def test_variants_compute_what_they_are_called(model: ModuleType, shape: Any) -> None:
+def loss_of(model: Any, shape: Any) -> float:
+    return loss_tensor(model, shape).item()
+
+
+def gradients_of(model: Any, shape: Any) -> torch.Tensor:
+    """All of the model's gradients, in one vector."""
+    loss_tensor(model, shape).backward()
+    return torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+
+def test_variants_compute_what_they_are_called(model: ModuleType, shape: Any, device: str) -> None:
     losses = {
-        v.name: loss_of(model.build(shape, v, "cpu", torch.float32), shape)
+        v.name: loss_of(model.build(shape, v, device, DTYPES[device]), shape)
         for v in model.VARIANTS
         if not v.te and v.plain != "compiled"
     }
     assert losses["dyt fused"] == losses["dyt"]
-    assert losses["dyt eager"] == pytest.approx(losses["dyt"], rel=1e-6)
+    assert losses["dyt eager"] == pytest.approx(losses["dyt"], rel=TOLERANCES[device])
     assert len({round(losses[name], 5) for name in ("rmsnorm torch", "dyt", "derf fused")}) == 3
 
 
-def test_fused_variants_fuse(model: ModuleType, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_gradients_do_not_depend_on_fusion_or_recomputation(
+    model: ModuleType, shape: Any, device: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fused = (v for v in model.VARIANTS if v.name in ("dyt", "dyt fused"))
+    expected = gradients_of(model.build(shape, plain, device, DTYPES[device]), shape)
+    make_config = model.make_config
+
+    def changed(*args: Any) -> Any:
+        config = make_config(*args)
+        if recomputed:
+            config.recompute_granularity, config.recompute_modules = "selective", ["layernorm"]
+        return config
+
+    monkeypatch.setattr(model, "make_config", changed)
+    found = gradients_of(model.build(shape, fused, device, DTYPES[device]), shape)
+    assert (found - expected).norm() <= TOLERANCES[device] * expected.norm()
+
+
+def test_training_steps_lower_the_loss(model: ModuleType, shape: Any, device: str) -> None:
+    (variant,) = (v for v in model.VARIANTS if v.name == "dyt fused")
+    trained = model.build(shape, variant, device, DTYPES[device])
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = loss_tensor(trained, shape)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_fused_variants_fuse(
+    model: ModuleType, shape: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_dyt.mcore.norm import DyTNorm
 
     calls: list[str] = []
@@ -53,10 +113,11 @@ def test_fused_variants_fuse(model: ModuleType, shape: Any, monkeypatch: pytest.
         if variant.te or variant.plain == "compiled" or variant.dyt is None:
             continue
         calls.clear()
-        loss_of(model.build(shape, variant, "cpu", torch.float32), shape)
+        loss_of(model.build(shape, variant, device, DTYPES[device]), shape)
         assert bool(calls) == ("fused" in variant.name), variant.name
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_attention_is_megatrons(model: ModuleType, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = model.VARIANTS[0]
     ours = loss_of(model.build(shape, variant, "cpu", torch.float32), shape)
@@ -69,6 +130,7 @@ def test_attention_is_megatrons(model: ModuleType, shape: Any, monkeypatch: pyte
     assert loss_of(theirs, shape) == pytest.approx(ours, rel=1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_a_row_for_each_variant_that_runs(model: ModuleType, shape: Any) -> None:
     left_out: dict[str, str] = {}
     steps = model.working_variants(shape, "cpu", torch.float32, False, left_out)
@@ -105,7 +167,7 @@ def test_hf_variants_share_all_but_the_norms() -> None:
 
 def test_hf_report_has_every_variant_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = importlib.import_module("hf_model")
-    args = type("Args", (), {"layers": 1, "tokens": 8, "rounds": 2, "compile": False})
+    args = type("Args", (), {"layers": 1, "tokens": 8, "rounds": 2, "compile": False, "only_compiled": False})
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
     report: dict[str, Any] = {"results": [], "left_out": {}, "settings": shape | {"layers": 1, "tokens": 8}}
     hf.measure_all(args, shape, "cpu", report)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.machine_code import CHIPS, Code, compiling_for
 from megatron_dyt.ops import triton_dyt, triton_launch
 from megatron_dyt.ops.parameters import Parameters
-from tests.ops.compiled import CHIPS, Code, compiling_for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

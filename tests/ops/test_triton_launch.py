@@ -1,10 +1,14 @@
 """The launch table's arithmetic: every element is covered, every program has work."""
 
+import json
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.ops import triton_launch as launch
 from megatron_dyt.ops.triton_launch import PLANS, Chip
 
@@ -78,3 +82,19 @@ def test_chip_of_a_rocm_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chip_of_the_interpreter() -> None:
     assert launch.chip_of(torch.device("cpu")) == launch.INTERPRETER
+
+
+def test_a_measured_table_replaces_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = PLANS["sm90", 2]._replace(forward=2)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"sm90": {"2": row._asdict()}}))
+    monkeypatch.setenv("MEGATRON_DYT_LAUNCH_TABLE", str(path))
+    assert runpy.run_path(launch.__file__)["PLANS"] == PLANS | {("sm90", 2): row}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"sm90": {"2": {"warps": 4}}}', '{"sm90": {"x": {}}}'])
+def test_a_file_that_is_no_table_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"table.json is no launch table .*tune.py writes one"):
+        launch.read_table(path)

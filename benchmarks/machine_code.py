@@ -1,4 +1,4 @@
-"""The launchers with a compiler behind them and no device: what would run on a chip, as machine code."""
+"""Kernels compiled for a chip on a machine without one, as machine code."""
 
 import contextlib
 import re
@@ -32,7 +32,7 @@ class Code(NamedTuple):
     kernel: its function's name; binary: the same for launches that run the same compiled code.
     grid, options: of the launch, the compile-time arguments among them.
     instructions: mnemonics of the kernel, in order; loop: those of its largest loop.
-    registers: of a thread. spills: whether any went to memory.
+    registers: of a thread. spills: whether any went to memory. shared: bytes of shared memory of a program.
     """
 
     kernel: str
@@ -43,6 +43,7 @@ class Code(NamedTuple):
     loop: list[str]
     registers: int
     spills: bool
+    shared: int
 
     def count(self, pattern: str, *, in_loop: bool = False) -> int:
         """How many instructions match a regular expression from their start."""
@@ -65,7 +66,13 @@ class _Driver:
         return 0
 
 
-class _CompileInsteadOfLaunch:
+# What was read of a binary, by its hash.
+_FACTS: dict[str, tuple[list[str], list[str], int, bool, int]] = {}
+
+
+class CompileInsteadOfLaunch:
+    """A kernel whose launches, on meta tensors too, compile it and are put into `launches`."""
+
     def __init__(self, kernel: Any, launches: list[Code]) -> None:
         self.kernel = kernel
         self.launches = launches
@@ -73,33 +80,43 @@ class _CompileInsteadOfLaunch:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_(*args: Any, **options: Any) -> None:
             compiled = self.kernel.warmup(*args, grid=grid, **options)
-            known = [code[4:] for code in self.launches if code.binary == compiled.hash]
-            read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
-            facts = known[0] if known else read(compiled.asm)
+            if compiled.hash not in _FACTS:
+                read = _read_amd if "amdgcn" in compiled.asm else _read_nvidia
+                _FACTS[compiled.hash] = (*read(compiled.asm), compiled.metadata.shared)
+            facts = _FACTS[compiled.hash]
             self.launches.append(Code(self.kernel.__name__, compiled.hash, grid, options, *facts))
 
         return compile_
 
 
 @contextlib.contextmanager
-def compiling_for(name: str) -> Iterator[list[Code]]:
-    """`triton_dyt` on meta tensors compiles for a chip of CHIPS; the launches are put into the list."""
-    target, chip = CHIPS[name]
-    launches: list[Code] = []
-    names = ("forward_kernel", "backward_kernel", "finalize_kernel")
-    real, real_chip_of, real_driver = triton_dyt.kernels, triton_launch.chip_of, triton.runtime.driver._active
-    stand_ins = {n: _CompileInsteadOfLaunch(getattr(real, n), launches) for n in names}
+def compiler_for(name: str) -> Iterator[None]:
+    """Triton compiles for a chip of CHIPS, whatever is in this machine."""
+    real = triton.runtime.driver._active
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache
         try:
-            triton.runtime.driver.set_active(_Driver(target))
+            triton.runtime.driver.set_active(_Driver(CHIPS[name][0]))
+            yield
+        finally:
+            triton.runtime.driver._active = real
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[list[Code]]:
+    """`triton_dyt` on meta tensors compiles for a chip of CHIPS; the launches are put into the list."""
+    launches: list[Code] = []
+    names = ("forward_kernel", "backward_kernel", "finalize_kernel")
+    real, real_chip_of = triton_dyt.kernels, triton_launch.chip_of
+    stand_ins = {n: CompileInsteadOfLaunch(getattr(real, n), launches) for n in names}
+    with compiler_for(name):
+        try:
             triton_dyt.kernels = SimpleNamespace(**stand_ins)
-            triton_launch.chip_of = lambda _: chip
+            triton_launch.chip_of = lambda _: CHIPS[name][1]
             yield launches
         finally:
             triton_dyt.kernels = real
             triton_launch.chip_of = real_chip_of
-            triton.runtime.driver._active = real_driver
 
 
 def _tool(name: str, *args: str) -> str:
@@ -108,8 +125,13 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _read_nvidia(asm: dict[str, Any]) -> tuple[list[str], list[str], int, bool]:
+    return read_cubin(asm["cubin"])
+
+
+def read_cubin(cubin: bytes) -> tuple[list[str], list[str], int, bool]:
+    """Instructions, those of the largest loop, registers, and whether there are spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
         sass = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "-res-usage", file.name)
