@@ -53,6 +53,20 @@ def test_every_distinct_text_file_is_in_exactly_one_split(source: Path, tmp_path
         assert record["text"].encode() == (source / record["path"]).read_bytes()
 
 
+def test_docstrings_are_another_corpus_of_the_same_files(source: Path, tmp_path: Path) -> None:
+    for index in range(120):
+        path = source / f"package{index % 3}" / f"module{index}.py"
+        path.write_text(f'''"""Module {index}."""\nclass A:\n    """A class."""\n    x = "no docstring"\n''')
+    (source / "package0" / "broken.py").write_text("def f(:")
+    run(source, tmp_path / "out")
+    args = ["--output", str(tmp_path / "out"), "--source", str(source), "--min-megabytes", "0"]
+    assert corpus.main([*args, "--docstrings"]) == 0
+    found = {r["path"]: r["text"] for split in records(tmp_path / "out").values() for r in split}
+    assert found == {
+        f"package{index % 3}/module{index}.py": f"Module {index}.\n\nA class." for index in range(120)
+    }
+
+
 def test_split_depends_on_the_path_alone(source: Path, tmp_path: Path) -> None:
     (source / "package2" / "zz_copy.py").unlink()
     run(source, tmp_path / "full")
