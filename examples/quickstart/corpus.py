@@ -18,6 +18,7 @@ import json
 import platform
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -52,10 +53,12 @@ def source_files(root: Path) -> list[str]:
 
 def docstrings(source: str) -> str:
     """All docstrings of a file, the module's first; empty where there is none, or no Python 3."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # Of old escapes, in code that is none of ours.
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
     return "\n\n".join(text for text in found if text)
