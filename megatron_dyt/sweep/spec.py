@@ -76,6 +76,41 @@ class Compare:
     baseline: str
     best_over: str | None
 
+    def pairs(self, runs: Sequence[Run]) -> list[tuple[list[Run], list[Run]]]:
+        """For each place on the other axes, the runs there of a point of `axis`, and the baseline's that fit.
+
+        A baseline need not have all axes of what is compared with it: one without an axis serves all values.
+
+        Raises:
+            UserError: two runs of one side differ neither in seed nor in `best_over`.
+        """
+        own = (self.axis, self.best_over)
+        baseline = [run for run in runs if run.point.get(self.axis) == self.baseline]
+        places: dict[frozenset[tuple[str, str]], list[Run]] = {}
+        for run in runs:
+            if self.axis in run.point and run not in baseline:
+                place = frozenset(item for item in run.point.items() if item[0] != self.best_over)
+                places.setdefault(place, []).append(run)
+        found = []
+        for place, here in places.items():
+            fitting = [
+                run for run in baseline if {item for item in run.point.items() if item[0] not in own} <= place
+            ]
+            self._check_one_of_each(here)
+            self._check_one_of_each(fitting)
+            found.append((here, fitting))
+        return found
+
+    def _check_one_of_each(self, runs: Sequence[Run]) -> None:
+        seen: dict[tuple[str | None, Seed], Run] = {}
+        for run in runs:
+            other = seen.setdefault((run.point.get(self.best_over or ""), run.seed), run)
+            if other is not run:
+                raise UserError(
+                    f"compare: {other.name} and {run.name} stand at one place of the comparison; take one of "
+                    "them away, or give both the same axes"
+                )
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -248,7 +283,11 @@ def _compare(content: Yaml, runs: Sequence[Run], axes: Sequence[str]) -> Compare
         raise UserError(f"compare: baseline is {baseline}; {axis} has {', '.join(labels)}")
     if axis == best_over:
         raise UserError(f"compare: axis and best_over are both {axis}; they must differ")
-    return Compare(axis, baseline, best_over)
+    found = Compare(axis, baseline, best_over)
+    # Also point by point, as in summary.csv.
+    for compare in (found, Compare(axis, baseline, None)):
+        compare.pairs(runs)
+    return found
 
 
 def _plot(content: Yaml, axes: Sequence[str]) -> Plot:

@@ -184,27 +184,14 @@ def losses(group: Sequence[Run], results: Results) -> dict[str, float]:
 
 
 def comparisons(sweep: Sweep, results: Results) -> list[Comparison]:
-    """Every point of the compared axis against the baseline, for each place on the other axes.
-
-    A baseline need not have all axes of what is compared with it: one without an axis serves all its values.
-    """
+    """Every point of the compared axis against the baseline, for each place on the other axes."""
     compare = sweep.compare
     if compare is None:
         return []
-    own = (compare.axis, compare.best_over)
-    places: dict[frozenset[tuple[str, str]], list[Run]] = {}
-    baseline = [run for run in sweep.runs if run.point.get(compare.axis) == compare.baseline]
-    for run in sweep.runs:
-        if compare.axis in run.point and run not in baseline:
-            place = frozenset(item for item in run.point.items() if item[0] != compare.best_over)
-            places.setdefault(place, []).append(run)
     found = []
-    for place, runs in places.items():
-        fitting = [
-            run for run in baseline if {item for item in run.point.items() if item[0] not in own} <= place
-        ]
+    for runs, baseline in compare.pairs(sweep.runs):
         ours, there = best(runs, results, compare.best_over)
-        theirs, here = best(fitting, results, compare.best_over)
+        theirs, here = best(baseline, results, compare.best_over)
         difference = interval([there[seed] - here[seed] for seed in there if seed in here])
         point = {axis: label for axis, label in runs[0].point.items() if axis != compare.best_over}
         found.append(Comparison(point, ours, theirs, difference))

@@ -112,6 +112,34 @@ def test_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
         load(tmp_path, text)
 
 
+@pytest.mark.parametrize("best_over", ["", ", best_over: lr"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("{norm: {rms: --a}}", "{norm: {rms: --a, dyt: --b}, final: {rms: --c, dyt: --d}}"),
+        ("{norm: {rms: --a, dyt: --b}, lr: {x: --c}}", "{lr: {x: --c}, norm: {rms: --a, dyt: --b}}"),
+    ],
+)
+def test_two_baselines_at_one_place_are_refused(
+    tmp_path: Path, first: str, second: str, best_over: str
+) -> None:
+    grids = f"grid: [{first}, {second}, {{lr: {{y: --e}}}}]"
+    with pytest.raises(UserError, match=r"norm=(rms|dyt).* and .* stand at one place"):
+        load(tmp_path, f"{grids}\ncompare: {{axis: norm, baseline: rms{best_over}}}")
+
+
+def test_a_baseline_serves_all_points_that_have_an_axis_more(tmp_path: Path) -> None:
+    sweep = load(
+        tmp_path,
+        "grid: [{norm: {rms: --a}}, {norm: {dyt: --b}, alpha: {x: --c, y: --d}}]\n"
+        "compare: {axis: norm, baseline: rms}",
+    )
+    assert sweep.compare is not None
+    assert [[run.name for run in fitting] for _runs, fitting in sweep.compare.pairs(sweep.runs)] == [
+        ["norm=rms,seed=1234"]
+    ] * 2
+
+
 def test_a_file_like_another_adds_to_its_base(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(FILE)
     text = "like: other.yaml\nbase: --num-layers 8\ngrid:\n  lr:\n    flags: --lr {lr}\n    values: 1e-3"
