@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import logging
 import os
 import shutil
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.sweep import outcome
+from megatron_dyt.sweep import outcome, warm
 from megatron_dyt.sweep.outcome import Outcome
 from megatron_dyt.sweep.spec import Run
 
@@ -28,7 +28,6 @@ _LOOK = 0.2
 _GRACE = 10.0
 # So many runs that fail one after the other fail for the same reason, which the others share.
 _FAILURES = 3
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # The program and first arguments to which a run's flags are appended.
 TRAIN = (sys.executable, "-m", "megatron_dyt.pretrain")
@@ -68,7 +67,7 @@ class _Process:
     slot: int
     command: list[str]
     began: float
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | warm.Forked
 
 
 def directory_of(output: Path, run: Run) -> Path:
@@ -103,11 +102,14 @@ def run_all(
     progress = _Progress(len(runs), len(done))
     active: list[_Process] = []
     failures = 0
+    parent = None
+    if waiting and options.program == TRAIN:
+        parent = warm.Parent(_environment(0, options), output / "imports.txt")
     try:
         while waiting or active:
             while waiting and len(active) < options.parallel and failures < _FAILURES:
                 slot = min(set(range(options.parallel)) - {process.slot for process in active})
-                active.append(_start(output, waiting.pop(0), slot, options))
+                active.append(_start(output, waiting.pop(0), slot, options, parent))
             ended = [process for process in active if process.popen.poll() is not None]
             for process in ended:
                 active.remove(process)
@@ -121,6 +123,8 @@ def run_all(
                 time.sleep(_LOOK)
     finally:
         _stop(active)
+        if parent:
+            parent.close()
     return {run: done[run] for run in runs}
 
 
@@ -133,32 +137,42 @@ def _gave_up(output: Path, waiting: Sequence[Run], last: Run, result: Outcome) -
     )
 
 
-def _start(output: Path, run: Run, slot: int, options: Options) -> _Process:
+def _start(output: Path, run: Run, slot: int, options: Options, parent: warm.Parent | None) -> _Process:
     directory = directory_of(output, run)
     if not options.save_interval:
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / outcome.RESULT_NAME).unlink(missing_ok=True)
-    command = [*options.program, *run.flags, *_own_flags(output, directory, slot, options)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(options.threads),
-        # Threads must not burn the time of a busy machine while they wait.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-        **({"CUDA_VISIBLE_DEVICES": _devices(slot, options.gpus)} if options.gpus else {}),
-    }
-    with (directory / outcome.LOG_NAME).open("wb") as log:
-        popen = subprocess.Popen(
+    flags = [*run.flags, *_own_flags(output, directory, slot, options)]
+    command = [*options.program, *flags]
+    log = directory / outcome.LOG_NAME
+    began = time.monotonic()
+    forked = parent and parent.fork(flags, log)
+    return _Process(run, slot, command, began, forked or _popen(command, log, _environment(slot, options)))
+
+
+def _popen(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
             # Ctrl-C in the terminal is for the sweep, which then stops its runs: else they would end first,
             # and count as failed.
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=functools.partial(warm.end_with, os.getpid()),
         )
-    return _Process(run, slot, command, time.monotonic(), popen)
+
+
+def _environment(slot: int, options: Options) -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": str(options.threads),
+        # Threads must not burn the time of a busy machine while they wait.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        **({"CUDA_VISIBLE_DEVICES": _devices(slot, options.gpus)} if options.gpus else {}),
+    }
 
 
 def _own_flags(output: Path, directory: Path, slot: int, options: Options) -> list[str]:
@@ -177,16 +191,10 @@ def _devices(slot: int, gpus: int) -> str:
     return ",".join(visible[n] if visible != [""] and n < len(visible) else str(n) for n in numbers)
 
 
-def _end_with_parent() -> None:
-    """In the child: end when the sweep is killed, or its runs would go on beside those of the next one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _end(output: Path, process: _Process) -> Outcome:
     directory = directory_of(output, process.run)
     seconds = time.monotonic() - process.began
-    result = outcome.of(directory, process.popen.returncode, seconds)
+    result = outcome.of(directory, process.popen.wait(), seconds)
     outcome.save(directory, result, process.run.flags, process.command)
     # Of a run that is done only its numbers are wanted.
     if result.status == "finished":

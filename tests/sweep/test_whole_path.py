@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
-from collections.abc import Sequence
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO
 
 import pytest
 from click.testing import CliRunner
 
 from megatron_dyt.cli.sweep import sweep
 from megatron_dyt.report import dyt_stats, metrics
-from megatron_dyt.sweep import runner
+from megatron_dyt.sweep import runner, warm
+from megatron_dyt.sweep.spec import Run, Seed
 from tests.conftest import TINY_LLAMA
-from tests.ranks import Parent, Rank
 
 pytestmark = pytest.mark.needs("training_loop")
 
@@ -33,24 +32,34 @@ compare: {{axis: norm, baseline: rmsnorm}}
 """
 
 
-def test_two_runs_become_two_rows(tmp_path: Path, ranks: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Forked:
-        """A process like those that the runner starts, forked from one that has imported Megatron."""
+@pytest.fixture(scope="module")
+def parent(training_loop: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[warm.Parent]:
+    """One for all tests here: it takes its time to start."""
+    log = tmp_path_factory.mktemp("parent") / "imports.txt"
+    found = warm.Parent(runner._environment(0, runner.Options()), log)
+    yield found
+    found.close()
 
-        pid = 0
 
-        def __init__(
-            self, command: Sequence[str], stdout: IO[bytes], env: dict[str, str], **_options: object
-        ) -> None:
-            assert command[0] == sys.executable
-            rank = Rank([*command[1:]], stdout.name, environment={"OMP_NUM_THREADS": env["OMP_NUM_THREADS"]})
-            (self.returncode,) = ranks.run([rank], watched=True)
+class Kept:
+    """Gives the queue that parent; `after` is done to each run that has been forked."""
 
-        def poll(self) -> int:
-            return self.returncode
+    def __init__(self, parent: warm.Parent, after: Callable[[warm.Forked], None] = lambda run: None) -> None:
+        self.parent, self.after = parent, after
 
-    constants = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
-    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=Forked, **constants))
+    def fork(self, flags: Sequence[str], log: Path) -> warm.Forked | None:
+        run = self.parent.fork(flags, log)
+        assert run is not None
+        self.after(run)
+        return run
+
+    def close(self) -> None: ...
+
+
+def test_two_runs_become_two_rows(
+    tmp_path: Path, parent: warm.Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "Parent", lambda *_given: Kept(parent))
     file, output = tmp_path / "tiny.yaml", tmp_path / "out"
     file.write_text(FILE)
     done = CliRunner().invoke(sweep, [str(file), "--output", str(output), "--", "--train-iters", "2"])
@@ -65,6 +74,7 @@ def test_two_runs_become_two_rows(tmp_path: Path, ranks: Parent, monkeypatch: py
         assert float(row["valid_loss"]) == validation[-1][1]
     assert [(row["step"], row["tokens"]) for row in rows] == [("2", "256")] * 2
     assert not list(output.rglob("iter_*"))
+    assert "1 threads per process" in (output / rows[0]["directory"] / "log.txt").read_text()
 
     last = dyt_stats.read([output / rows[1]["directory"] / "dyt_stats.jsonl"])[-1]
     assert (last.iteration, rows[0]["alpha_std_attn"]) == (2, "")
@@ -73,3 +83,25 @@ def test_two_runs_become_two_rows(tmp_path: Path, ranks: Parent, monkeypatch: py
         mean = sum(site.alpha_std for site in sites) / len(sites)
         assert float(rows[1][f"alpha_std_{role}"]) == pytest.approx(mean)
         assert 0 <= float(rows[1][f"saturated_{role}"]) <= 1
+
+
+def test_a_run_that_is_killed_is_recorded(
+    tmp_path: Path, parent: warm.Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = Kept(parent, lambda run: os.kill(run.pid, signal.SIGKILL))
+    monkeypatch.setattr(warm, "Parent", lambda *_given: killed)
+    run = Run({"norm": "rmsnorm"}, Seed(1, 1), tuple(TINY_LLAMA.split()))
+    (result,) = runner.run_all(tmp_path, [run], runner.Options(), lambda done: None).values()
+    assert (result.status, result.log_tail[-1]) == ("failed", "ended by signal 9")
+
+
+def test_a_parent_that_is_killed_takes_its_runs_along(tmp_path: Path, parent: warm.Parent) -> None:
+    run = parent.fork(TINY_LLAMA.split(), tmp_path / "log.txt")
+    assert run is not None
+    os.kill(parent.pid, signal.SIGKILL)
+    assert run.wait(60) == -signal.SIGKILL
+    assert parent.fork([], tmp_path / "none.txt") is None
+    until = time.monotonic() + 60
+    while Path(f"/proc/{run.pid}/exe").exists():
+        assert time.monotonic() < until, "it goes on"
+        time.sleep(0.05)
