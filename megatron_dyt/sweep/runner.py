@@ -104,6 +104,7 @@ def run_all(
     failures = 0
     parent = None
     if waiting and options.program == TRAIN:
+        output.mkdir(parents=True, exist_ok=True)
         parent = warm.Parent(_environment(0, options), output / "imports.txt")
     try:
         while waiting or active:

@@ -36,7 +36,8 @@ compare: {{axis: norm, baseline: rmsnorm}}
 def parent(training_loop: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[warm.Parent]:
     """One for all tests here: it takes its time to start."""
     log = tmp_path_factory.mktemp("parent") / "imports.txt"
-    found = warm.Parent(runner._environment(0, runner.Options()), log)
+    environment = runner._environment(0, runner.Options()) | {"CUDA_VISIBLE_DEVICES": ""}
+    found = warm.Parent(environment, log)
     yield found
     found.close()
 
