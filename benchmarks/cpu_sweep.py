@@ -23,7 +23,7 @@ from common_picture import Bar, bars_svg
 from common_report import add_output, heading, markdown_table, new_report, save
 
 from megatron_dyt.report import metrics
-from megatron_dyt.sweep import spec, warm
+from megatron_dyt.sweep import flags, spec, warm
 from megatron_dyt.sweep.sweep import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> None:
     sweep = spec.load(SWEEP, ["--train-iters", str(args.steps)])
     seed = sweep.runs[0].seed
     runs = {run.point["norm"]: run.flags for run in sweep.runs if run.point in POINTS and run.seed == seed}
-    prepare(sweep.prepare)
+    (data,) = {flags.values(words)["valid_data_path"] for words in runs.values()}
+    if not Path(f"{data}.idx").exists():  # The last that is made.
+        prepare(sweep.prepare)
     report = new_report(
         "cpu_sweep", "cpu", {"steps": args.steps, "against": args.against.resolve().name, "runs": runs}
     )
