@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dyt.checkpoints.metadata import read_metadata
 from megatron_dyt.errors import UserError, describe
@@ -47,6 +49,8 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+# Threads that write, a file each: the checksums of what is written take longer than the writing.
+_WRITERS = 2
 
 
 class TorchDistReader:
@@ -148,8 +152,8 @@ def write_torch_dist(
 ) -> None:
     """Write a torch_dist checkpoint directory that every supported Megatron version reads.
 
-    One chunk is in memory at a time. `metadata.json`, by which Megatron knows a complete checkpoint,
-    comes last.
+    Each of two threads has one chunk in memory. `metadata.json`, by which Megatron knows a complete
+    checkpoint, comes last.
 
     Args:
         directory: must not exist, or be empty.
@@ -168,11 +172,25 @@ def write_torch_dist(
     stored = {key: _stored(tensor) for key, tensor in tensors.items()}
     writer = FileSystemWriter(directory)
     writer.set_up_storage_writer(is_coordinator=True)
-    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
-    results = writer.write_data(plan, cast(SavePlanner, _From(tensors, streams))).wait()
-    writer.finish(Metadata({**stored, **dict.fromkeys(streams, BytesStorageMetadata())}), [results])
+    results = _write_items(writer, items, _From(tensors, streams))
+    writer.finish(Metadata({**stored, **dict.fromkeys(streams, BytesStorageMetadata())}), results)
     torch.save(common, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+def _write_items(writer: FileSystemWriter, items: list[WriteItem], source: _From) -> list[list[WriteResult]]:
+    """Not by the writer's own threads: what is raised in one of those is lost, and the file with it."""
+    plans = [writer.prepare_local_plan(SavePlan(items[first::_WRITERS])) for first in range(_WRITERS)]
+    with ThreadPoolExecutor(_WRITERS) as threads:
+        writes = [
+            threads.submit(writer.write_data, plan, cast(SavePlanner, source))
+            for plan in writer.prepare_global_plan(plans)
+        ]
+        try:
+            return [write.result().wait() for write in as_completed(writes)]
+        except BaseException:
+            source.stopped = True
+            raise
 
 
 def _pickled(value: Any) -> io.BytesIO:
@@ -203,13 +221,19 @@ def _stored(tensor: LazyTensor) -> TensorStorageMetadata:
 
 
 class _From:
-    """The call of a SavePlanner that writing needs: makes a chunk when it is written."""
+    """The call of a SavePlanner that writing needs: makes a chunk when it is written.
+
+    Threads may share it; when one has failed, the others need not go on, and `stopped` ends them.
+    """
 
     def __init__(self, tensors: dict[str, LazyTensor], streams: dict[str, io.BytesIO]) -> None:
         self.tensors = tensors
         self.streams = streams
+        self.stopped = False
 
     def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
+        if self.stopped:
+            raise InterruptedError(f"{item.index.fqn} is not written: another thread has failed")
         if item.type == WriteItemType.BYTE_IO:
             return self.streams[item.index.fqn]
         tensor = self.tensors[item.index.fqn]

@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,9 +21,10 @@ from megatron_dyt.atomic import partial_path
 from megatron_dyt.errors import UserError, describe
 
 INDEX = "model.safetensors.index.json"
-# A conversion holds one file's tensors in memory. Smaller files are many: a 70B has 70 of these in bf16.
+# `convert` holds one file's tensors in memory. Smaller files are many: a 70B has 70 of these in bf16.
 MAX_SHARD_BYTES = 2 * 10**9
 LOG_SECONDS = 10  # from one line of progress to the next, where nobody watches
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -72,7 +75,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 
 
 def _follow_umask(directory: Path) -> None:
-    """Give safetensors files the mode of any new file: the library makes them for their owner alone."""
+    """Give safetensors files the mode of any new file: transformers' are for their owner alone."""
     probe = directory / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -100,19 +103,19 @@ def read_config(load: Path) -> dict[str, Any]:
 def write_tensors(
     directory: Path,
     planned: Mapping[str, Tensor],
-    make: Callable[[Sequence[str]], dict[str, Tensor]],
+    make: Callable[[Sequence[str]], Iterator[dict[str, Tensor]]],
     max_bytes: int,
 ) -> None:
-    """Write safetensors files, and their index where there are several; one file's tensors are in memory.
+    """Write safetensors files, and their index where there are several.
+
+    What `make` yields last is written while it makes the next: two such parts are in memory.
 
     Args:
         planned: every tensor by name, on the meta device.
-        make: the tensors of these names, contiguous.
+        make: the tensors of these names, contiguous, in parts of any size and order.
         max_bytes: of a file's tensors; a larger tensor has a file of its own.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     # Not its twin for torch, which takes the size of a view for that of the tensor it is a view of.
     split = split_state_dict_into_shards_factory(
@@ -131,20 +134,54 @@ def write_tensors(
         leave=not on_terminal,
     )
     for file, names in files:
-        try:
-            # The metadata that transformers expects of a file of PyTorch tensors.
-            save_file(make(names), directory / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise _as_os_error(error, directory / file) from error
+        _write_file(directory / file, {name: planned[name] for name in names}, make(names))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _as_os_error(error: Exception, path: Path) -> Exception:
-    """The system's error behind the library's, such as a full disk, for which `describe` has a hint."""
-    code = re.search(r"os error (\d+)", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error
+def _write_file(path: Path, planned: Mapping[str, Tensor], parts: Iterator[dict[str, Tensor]]) -> None:
+    """One safetensors file. The library's own writer wants all its tensors in memory at once.
+
+    Source: the format's description, https://huggingface.co/docs/safetensors: the header's length (8 bytes,
+    little-endian), the header (JSON), and the data, to whose start the offsets refer.
+    """
+    # The metadata that transformers expects of a file of PyTorch tensors.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in planned.items():
+        place, end = [end, end + tensor.nbytes], end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # Readers map the file and want the data aligned.
+    missing = dict(planned)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            start = file.tell()
+            for name, tensor in (each for part in ahead(parts) for each in part.items()):
+                plan = missing.pop(name)
+                if (tensor.shape, tensor.dtype) != (plan.shape, plan.dtype):
+                    raise ValueError(
+                        f"{name}: {tensor.shape} {tensor.dtype} was made, not {plan.shape} {plan.dtype}"
+                    )
+                file.seek(start + header[name]["data_offsets"][0])
+                file.write(tensor.view(torch.uint8).numpy())
+    except OSError as error:  # A write's own has no file's name.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if missing:
+        raise ValueError(f"{', '.join(missing)} was not made")
+
+
+def ahead[T](items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a second thread while the one before it is used; two are in memory."""
+    rest = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, rest, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, rest, end)
+            yield cast(T, item)
 
 
 class SafetensorsReader:

@@ -2,7 +2,7 @@
 
 Reads torch_dist checkpoints of LLaMA models, DyT or RMSNorm, saved at any parallel layout, and writes
 safetensors, configuration, tokenizer, model card and, for DyT, the modeling file. No GPU and no model is
-needed; one safetensors file's tensors are in memory at a time.
+needed; two modules' tensors are in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,26 +105,26 @@ class Plan:
         self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self.parameters = sum(tensor.numel() for tensor in self.tensors.values())
 
-    def make(self, read: mapping.Read, names: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors. A module whose tensors lie in two files is made for each of them."""
-        found: dict[str, Tensor] = {}
+    def make(self, read: mapping.Read, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """These tensors, module by module. A module whose tensors lie in two files is made for each."""
         for module, planned in self._modules.items():
             if wanted := planned.keys() & names:
                 made = mapping.exported(module, self.model, read, self.folded)
-                found |= {name: made[name].to(self.dtype) for name in wanted}
-        return found
+                yield {name: made[name].to(self.dtype) for name in wanted}
 
 
 def _folded_roles(model: Model) -> tuple[str, ...]:
     """The roles whose weight can go into the linear layer behind them.
 
-    Not the final one of a model with a shared embedding: its output layer is the embedding.
+    Not the final one where the output layer is the embedding, nor one with a bias: LLaMA's output layer has
+    none, so what serves LLaMAs may know of none.
     """
     if model.dyt is None:
         raise UserError(
             "--fold-weight is for DyT models: Hugging Face has no RMSNorm without a weight. Leave it out"
         )
-    return ("attn", "ffn") if model.shape.tie_embeddings else ("attn", "ffn", "final")
+    within = ("attn", "ffn")
+    return within if model.hf_shape(within).tie_embeddings or model.dyt.bias else (*within, "final")
 
 
 def _without_padding(model: Model, vocab_size: int, job: Export) -> Model:

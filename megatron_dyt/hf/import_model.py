@@ -2,7 +2,7 @@
 
 Reads a local directory of a LlamaForCausalLM or a LlamaDyTForCausalLM (an export, without --fold-weight)
 and writes a torch_dist checkpoint that every parallel layout loads, to be trained on with --finetune or
-evaluated. One tensor is in memory at a time.
+evaluated. Two tensors are in memory at a time, one for each of two threads.
 """
 
 from __future__ import annotations

@@ -122,12 +122,12 @@ def _hf_sizes(model: Model, folded: Collection[str]) -> dict[str, Sizes]:
     sizes, shape = megatron_sizes(model), model.hf_shape(folded)
     for row in sizes:
         sizes[row] = {"alpha" if name == "log_alpha" else name: size for name, size in sizes[row].items()}
-    if model.dyt is None:
+    if model.scale_is_folded(folded):
         sizes[EMBEDDING_SCALE] = {}
     if not shape.tie_embeddings:
         sizes[OUTPUT] = dict(sizes[EMBEDDING])
     biased = {QKV: shape.qkv_bias, PROJ: shape.qkv_bias, FC1: shape.linear_bias, FC2: shape.linear_bias}
-    for row, has_bias in (biased | {OUTPUT: model.has_output_bias(folded)}).items():
+    for row, has_bias in biased.items():
         if has_bias:
             sizes[row]["bias"] = sizes[row]["weight"][:1]
     for role, norm in FOLDS.values():
@@ -178,8 +178,8 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
         tensors["alpha"] = alpha_of_log(log_alpha).to(log_alpha.dtype)
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
-    if row == EMBEDDING and model.dyt is None and model.embedding_scale is not None:
-        # LLaMA has no such scalar. Rounded as Megatron rounds the scaled embedding's output.
+    if row == EMBEDDING and model.scale_is_folded(folded):
+        # Rounded as Megatron rounds the scaled embedding's output.
         table, scale = tensors["weight"], read(f"{EMBEDDING_SCALE}scale", None)
         tensors["weight"] = (table * scale.float()).to(table.dtype)
     role, norm = FOLDS.get(row, ("", ""))
@@ -215,9 +215,8 @@ def imported(module: Module, name: str, model: Model, read: Callable[[str], Tens
     Rows of the vocabulary that Hugging Face does not have are 0.
     """
     tensor = join(module.row, [read(hf_name) for hf_name in module.hf_names(name)], model.shape)
-    if module.row in (EMBEDDING, OUTPUT):
-        return torch.nn.functional.pad(tensor, (0, 0, 0, model.shape.vocab_size - len(tensor)))
-    return tensor
+    missing = model.shape.vocab_size - len(tensor) if module.row in (EMBEDDING, OUTPUT) else 0
+    return torch.nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
 
 
 # --- tensors that Megatron has in one -------------------------------------------------------------
@@ -235,7 +234,7 @@ def join(row: str, parts: list[Tensor], shape: LlamaShape) -> Tensor:
     if row == QKV:
         q, k, v = parts
         return join_qkv(q, k, v, shape)
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def split_qkv(qkv: Tensor, shape: LlamaShape) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,24 +121,23 @@ class Model:
     def hf_shape(self, folded: Collection[str] = ()) -> LlamaShape:
         """The export's shape. transformers has one switch for attention's biases and one for the MLP's.
 
-        Its output layer is the embedding's matrix as in Megatron, unless that of an RMSNorm model is
-        multiplied with its scale, for which LLaMA has no place.
+        Its output layer is the embedding's matrix as in Megatron, unless that is multiplied with
+        its scale.
 
         Args:
             folded: roles whose DyT is folded; see `mapping.exported`.
         """
         beta = self.has_dyt_bias
-        scale_is_folded = self.dyt is None and self.embedding_scale is not None
         return replace(
             self.shape,
             qkv_bias=self.shape.qkv_bias or (beta and "attn" in folded),
             linear_bias=self.shape.linear_bias or (beta and "ffn" in folded),
-            tie_embeddings=self.shape.tie_embeddings and not scale_is_folded,
+            tie_embeddings=self.shape.tie_embeddings and not self.scale_is_folded(folded),
         )
 
-    def has_output_bias(self, folded: Collection[str]) -> bool:
-        """Whether the export's output layer has a bias: that of a folded DyT."""
-        return self.has_dyt_bias and "final" in folded
+    def scale_is_folded(self, folded: Collection[str]) -> bool:
+        """Whether the export's embedding is multiplied with its scale: LLaMA has no place for one."""
+        return self.embedding_scale is not None and (self.dyt is None or bool(folded))
 
     def hf_config(
         self, dtype: torch.dtype, tokenizer: TokenizerFacts | None, folded: Collection[str] = ()
@@ -164,9 +163,8 @@ class Model:
             dyt_alpha_init={role: self.dyt.alpha(role) for role in roles},
             dyt_weight_init={role: self.dyt.initial_weight(role) for role in roles},
             dyt_folded=list(folded),
-            embedding_scale=self.embedding_scale,
+            embedding_scale=None if self.scale_is_folded(folded) else self.embedding_scale,
             qk_layernorm=self.shape.qk_layernorm,
-            lm_head_bias=self.has_output_bias(folded),
         )
         config.auto_map = dict(AUTO_MAP)
         return config

@@ -79,7 +79,7 @@ def _notes(model: Model, folded: Sequence[str], has_tokenizer: bool) -> list[str
         notes.append(f"`{MODELING_FILE}` holds the model's code; it needs torch and transformers alone.")
     for role in folded:
         notes.append(f"The weight of the DyT in front of {_BEHIND[role]} is folded into {_BEHIND[role]}.")
-    if model.dyt is None and model.embedding_scale is not None:
+    if model.scale_is_folded(folded):
         untied = ", and the output layer is no longer shared with it" if model.shape.tie_embeddings else ""
         notes.append(f"The learned scale of the embedding is multiplied into it{untied}.")
     if not has_tokenizer:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, Qwen3Config
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -55,10 +55,13 @@ class LlamaDyTConfig(LlamaConfig):
         dyt_folded: roles whose weight and bias are part of the linear layer behind them.
         embedding_scale: initial value of the learnable scalar on the embedding; None for no scalar.
         qk_layernorm: whether queries and keys of each head pass a DyT.
-        lm_head_bias: whether the output layer has a bias (a folded DyT bias).
+        lm_head_bias: whether the output layer has a bias.
     """
 
     model_type = "llama_dyt"
+    # LLaMA's, and for the norms of queries and keys what this release has for such norms: a rank has its own
+    # heads, so their gradients are partial. Other DyTs, and the embedding with its scale, are replicated.
+    base_model_tp_plan = Qwen3Config.base_model_tp_plan
 
     dyt_function: str = "tanh"
     dyt_bias: bool = False
@@ -143,28 +146,26 @@ _ATTENTION_TAKES = frozenset(
 class LlamaDyTAttention(Qwen3Attention):
     """LLaMA's attention, with DyT on the queries and keys of each head where the model has it.
 
-    Qwen3's attention is LLaMA's with a norm at these places.
+    Qwen3's attention is LLaMA's with a norm at these places. Its forward is not overridden: vLLM looks in the
+    source of this class's forward for the call of transformers' attention interface, and vLLM and SGLang pass
+    keywords of their own through it.
 
     Raises:
-        TypeError: at a call with a keyword that this release's attention does not know. transformers drops
-            such a one, and with the cache under another name each new token would see itself alone.
+        TypeError: this release's decoder layer hands on what its attention does not know. transformers drops
+            such a keyword, and with the cache under another name each new token would see itself alone.
     """
 
     def __init__(self, config: LlamaDyTConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.q_norm = LlamaDyT(config, "qk", self.head_dim) if config.qk_layernorm else nn.Identity()
-        self.k_norm = LlamaDyT(config, "qk", self.head_dim) if config.qk_layernorm else nn.Identity()
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        unknown = [name for name in kwargs if name not in _ATTENTION_TAKES]
+        unknown = inspect.signature(LlamaDecoderLayer.forward).parameters.keys() - _ATTENTION_TAKES
         if unknown:
-            known = ", ".join(sorted(_ATTENTION_TAKES - {"self", "kwargs"}))
             raise TypeError(
-                f"{', '.join(unknown)} given to the attention, which in transformers "
-                f"{transformers.__version__} takes {known}. Leave it out, or use a release of "
+                f"transformers {transformers.__version__} gives {', '.join(sorted(unknown))} to an attention "
+                f"that takes {', '.join(sorted(_ATTENTION_TAKES - {'self', 'kwargs'}))}. Use a release of "
                 "transformers that docs/huggingface.md of megatron_dyt names"
             )
-        return super().forward(*args, **kwargs)
+        self.q_norm = LlamaDyT(config, "qk", self.head_dim) if config.qk_layernorm else nn.Identity()
+        self.k_norm = LlamaDyT(config, "qk", self.head_dim) if config.qk_layernorm else nn.Identity()
 
 
 class LlamaDyTDecoderLayer(LlamaDecoderLayer):

@@ -48,8 +48,9 @@ names = ["input_ids", "attention_mask"]
 transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=names).save_pretrained("DIR")
 """,
 }
+GIVEN["docs/serving.md"] = GIVEN["docs/huggingface.md"]
 # Pages in one process: what must come before Megatron is imported, first.
-ORDER = ("docs/cpu-runtime.md", "docs/convert.md", "docs/huggingface.md")
+ORDER = ("docs/cpu-runtime.md", "docs/convert.md", "docs/huggingface.md", "docs/serving.md")
 RUNNER = """
 import json, sys, traceback
 results = {}

@@ -86,18 +86,37 @@ def test_folding_removes_the_weights(save_gpt: Save, tmp_path: Path) -> None:
     saved = save_gpt("DyT", dyt=DyTConfig.unit(32, bias=True), qk_layernorm=True)
     names = tensor_names(saved.export(tmp_path / "out", fold_weight=True))
     norms = {name for name in names if "norm" in name and not name.endswith("alpha")}
-    # Between queries or keys and their product is no linear layer.
+    # Between queries or keys and their product is no linear layer, and LLaMA's output layer has no bias.
     assert norms
-    assert all(re.search(r"[qk]_norm\.(weight|bias)$", name) for name in norms)
-    assert "lm_head.bias" in names
+    assert all(re.search(r"([qk]_norm|model\.norm)\.(weight|bias)$", name) for name in norms)
+    assert "lm_head.bias" not in names
     assert "model.layers.1.mlp.gate_proj.bias" in names
 
 
-def test_shared_output_layer_is_not_folded_into(save_gpt: Save, tmp_path: Path) -> None:
-    saved = save_gpt("DyT", model={"tied": True})
+@pytest.mark.parametrize(
+    ("dyt", "tied"),
+    [(DyTConfig.paper(32, embedding_scale="none"), True), (DyTConfig.unit(32, bias=True), False)],
+)
+def test_final_dyt_stays_where_the_output_layer_has_no_place_for_it(
+    save_gpt: Save, tmp_path: Path, dyt: DyTConfig, tied: bool
+) -> None:
+    saved = save_gpt("DyT", dyt=dyt, model={"tied": tied})
     output = saved.export(tmp_path / "out", fold_weight=True)
-    assert "model.norm.weight" in tensor_names(output)
+    names = tensor_names(output)
+    assert "model.norm.weight" in names
+    assert ("lm_head.weight" in names) != tied
     assert json.loads((output / "config.json").read_text())["dyt_folded"] == ["attn", "ffn"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_folding_takes_the_embedding_scale(save_gpt: Save, tmp_path: Path, tied: bool) -> None:
+    """vLLM and SGLang put a plain embedding in its place."""
+    saved = save_gpt("DyT", dyt=DyTConfig.paper(32), model={"tied": tied})
+    output = saved.export(tmp_path / "out", fold_weight=True)
+    assert not tensor_names(output) & {"model.embed_tokens.scale", "model.norm.weight"}
+    config = json.loads((output / "config.json").read_text())
+    assert config["embedding_scale"] is None
+    assert not config["tie_word_embeddings"]
 
 
 def tensor_names(output: Path) -> set[str]:

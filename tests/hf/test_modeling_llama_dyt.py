@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,45 @@ def test_generation_with_cache_is_that_without(qk: bool, attention: str) -> None
     assert torch.allclose(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-4)
 
 
-def test_attention_refuses_a_keyword_that_it_does_not_know() -> None:
+def test_attention_refuses_a_decoder_layer_that_hands_on_what_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """transformers would drop it, and with it the cache under another name."""
-    model = small_model()
-    with pytest.raises(TypeError, match=r"kv_store given to the attention, which in transformers .* takes"):
-        model(TOKENS, kv_store=None)
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, hidden_states, kv_store: None)
+    with pytest.raises(
+        TypeError, match=r"transformers .* gives kv_store to an attention that takes .*hidden"
+    ):
+        small_model()
+
+
+def test_attention_is_that_of_the_attention_interface_with_its_keywords() -> None:
+    """vLLM and SGLang put their own function there, and SGLang's takes keywords of its own."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layers = []
+
+    def attention(module: Any, *args: Any, forward_batch: object, **kwargs: Any) -> Any:
+        layers.append((module.layer_idx, forward_batch))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    model = small_model(qk_layernorm=True)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        AttentionInterface.register("serving", attention)
+        model.config._attn_implementation = "serving"
+        found = model.model(
+            TOKENS, position_ids=torch.arange(12)[None], use_cache=False, return_dict=False, forward_batch=7
+        )
+        assert torch.allclose(model.lm_head(found[0]), expected, atol=1e-6)
+    assert layers == [(0, 7), (1, 7)]
+    # vLLM reads the source of the class's forward for this call.
+    assert "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(
+        inspect.unwrap(type(model.model.layers[0].self_attn).forward)
+    )
+    assert type(model)._supports_attention_backend
 
 
 def test_training_reaches_every_parameter() -> None:
