@@ -49,8 +49,8 @@ def test_equals_one_forward_pass_a_token(
     """Megatron's own logits, one sequence at a time, against batches of rows and of shared rows."""
     loaded = load_model(str(trained(norm).directory))
     with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            parameter.mul_(2)  # Away from uniform probabilities, where errors would hide.
+        # Away from uniform probabilities, where errors would hide.
+        loaded.model.output_layer.weight.mul_(4)
 
     def logits(tokens: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -67,7 +67,7 @@ def test_equals_one_forward_pass_a_token(
     for mode in ("flat", "shared"):  # Sharing changes the model.
         scores = scorer_of(loaded, mode).score(items)
         for item, score, (each, greedy) in zip(items, scores, expected, strict=True):
-            assert score.logprob == pytest.approx(sum(each), abs=1e-5 * len(item.targets), rel=2e-6)
+            assert score.logprob == pytest.approx(sum(each), abs=1e-5 * len(item.targets))
             assert score.greedy == greedy
         assert scores[-1].greedy
         assert not scores[2].greedy
