@@ -44,8 +44,8 @@ def test_latent_down_projections_are_whole_on_each_rank(make_latent_config: Any,
     assert attention.linear_q_up_proj.weight.tensor_model_parallel
     # Each rank has seen its part of the tokens: Megatron sums, and must not average.
     for _, site in dyt_sites(model):
-        assert site.alpha.sequence_parallel
-        assert not getattr(site.alpha, "average_gradients_across_tp_domain", False)
+        assert site.alpha_parameter.sequence_parallel
+        assert not getattr(site.alpha_parameter, "average_gradients_across_tp_domain", False)
     if compat.has("latent_attention_without_te"):
         local = build_gpt(make_latent_config(**TWO), te=False)
         assert local.decoder.layers[0].self_attention.linear_q_down_proj.weight.shape == (8, 32)
