@@ -194,7 +194,7 @@ TransformerConfig(**size, normalization="RMSNorm")
 assert not megatron_dyt.is_registered()
 config = TransformerConfig(**size, normalization="DyT")
 assert megatron_dyt.is_registered()
-assert (config.dyt.alpha_attn, config.dyt.alpha_ffn) == (0.8, 0.2)
+assert (config.dyt.name, config.dyt.alpha_ffn) == ("auto", 1.0)
 again = TransformerConfig(**size, normalization="DyT")
 assert again.dyt == config.dyt and vars(again).keys() == vars(config).keys()
 
