@@ -27,10 +27,14 @@ from megatron_dyt.atomic import read_json, write_json  # noqa: E402
 STAGE_SECONDS = 8 * 60.0
 # Less is not worth the start of a process.
 LEAST_SECONDS = 60.0
+# torch and CUDA start in 10 to 20 s; a driver in trouble hangs for ever.
+PROBE_SECONDS = 120.0
 # In the folder of unpacked wheels: Python runs it as it starts, and it reads their .pth files.
 SITE = "import pathlib, site\n\nsite.addsitedir(str(pathlib.Path(__file__).parent))\n"
 # The kernels are compiled for sm_80 and later; no earlier chip has bf16.
 OLDEST = (8, 0)
+# What a stage leaves under this name is the launch table of those after it.
+TABLE = "launch_table.json"
 GB = 1e9
 
 
@@ -53,7 +57,8 @@ class Stage(NamedTuple):
 
 MEGATRON = ("megatron.core", "matplotlib")
 PYTEST = "-m pytest -q -p no:cacheprovider -W ignore"
-PEERS = ("liger_kernel", "quack", "cutlass")
+# cutlass alone is there without the wheel of its cutlass_dsl, which quack needs.
+PEERS = ("liger_kernel", "quack", "cutlass.cutlass_dsl")
 
 
 def kernels(hidden: int) -> Stage:
@@ -129,7 +134,7 @@ import importlib.util, json, sys, warnings
 def there(name):
     try:
         return importlib.util.find_spec(name) is not None
-    except ImportError:
+    except Exception:
         return False
 found = {"missing": [name for name in sys.argv[1:] if not there(name)], "torch": None, "gpu": None, "why": ""}
 if "torch" not in found["missing"]:
@@ -191,7 +196,13 @@ def _installed(distribution: str) -> bool:
 def probe(modules: Iterable[str], environment: dict[str, str]) -> dict[str, Any]:
     """What of `modules` is missing, torch's version and the GPU, or why there is none."""
     command = [sys.executable, "-c", PROBE, "torch", "triton", *modules]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        why = f"it did not answer within {PROBE_SECONDS:g} s"
+        return {"missing": [], "torch": None, "gpu": None, "why": why}
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -235,8 +246,8 @@ def obstacle(stage: Stage, found: dict[str, Any]) -> str:
 
 def run(
     stage: Stage, seconds: float, output: Path, environment: dict[str, str], rehearse: bool
-) -> dict[str, Any]:
-    """Run the stage for at most `seconds`; returns its result."""
+) -> tuple[dict[str, Any], BaseException | None]:
+    """Run the stage for at most `seconds`; returns its result, and what was to end this process meanwhile."""
     directory = output / "work" / stage.name
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.glob("*.json"):
@@ -245,6 +256,7 @@ def run(
     command = [word.format(dir=directory, seconds=int(seconds - 10)) for word in template.split()]
     log = directory / "log"
     began = time.monotonic()
+    stopped: BaseException | None = None
     with log.open("w") as file:
         # A group of its own, to end with all that it has started, in this session, whose end is its end too.
         process = subprocess.Popen(
@@ -259,6 +271,8 @@ def run(
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
+        except (KeyboardInterrupt, SystemExit) as stop:
+            code, stopped = None, stop
         finally:
             _end(process)
     lines = log.read_text(errors="replace").splitlines()
@@ -273,10 +287,12 @@ def run(
         "log": lines[-200:],
     }
     if code is None:
-        result["why"] = f"it did not end within {seconds:.0f} s"
+        result["why"] = "it was interrupted" if stopped else f"it did not end within {seconds:.0f} s"
     elif code:
         result["why"] = f"exit code {code}: {result['why']}"
-    return result
+    elif (table := directory / TABLE).is_file():
+        table.replace(output / "work" / TABLE)
+    return result, stopped
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -311,7 +327,7 @@ def environment_for(output: Path, rehearse: bool) -> dict[str, str]:
     """Of the stages: this checkout, the unpacked wheels, no network, the launch table that was measured."""
     path = [str(ROOT), str(output / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    table = output / "work" / "tune" / "launch_table.json"
+    table = output / "work" / TABLE
     if table.is_file():
         environment["MEGATRON_DYT_LAUNCH_TABLE"] = str(table)
     if rehearse:
@@ -332,7 +348,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     end = time.monotonic() + (60 * args.minutes if args.minutes else float("inf"))
     stages = chosen(args.stages, args.tune)
-    output = args.output.resolve()
+    # Apart from the results of a GPU, which would be taken for done.
+    output = args.output.resolve() / ("rehearsal" if args.rehearse else "")
     for fault in unpack(args.wheels, output / "site"):
         print(f"gpu_hour: {fault}")
     modules = sorted({name for stage in stages for name in (*stage.needs, *stage.wants)})
@@ -360,11 +377,15 @@ def run_or_skip(
     why = obstacle(stage, found)
     if not why and seconds < LEAST_SECONDS:
         why = "no time is left"
+    stopped = None
     if why:
         result = {"stage": stage.name, "state": "left out", "why": why, "reports": []}
     else:
         print(f"{stage.name:15} {stage.what} ...", flush=True)
-        result = run(stage, seconds, output, environment_for(output, args.rehearse), args.rehearse)
+        environment = environment_for(output, args.rehearse)
+        if stage is TUNE:  # It starts from the table that is shipped.
+            environment.pop("MEGATRON_DYT_LAUNCH_TABLE", None)
+        result, stopped = run(stage, seconds, output, environment, args.rehearse)
         result["lacking"] = [name for name in stage.wants if name in found["missing"]]
     if result["state"] == "done" or before.get("state") != "done":
         write_json(path, result)
@@ -372,6 +393,8 @@ def run_or_skip(
     words = [f"{result['state']}{took}", *([] if result["state"] == "done" else [result["why"]])]
     words += [f"without {name}" for name in result.get("lacking", ())]
     print(f"{stage.name:15} {', '.join(words)}", flush=True)
+    if stopped:
+        raise stopped
     return str(result["state"])
 
 

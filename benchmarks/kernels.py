@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from common_picture import Line, lines_svg
-from common_report import add_output, heading, markdown_table, new_report, save
+from common_report import add_output, heading, markdown_table, new_report, save, save_figures
 from common_timing import Clock, DeviceClock, WallClock, in_turn, summary, synchronize
 from peers import PEERS, Inputs, Peer, Result, exact
 from torch import Tensor
@@ -231,7 +231,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     timer = DeviceClock() if DEVICE == "cuda" else WallClock()
     copy_rate = measure_copy(timer, args.rounds)
     report = new_report("kernels", DEVICE, {"dtype": args.dtype, "rounds": args.rounds})
-    report |= {"copy_gb_per_s": copy_rate / 1e9, "accuracy": []}
+    report |= {"copy_gb_per_s": copy_rate / 1e9, "accuracy": [], "host": {}}
     print(f"{heading(report)}, {args.dtype}, copy {copy_rate / 1e9:.0f} GB/s")
     # torch.compile makes code for each shape; past its limit it would run eagerly without a word.
     torch._dynamo.config.recompile_limit = 8 * len(args.tokens)
@@ -246,6 +246,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             report["results"].append({"tokens": tokens, "hidden": hidden, "peers": figures})
             print_shape(tokens, hidden, figures)
+            save_figures(report, args.output)  # What is measured stays when the time is over.
         accuracy = {n: {"errors": errors(peer, run, hidden, dtype)} for n, (peer, run) in peers.items()}
         report["accuracy"].append({"hidden": hidden, "peers": accuracy})
         print_errors(hidden, accuracy)

@@ -54,6 +54,10 @@ def make_data(directory: Path, vocab_size: int) -> None:
         call(*f"-m megatron_dyt prepare-data {places} --tokenizer-model {tokenizer}".split())
 
 
+def log_interval(steps: int) -> int:
+    return max(1, steps // 50)
+
+
 def train(norm: str, steps: int, data: Path, output: Path, rehearse: bool) -> metrics.RunMetrics:
     """Train for that many steps; a run that has them already is only read."""
     file = metrics.find(output)
@@ -74,7 +78,7 @@ def train(norm: str, steps: int, data: Path, output: Path, rehearse: bool) -> me
         *(REHEARSAL if rehearse else SIZE).split(),
         *LOCAL.split(),
         *f"--train-iters {steps} --lr-warmup-iters {steps // 10} --save-interval {steps}".split(),
-        *f"--eval-interval {steps} --eval-iters 8 --log-interval {max(1, steps // 50)}".split(),
+        *f"--eval-interval {steps} --eval-iters 8 --log-interval {log_interval(steps)}".split(),
         *f"--save {output / 'checkpoint'}".split(),
         *f"--train-data-path {data / 'train'} --valid-data-path {data / 'valid'}".split(),
         *f"--data-cache-path {data / 'cache'} --tokenizer-type SentencePieceTokenizer".split(),
@@ -103,6 +107,7 @@ def count_steps(args: argparse.Namespace, began: float) -> int:
             f"train: {left:.0f} s are left, not enough for {TRIAL} steps of each norm; give more --seconds"
         )
     steps = min(steps, TRIAL) if args.rehearse else steps
+    steps -= steps % log_interval(steps)  # So that the last step is logged.
     write_json(file, steps)
     return steps
 

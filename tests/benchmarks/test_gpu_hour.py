@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -60,8 +61,8 @@ def run(hour: ModuleType, tmp_path: Path, *options: str) -> int:
     return code
 
 
-def states(tmp_path: Path) -> dict[str, str]:
-    paths = (tmp_path / "out").glob("*.json")
+def states(tmp_path: Path, part: str = "") -> dict[str, str]:
+    paths = (tmp_path / "out" / part).glob("*.json")
     return {path.stem: json.loads(path.read_text())["state"] for path in paths}
 
 
@@ -109,6 +110,48 @@ def test_a_stage_that_was_cut_off_is_taken_up(
     (tmp_path / "slow.py").write_text("")
     assert run(hour, tmp_path) == 0
     assert states(tmp_path) == {"slow": "done"}
+
+
+def test_an_interrupted_stage_keeps_what_it_has_measured(
+    hour: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = f"import sys, time; open(sys.argv[1] + '/r.json', 'w').write({REPORT!r}); time.sleep(1000)"
+    monkeypatch.setattr(
+        hour, "STAGES", (stage(hour, tmp_path, "slow", write), stage(hour, tmp_path, "no", ""))
+    )
+    report = tmp_path / "out" / "work" / "slow" / "r.json"
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: Any, timeout: float | None = None) -> int:
+        if timeout == hour.STAGE_SECONDS:
+            while not (report.is_file() and report.read_text() == REPORT):
+                time.sleep(0.05)
+            raise SystemExit(143)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(SystemExit):
+        run(hour, tmp_path)
+    assert states(tmp_path) == {"slow": "cut off"}
+    assert json.loads((tmp_path / "out" / "slow.json").read_text())["reports"] == [json.loads(REPORT)]
+
+
+def test_a_table_serves_the_other_stages_and_no_second_tuning(
+    hour: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = "MEGATRON_DYT_LAUNCH_TABLE"
+    seen = str(tmp_path / "seen")
+    look = f"import os, sys; open({seen!r}, 'a').write(os.environ.get({variable!r}, '-') + ';')"
+    tune = stage(
+        hour, tmp_path, "tune", f"{look}; open(sys.argv[1] + '/launch_table.json', 'w').write('{{}}')"
+    )
+    monkeypatch.setattr(hour, "TUNE", tune)
+    monkeypatch.setattr(hour, "STAGES", (stage(hour, tmp_path, "other", look),))
+    for _ in range(2):
+        assert run(hour, tmp_path, "--tune", "--again") == 0
+    table = str(tmp_path / "out" / "work" / "launch_table.json")
+    # The other stage comes first: the second time it has the table of the first time.
+    assert (tmp_path / "seen").read_text() == f"-;-;{table};-;"
 
 
 def test_a_stage_that_fails_again_keeps_its_result(
@@ -219,7 +262,9 @@ def test_a_wheel_of_what_is_installed_stays_packed(hour: ModuleType, tmp_path: P
 
 def rehearse(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The script on this machine, from an empty folder, without a network where that can be taken away."""
-    offline = ["unshare", "-n"] if subprocess.run(["unshare", "-n", "true"]).returncode == 0 else []
+    # torchrun talks to itself by the loopback, which a new network has, but not up.
+    alone = ["unshare", "-n", "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+    offline = alone if subprocess.run([*alone, "true"]).returncode == 0 else []
     environment = {**os.environ, "PY": sys.executable, "OUT": str(tmp_path / "out"), "WHEELS": str(tmp_path)}
     command = [*offline, "bash", str(ROOT / "benchmarks" / "gpu_hour.sh"), "--rehearse", *options]
     (tmp_path / "empty").mkdir()
@@ -231,11 +276,13 @@ def rehearse(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_rehearsal_of_tuning(tmp_path: Path) -> None:
     done = rehearse(tmp_path, "tune")
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert states(tmp_path) == {}  # A later run on a GPU must not take it for its own.
+    out = tmp_path / "out" / "rehearsal"
+    result = json.loads((out / "tune.json").read_text())
     # What was chosen is a table that the kernels can read.
     from megatron_dyt.ops.triton_launch import PLANS, read_table
 
-    table = read_table(tmp_path / "out" / "work" / "tune" / "launch_table.json")
+    table = read_table(out / "work" / "launch_table.json")
     assert table.keys() == {("sm90", 2), ("sm90", 4)}
     assert table["sm90", 2].warps == PLANS["sm90", 2].warps
     (report,) = result["reports"]
@@ -247,5 +294,6 @@ def test_rehearsal_of_everything(tmp_path: Path) -> None:
     done = rehearse(tmp_path, "--tune")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(states(tmp_path).values()) == {"done"}
-    assert len(states(tmp_path)) == 11
+    found = states(tmp_path, "rehearsal")
+    assert set(found.values()) == {"done"}
+    assert len(found) == 11
