@@ -141,7 +141,8 @@ class DyTConfig:
         "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given), "
         "'auto' (default) for unit with a larger alpha, learned by its logarithm and left out of the "
         "gradient norm.",
-        default=DEFAULT_PRESET,
+        # As the other defaults here, which are the paper's.
+        default="paper",
     )
     """The preset that the other values come from; "unit" and "auto" also want linear layers of
     `linear_init_std`."""

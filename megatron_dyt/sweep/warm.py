@@ -83,9 +83,12 @@ class Parent:
         try:
             self._popen.stdin.write(json.dumps(request) + "\n")
             self._popen.stdin.flush()
+            return self._answer()
         except BrokenPipeError:
             raise EOFError from None
-        return self._answer()
+        except KeyboardInterrupt:
+            self._popen.kill()  # Its answer would be taken for that to another request.
+            raise
 
     def _answer(self) -> int | None:
         assert self._popen.stdout is not None

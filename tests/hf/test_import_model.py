@@ -83,6 +83,8 @@ def test_round_trip(tmp_path: Path, variant: str) -> None:
     import_model(tmp_path / "hf", tmp_path / "megatron")
     checkpoint = find_checkpoint(str(tmp_path / "megatron"))
     args = saved_args(checkpoint)
+    # Alpha itself is learned: what else comes from a preset is that of `paper`, not of the default.
+    assert getattr(args, "dyt_preset", "paper") == "paper"
     export(Export(checkpoint, args, tmp_path / "again"))
     first, second = SafetensorsReader(tmp_path / "hf"), SafetensorsReader(tmp_path / "again")
     assert first.shapes.keys() == second.shapes.keys()
