@@ -1,6 +1,7 @@
 """The GPU benchmark, as far as it runs without one: its peers, its errors, its bytes and its report."""
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -53,8 +54,10 @@ def test_measures_and_reports_every_peer(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
-    args = SimpleNamespace(dtype="bf16", rounds=4, hidden=(64, 96), tokens=(8, 16))
+    args = SimpleNamespace(dtype="bf16", rounds=4, hidden=(64, 96), tokens=(8, 16), output=tmp_path)
     report = kernels.measure_all(args)
+    (saved,) = tmp_path.glob("*.json")  # Written after each shape: what an interruption would leave.
+    assert json.loads(saved.read_text())["results"] == report["results"]
     assert [(r["tokens"], r["hidden"]) for r in report["results"]] == [(8, 64), (16, 64), (8, 96), (16, 96)]
     forward = report["results"][1]["peers"]["add dyt"]["forward"]
     rate = 4 * 16 * 64 * 2 / (forward["median_us"] / 1e6)
@@ -78,7 +81,7 @@ def test_measures_and_reports_every_peer(
 
 
 def test_a_shape_that_does_not_fit_is_left_out(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     original = kernels.measure_shape
 
@@ -89,7 +92,8 @@ def test_a_shape_that_does_not_fit_is_left_out(
 
     monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
     monkeypatch.setattr(kernels, "measure_shape", measure_shape)
-    report = kernels.measure_all(SimpleNamespace(dtype="bf16", rounds=2, hidden=(64,), tokens=(16, 8)))
+    args = SimpleNamespace(dtype="bf16", rounds=2, hidden=(64,), tokens=(16, 8), output=tmp_path)
+    report = kernels.measure_all(args)
     assert [r["tokens"] for r in report["results"]] == [8]
     assert report["left_out"]["16 x 64"] == "no memory"
 
