@@ -16,8 +16,6 @@ with LLaMA 2's settings and 32,000 pieces is trained on the code. Prints JSON; r
 root. Needs about 0.3 GB in DIR.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import itertools

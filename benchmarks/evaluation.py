@@ -13,8 +13,6 @@ taken out, because scores in bf16 agree to a percent only and a CPU is slower in
 MEGATRON_PATH, by default the directory of the installed megatron-core, whose training loop is enough.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ The checkpoint that is exported is one of TP x PP ranks; the export is imported.
 layers; what it writes is removed at the end. Prints one JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -12,8 +12,6 @@ building a provider first calls `bridge.register()`.
 Importing this module needs Megatron Bridge; otherwise it raises UserError.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -16,8 +16,6 @@ and the fields of configs made in code (`DyTFields`) are all made from it.
 """
 
 # ruff: noqa: RUF009 (`_setting` returns a `dataclasses.field`)
-from __future__ import annotations
-
 import math
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints

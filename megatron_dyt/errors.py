@@ -6,8 +6,6 @@ traceback (it is a defect or a fault of the machine, and the traceback is what w
 closing line, and exit code 1. When nobody reads our output any more (`| head`), the end is silent.
 """
 
-from __future__ import annotations
-
 import errno
 import linecache
 import logging

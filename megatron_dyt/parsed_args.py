@@ -1,7 +1,5 @@
 """Megatron's parsed command line, a global of its own: the only file that touches it."""
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 

@@ -1,13 +1,28 @@
 """Attributes replaced for a while, from tables, and put back exactly as they were."""
 
-from __future__ import annotations
-
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate
 
 _ABSENT = object()
+
+
+def wrapper[O: Callable[..., Any], **P, R](
+    function: Callable[Concatenate[O, P], R],
+) -> Callable[[O], Callable[P, R]]:
+    """Of a function that takes the original as its first argument, the `make` of a `Replacement`."""
+
+    @functools.wraps(function)
+    def make(original: O) -> Callable[P, R]:
+        @functools.wraps(original)
+        def replaced(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(original, *args, **kwargs)
+
+        return replaced
+
+    return make
 
 
 @dataclass(frozen=True)

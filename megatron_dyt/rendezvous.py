@@ -5,8 +5,6 @@ time-out is known by number. The store is the one that `init_process_group` will
 0's own at MASTER_ADDR:MASTER_PORT), so nothing else has to be configured.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

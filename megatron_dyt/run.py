@@ -7,8 +7,6 @@ The script sees what it would see when started directly: its arguments, its dire
 import path, `__name__ == "__main__"`. Under torchrun: `torchrun ... -m megatron_dyt.run SCRIPT ARGS`.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -11,8 +11,6 @@ build/results, and stands in the release's column in the place of a skipped test
 called: nothing here knows a family or a layout.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

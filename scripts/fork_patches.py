@@ -8,8 +8,6 @@ a line goes by number only, and git would put it anywhere; so it names the blob 
 content) that it belongs to, before and after, and `check` compares both with the release.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import re

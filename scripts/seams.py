@@ -7,8 +7,6 @@ there. The tests compare this record with the tables; they need no clone. A rele
 is read from the installed package, if that is the release.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Fixtures shared by all tests: Megatron's own training loop, run inside the test process."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import io

@@ -5,8 +5,6 @@ that is installed; its weights are drawn with a fixed seed. `loss_of(name, model
 every parameter, the same number on every tensor parallel rank. The config is one for `SIZES` (`config_for`).
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable

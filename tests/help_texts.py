@@ -1,8 +1,6 @@
 """Megatron's parser made cheap: a run builds it four times, and each time reads and parses the source of
 every config class for the help texts. That was a quarter of a short run."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """A port for a test's own server."""
 
-from __future__ import annotations
-
 import random
 import socket
 

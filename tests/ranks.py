@@ -7,8 +7,6 @@ start of a process, this is not the way.
     python -m tests.ranks    reads jobs from stdin, a line of JSON each, and answers with the exit codes
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes

@@ -3,8 +3,6 @@
 `scripts/compatibility.py` makes docs/compatibility.md of these files.
 """
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import platform

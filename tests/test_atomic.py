@@ -1,7 +1,5 @@
 """Files are whole or absent."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ installed, or when MEGATRON_BRIDGE names the folder that holds its `megatron/bri
 stand-in with the same shape takes the place of its `GPTModelProvider`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import importlib

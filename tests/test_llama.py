@@ -1,7 +1,5 @@
 """A LLaMA's shape in Megatron's words and in Hugging Face's: what is mapped, and what is refused."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Replacements come and go in any order and leave nothing behind."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Patches, Replacement, wrapper
 
 
 class Parent:
@@ -67,3 +65,19 @@ def test_a_missing_attribute_is_named_and_nothing_stays(target: Any) -> None:
     with pytest.raises(RuntimeError, match=r"patched_module\.nothing does not exist"):
         Patches().apply([row("answer", "x"), row("nothing", "x")])
     assert target.answer is original
+
+
+@wrapper
+def twice(original: Callable[[str], str], word: str, *, between: str = " ") -> str:
+    return original(word) + between + original(word)
+
+
+def test_a_wrapper_is_called_with_the_original_and_looks_like_it(target: Any) -> None:
+    def answer(word: str) -> str:
+        return word.upper()
+
+    target.answer = answer
+    table = Patches()
+    table.apply([Replacement("patched_module", "answer", twice)])
+    assert target.answer("yes", between="-") == "YES-YES"
+    assert (target.answer.__name__, twice.__name__) == ("answer", "twice")

@@ -1,7 +1,5 @@
 """The pretrain entry point, on Megatron's own loop."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

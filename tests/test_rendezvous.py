@@ -1,7 +1,5 @@
 """Exchanges between ranks, played by threads that share a store."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

@@ -1,7 +1,5 @@
 """`python -m megatron_dyt.run`: somebody else's script, with DyT in it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ So fixtures of a folder are made once. The folders that start ranks share their 
 What takes longest is handed out first, so that both have something to do to the end.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

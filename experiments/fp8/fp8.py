@@ -1,7 +1,5 @@
 """DyT with FP8 output, whose scale is known beforehand: |DyT(x)| <= max(|weight| + |bias|) for every x."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

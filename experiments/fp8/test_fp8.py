@@ -1,7 +1,5 @@
 """FP8 output by a scale that is known beforehand, against fp64."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

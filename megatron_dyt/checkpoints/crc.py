@@ -4,8 +4,6 @@ Each tensor and object of such a checkpoint is a zip archive as `torch.save` wri
 every record. PyTorch does not look at them when it loads: a flipped bit becomes a wrong weight, silently.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import zipfile

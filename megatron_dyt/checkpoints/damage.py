@@ -4,9 +4,6 @@ Megatron's ranks each read their own shards. One that cannot would end alone, an
 one that reads a flipped bit would train on. So all ranks look first, at a part each, and agree.
 """
 
-from __future__ import annotations
-
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,71 +16,60 @@ from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT, DamagedCheckpo
 from megatron_dyt.checkpoints.saved_args import READ_ERRORS
 from megatron_dyt.errors import UserError
 from megatron_dyt.parsed_args import parsed_args
+from megatron_dyt.patching import wrapper
 
 _log = logging.getLogger(__name__)
 
 
-def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_load_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`training.load_checkpoint` that takes an earlier checkpoint for a damaged one, if allowed to.
 
     Where it fails because of the optimizer's layout, the error says so: Megatron's names another flag.
     """
-
-    @functools.wraps(original)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        flags = parsed_args()
-        while True:
-            try:
-                _check_start(flags, alone=False)
-                result = original(*args, **kwargs)
-            except DamagedCheckpoint as error:
-                _step_back(flags, error)
-            except READ_ERRORS:
-                if flags is not None and (path := _to_load(flags)):
-                    optimizer_layout.refuse_other(flags, path)
-                raise
-            else:
-                _set_aside(flags)
-                return result
-
-    return load_checkpoint
+    flags = parsed_args()
+    while True:
+        try:
+            _check_start(flags, alone=False)
+            result = original(*args, **kwargs)
+        except DamagedCheckpoint as error:
+            _step_back(flags, error)
+        except READ_ERRORS:
+            if flags is not None and (path := _to_load(flags)):
+                optimizer_layout.refuse_other(flags, path)
+            raise
+        else:
+            _set_aside(flags)
+            return result
 
 
-def wrap_load_args(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_load_args(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
     """`checkpointing.load_args_from_checkpoint`, likewise: it comes first with --use-checkpoint-args."""
-
-    @functools.wraps(original)
-    def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        while True:
-            try:
-                _check_start(args, alone=True)
-                return original(args, *rest, **kwargs)
-            except DamagedCheckpoint as error:
-                _step_back(args, error)
-
-    return load_args_from_checkpoint
+    while True:
+        try:
+            _check_start(args, alone=True)
+            return original(args, *rest, **kwargs)
+        except DamagedCheckpoint as error:
+            _step_back(args, error)
 
 
-def wrap_delete(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_delete(original: Callable[..., None], save: str, iteration: int, *rest: Any) -> None:
     """`checkpointing._async_delete_checkpoint_impl`, one checkpoint behind when there may be a fallback.
 
     With --save-retain-interval Megatron deletes the checkpoint before the one just saved. The newest of those
     before it goes in its place, so that the last two are there.
     """
-
-    @functools.wraps(original)
-    def delete(save: str, iteration: int, *rest: Any) -> None:
-        args = parsed_args()
-        if args is not None and getattr(args, "dyt_load_fallback", False) and "://" not in save:
-            earlier = iterations.earlier_complete(iterations.iteration_directory(save, str(iteration)))
-            numbers = [int(path.name.removeprefix("iter_")) for path in earlier if not path.is_symlink()]
-            passing = [number for number in numbers if number % args.save_retain_interval]
-            if not passing:
-                return
-            iteration = passing[0]
-        original(save, iteration, *rest)
-
-    return delete
+    args = parsed_args()
+    if args is not None and getattr(args, "dyt_load_fallback", False) and "://" not in save:
+        earlier = iterations.earlier_complete(iterations.iteration_directory(save, str(iteration)))
+        numbers = [int(path.name.removeprefix("iter_")) for path in earlier if not path.is_symlink()]
+        passing = [number for number in numbers if number % args.save_retain_interval]
+        if not passing:
+            return
+        iteration = passing[0]
+    original(save, iteration, *rest)
 
 
 def verify(

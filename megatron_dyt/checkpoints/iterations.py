@@ -5,8 +5,6 @@ process that dies on the way leaves a directory without a whole `metadata.json`,
 empty tracker, with which Megatron later neither resumes nor fails but exits with code 0.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The metadata of a torch_dist checkpoint, and whether this torch is the one to read them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

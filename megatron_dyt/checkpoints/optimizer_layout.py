@@ -9,8 +9,6 @@ arguments tell it before.
 docs/checkpoints.md lists which layouts resume from which.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which iteration of a torch_dist checkpoint is meant, and the arguments that are stored in it."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path

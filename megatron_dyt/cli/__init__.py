@@ -4,8 +4,6 @@ A command is a click command in a module of this folder that imports what does t
 called, so that `--help` needs no torch. Under torchrun: `torchrun ... -m megatron_dyt COMMAND`.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """`prepare-data` and `train-tokenizer`: from text to what Megatron trains on."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

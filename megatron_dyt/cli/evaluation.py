@@ -1,7 +1,5 @@
 """`megatron-dyt eval` and `megatron-dyt eval-data`."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

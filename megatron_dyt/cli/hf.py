@@ -1,7 +1,5 @@
 """Checkpoints to Hugging Face and back: `megatron-dyt export`, `import`, `convert`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`megatron-dyt probe`: what the norms of a model do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

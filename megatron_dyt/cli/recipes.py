@@ -1,7 +1,5 @@
 """`recipe`, `plan`, `dry-run` and `scaling`: what a training will be, before it takes a GPU."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`megatron-dyt report` and `megatron-dyt follow`: runs compared on a page; a run watched in the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`megatron-dyt sweep`: many training runs from one file, and a table of them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

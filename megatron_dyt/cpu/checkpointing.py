@@ -8,8 +8,6 @@ Loading: Megatron loads into apex's or Transformer Engine's Adam, which count st
 PyTorch's Adam keeps a step tensor for each parameter, and no state before its first step.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os
@@ -21,6 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_dyt.patching import wrapper
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -64,27 +64,20 @@ def results_queue(_original: Any) -> Callable[..., Results]:
     return get
 
 
-def forking_caller(_original: Any) -> Callable[[Any], Any]:
+@wrapper
+def forking_caller(_original: Any, _queue: Any) -> Any:
     """In place of the choice between a persistent writer process and a forked one: always forked."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
-    def get(_queue: Any) -> Any:
-        from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
-
-        return TemporalAsyncCaller()
-
-    return get
+    return TemporalAsyncCaller()
 
 
-def ending_with_its_rank(schedule: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def ending_with_its_rank(schedule: Callable[..., None], caller: Any, request: Any) -> None:
     """The start of a forked writer, which is killed when its rank is: nobody could finish the save."""
-
-    @functools.wraps(schedule)
-    def start(caller: Any, request: Any) -> None:
-        if request.async_fn is not None:
-            request = request._replace(async_fn=functools.partial(_write, os.getpid(), request.async_fn))
-        schedule(caller, request)
-
-    return start
+    if request.async_fn is not None:
+        request = request._replace(async_fn=functools.partial(_write, os.getpid(), request.async_fn))
+    schedule(caller, request)
 
 
 def _write(rank_process: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -98,50 +91,40 @@ def _write(rank_process: int, write: Callable[..., None], *args: Any, **kwargs: 
     write(*args, **kwargs)
 
 
-def with_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def with_state(state_dict: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """`state_dict` of an optimizer that has not stepped: as after step 0, instead of an error."""
-
-    @functools.wraps(state_dict)
-    def complete(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.optimizer is not None and not self.optimizer.state:
-            self.init_state_fn(self.optimizer, self.config)
-            for state in self.optimizer.state.values():
-                state["step"] = torch.tensor(0.0)
-        return state_dict(self, *args, **kwargs)
-
-    return complete
+    if self.optimizer is not None and not self.optimizer.state:
+        self.init_state_fn(self.optimizer, self.config)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(0.0)
+    return state_dict(self, *args, **kwargs)
 
 
-def with_own_steps(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def with_own_steps(load_state_dict: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """`load_state_dict`, after which every parameter has the loaded step, in a tensor of its own.
 
     Megatron gives all parameters one tensor, which would advance once for each of them in every
     step, and then copies step 0 of the fresh optimizer over it: Adam's bias correction would start
     again.
     """
-
-    @functools.wraps(load_state_dict)
-    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load_state_dict(self, *args, **kwargs)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
-        return result
-
-    return load
+    result = load_state_dict(self, *args, **kwargs)
+    for group in self.optimizer.param_groups:
+        for parameter in group["params"]:
+            self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+    return result
 
 
-def into_torch_state(set_states: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def into_torch_state(
+    set_states: Callable[..., Any], optimizer: Any, model_param: Any, tensors: dict[str, Any]
+) -> Any:
     """The copy of loaded values into a parameter and its optimizer state.
 
     Outside autograd, because fp32 parameters are views of leaves. The format that every layout can
     load (`--dist-ckpt-optim-fully-reshardable`) has no step for each parameter, and Megatron looks for one
     wherever the state has a tensor; what is not a tensor it skips.
     """
-
-    @functools.wraps(set_states)
-    def copy(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
-        with torch.no_grad():
-            return set_states(optimizer, model_param, {"step": None, **tensors})
-
-    return copy
+    with torch.no_grad():
+        return set_states(optimizer, model_param, {"step": None, **tensors})

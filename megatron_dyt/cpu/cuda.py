@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from megatron_dyt.patching import wrapper
+
 _KIBIBYTE = 1024
 
 
@@ -149,16 +151,13 @@ def _cpu_for_cuda(device: Any) -> Any:
     return torch.device("cpu") if names_cuda else device
 
 
-def device_argument_to_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
-        if "pin_memory" in kwargs:
-            kwargs["pin_memory"] = False  # For copies to a GPU.
-        return factory(*args, **kwargs)
-
-    return make
+@wrapper
+def device_argument_to_cpu(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("device") is not None:
+        kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+    if "pin_memory" in kwargs:
+        kwargs["pin_memory"] = False  # For copies to a GPU.
+    return factory(*args, **kwargs)
 
 
 def first_argument_to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,31 +172,25 @@ def first_argument_to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
     return move
 
 
-def keeping_rng(start: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def keeping_rng(start: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """A data loader that starts reading draws a seed from the CPU generator.
 
     On a GPU that does not touch the generator of dropout. Here it is the same one, and a resumed
     run, which starts to read at another step, would get other dropout masks.
     """
-
-    @functools.wraps(start)
-    def start_reading(*args: Any, **kwargs: Any) -> None:
-        with torch.random.fork_rng(devices=[]):
-            start(*args, **kwargs)
-
-    return start_reading
+    with torch.random.fork_rng(devices=[]):
+        start(*args, **kwargs)
 
 
 def itself(thing: Any, *_args: Any, **_kwargs: Any) -> Any:
     return thing
 
 
-def type_named_as_on_cuda(type_of: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def type_named_as_on_cuda(
+    type_of: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """Megatron's optimizers compare `tensor.type()` with "torch.cuda.FloatTensor" and the like."""
-
-    @functools.wraps(type_of)
-    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = type_of(tensor, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
-
-    return named
+    answer = type_of(tensor, *args, **kwargs)
+    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer

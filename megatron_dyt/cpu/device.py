@@ -1,7 +1,5 @@
 """The choice of device that every entry point offers: `--device {auto,cpu,cuda}`."""
 
-from __future__ import annotations
-
 import logging
 import os
 

@@ -5,9 +5,6 @@ parallel ranks; coalesced ones in flight, for data parallelism), sends between p
 meshes of Megatron-FSDP. Each function makes a replacement from the original: see `cpu.replacements`.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,85 +12,77 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Patches, Replacement, wrapper
 
 
 def _uneven(parts: list[torch.Tensor]) -> bool:
     return any(part.shape != parts[0].shape for part in parts)
 
 
-def one_by_one_where_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(all_gather)
-    def gather(
-        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
-    ) -> Any:
-        if async_op or not _uneven(tensor_list):
-            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
-        tensor_list[dist.get_rank(group)].copy_(tensor)
-        for rank, part in enumerate(tensor_list):
-            dist.broadcast(part, group=group, group_src=rank)
-        return None
-
-    return gather
-
-
-def reduced_one_by_one_where_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(reduce_scatter)
-    def scatter(
-        output: torch.Tensor,
-        input_list: list[torch.Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if async_op or not _uneven(input_list):
-            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
-        for rank, part in enumerate(input_list):
-            mine = part.clone()  # A reduction leaves anything in the ranks that do not receive it.
-            dist.reduce(mine, op=op, group=group, group_dst=rank)
-            if rank == dist.get_rank(group):
-                output.copy_(mine)
-        return None
-
-    return scatter
+@wrapper
+def one_by_one_where_uneven(
+    all_gather: Callable[..., Any],
+    tensor_list: list[torch.Tensor],
+    tensor: torch.Tensor,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    if async_op or not _uneven(tensor_list):
+        return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    tensor_list[dist.get_rank(group)].copy_(tensor)
+    for rank, part in enumerate(tensor_list):
+        dist.broadcast(part, group=group, group_src=rank)
+    return None
 
 
-def waiting_at_its_end(manager: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def reduced_one_by_one_where_uneven(
+    reduce_scatter: Callable[..., Any],
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    if async_op or not _uneven(input_list):
+        return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    for rank, part in enumerate(input_list):
+        mine = part.clone()  # A reduction leaves anything in the ranks that do not receive it.
+        dist.reduce(mine, op=op, group=group, group_dst=rank)
+        if rank == dist.get_rank(group):
+            output.copy_(mine)
+    return None
+
+
+@wrapper
+def waiting_at_its_end(
+    manager: Callable[..., Any], group: Any = None, device: Any = None, async_ops: bool = False
+) -> Any:
     """Coalesced collectives have finished when the `with` block is left, asynchronous ones too.
 
     While a coalesced all_gather is under way, a coalesced reduce_scatter of the same gloo group now and
     then hangs or destroys the heap (torch 2.11: two processes, nothing but those two calls in a loop).
     """
-
-    @functools.wraps(manager)
-    def coalesce(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
-        return manager(group, device, async_ops=False)
-
-    return coalesce
+    return manager(group, device, async_ops=False)
 
 
-def without_device_ids(barrier: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(barrier)
-    def wait(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_ids", None)
-        return barrier(*args, **kwargs)
-
-    return wait
+@wrapper
+def without_device_ids(barrier: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("device_ids", None)
+    return barrier(*args, **kwargs)
 
 
-def sending_its_own_view(start: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def sending_its_own_view(
+    start: Callable[..., Any], *, tensor_send_prev: Any, tensor_send_next: Any, **rest: Any
+) -> Any:
     """A tensor on its way to another stage keeps its memory until it has arrived.
 
     Up to 0.17 the schedule of virtual stages frees an output (`output.data = ...`) while it is being
     sent, and the next stage receives garbage. A view holds the memory and the send holds the view.
     """
-
-    @functools.wraps(start)
-    def start_with_views(*, tensor_send_prev: Any, tensor_send_next: Any, **rest: Any) -> Any:
-        views = [None if sent is None else sent.detach() for sent in (tensor_send_prev, tensor_send_next)]
-        return start(tensor_send_prev=views[0], tensor_send_next=views[1], **rest)
-
-    return start_with_views
+    views = [None if sent is None else sent.detach() for sent in (tensor_send_prev, tensor_send_next)]
+    return start(tensor_send_prev=views[0], tensor_send_next=views[1], **rest)
 
 
 def meshes_on_cpu(mesh: Any) -> SimpleNamespace:
@@ -105,17 +94,13 @@ def meshes_on_cpu(mesh: Any) -> SimpleNamespace:
     return SimpleNamespace(from_group=from_group)
 
 
-def with_a_numbered_device(init: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def with_a_numbered_device(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """It writes f"cuda:{torch.cuda.current_device()}", so the current device must be a number while it is
     built; what is placed on the device of that number is placed on the CPU (`cpu.replacements`)."""
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        numbered = Patches()
-        numbered.apply([Replacement("torch.cuda", "current_device", lambda _original: lambda: 0)])
-        try:
-            init(self, *args, **kwargs)
-        finally:
-            numbered.undo()
-
-    return __init__
+    numbered = Patches()
+    numbered.apply([Replacement("torch.cuda", "current_device", lambda _original: lambda: 0)])
+    try:
+        init(self, *args, **kwargs)
+    finally:
+        numbered.undo()

@@ -1,7 +1,5 @@
 """Megatron's flags as the CPU needs them: changed before validation, and reported in one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 from argparse import Namespace

@@ -10,7 +10,6 @@ what is asked for is more than the replacement computes: see `cpu.replacements`.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,44 +19,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_dyt.cpu import kernels
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
-def without_scores(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@wrapper
+def without_scores(
+    forward: Callable[..., Tensor],
+    self: DotProductAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     """`DotProductAttention.forward` that never holds the scores of all pairs of tokens.
 
     The kernel, and `scaled_dot_product_attention` where there is none, also skip what the causal mask hides
     and read the keys that heads share where they are.
     """
-
-    @functools.wraps(forward)
-    def attend(
-        self: DotProductAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if attention_mask is not None or not _is_plain(self, query, key, value, *args, **kwargs):
-            return forward(self, query, key, value, attention_mask, *args, **kwargs)
-        is_causal = _is_causal(self) and query.size(0) > 1
-        # With --apply-query-key-layer-scaling the softmax multiplies by what the scores were divided by.
-        scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
-        if kernels.HAS_ATTENTION and kernels.fits(query, key, value):
-            mixed: Tensor = kernels.Attention.apply(query, key, value, is_causal, scale)
-            return mixed.flatten(2)
-        q_BHSD, k_BGSD, v_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        is_grouped = query.size(2) != key.size(2)
-        mixed_BHSD = F.scaled_dot_product_attention(
-            q_BHSD, k_BGSD, v_BGSD, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
-        )
-        return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
-
-    return attend
+    if attention_mask is not None or not _is_plain(self, query, key, value, *args, **kwargs):
+        return forward(self, query, key, value, attention_mask, *args, **kwargs)
+    is_causal = _is_causal(self) and query.size(0) > 1
+    # With --apply-query-key-layer-scaling the softmax multiplies by what the scores were divided by.
+    scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
+    if kernels.HAS_ATTENTION and kernels.fits(query, key, value):
+        mixed: Tensor = kernels.Attention.apply(query, key, value, is_causal, scale)
+        return mixed.flatten(2)
+    q_BHSD, k_BGSD, v_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    is_grouped = query.size(2) != key.size(2)
+    mixed_BHSD = F.scaled_dot_product_attention(
+        q_BHSD, k_BGSD, v_BGSD, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
+    )
+    return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
 
 
 def _is_causal(attention: DotProductAttention) -> bool:
@@ -110,51 +107,36 @@ def _size(group: Any) -> int:
     return (group or parallel_state.get_tensor_model_parallel_group()).size()
 
 
-def swiglu(original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+@wrapper
+def swiglu(original: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     """Megatron's function inside of its own autograd functions."""
-
-    @functools.wraps(original)
-    def activate(y: Tensor) -> Tensor:
-        needs_graph = torch.is_grad_enabled() and y.requires_grad
-        return original(y) if needs_graph or not kernels.fits(y) else kernels.swiglu(y)
-
-    return activate
+    needs_graph = torch.is_grad_enabled() and y.requires_grad
+    return original(y) if needs_graph or not kernels.fits(y) else kernels.swiglu(y)
 
 
-def swiglu_back(original: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    @functools.wraps(original)
-    def differentiate(g: Tensor, y: Tensor) -> Tensor:
-        return (
-            original(g, y)
-            if torch.is_grad_enabled() or not kernels.fits(g, y)
-            else kernels.swiglu_backward(g, y)
-        )
-
-    return differentiate
+@wrapper
+def swiglu_back(original: Callable[[Tensor, Tensor], Tensor], g: Tensor, y: Tensor) -> Tensor:
+    return (
+        original(g, y) if torch.is_grad_enabled() or not kernels.fits(g, y) else kernels.swiglu_backward(g, y)
+    )
 
 
-def rotated_at_once(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@wrapper
+def rotated_at_once(
+    original: Callable[..., Tensor], t: Tensor, freqs: Tensor, *args: Any, mscale: float = 1.0, **kwargs: Any
+) -> Tensor:
     """`_apply_rotary_pos_emb_bshd`: the first channels of t [S, B, H, D] by angles freqs [S, 1, 1, ...]."""
-
-    @functools.wraps(original)
-    def rotate(t: Tensor, freqs: Tensor, *args: Any, mscale: float = 1.0, **kwargs: Any) -> Tensor:
-        is_interleaved = any(args) or any(kwargs.values())
-        shapes_fit = t.dim() == freqs.dim() == 4 and freqs.shape[:3] == (t.size(0), 1, 1)
-        if is_interleaved or not shapes_fit or freqs.requires_grad or not kernels.fits(t, freqs):
-            return original(t, freqs, *args, mscale=mscale, **kwargs)
-        return kernels.Rotary.apply(t, torch.cos(freqs) * mscale, torch.sin(freqs) * mscale)
-
-    return rotate
+    is_interleaved = any(args) or any(kwargs.values())
+    shapes_fit = t.dim() == freqs.dim() == 4 and freqs.shape[:3] == (t.size(0), 1, 1)
+    if is_interleaved or not shapes_fit or freqs.requires_grad or not kernels.fits(t, freqs):
+        return original(t, freqs, *args, mscale=mscale, **kwargs)
+    return kernels.Rotary.apply(t, torch.cos(freqs) * mscale, torch.sin(freqs) * mscale)
 
 
-def rms_norm(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@wrapper
+def rms_norm(original: Callable[..., Tensor], self: torch.nn.RMSNorm, x: Tensor) -> Tensor:
     """`torch.nn.RMSNorm.forward`, of which PyTorch's own has no backward pass of its own on a CPU."""
-
-    @functools.wraps(original)
-    def normalize(self: torch.nn.RMSNorm, x: Tensor) -> Tensor:
-        if self.weight is None or x.shape[-1:] != self.weight.shape or not kernels.fits(x, self.weight):
-            return original(self, x)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return kernels.RMSNorm.apply(x, self.weight, float(eps))
-
-    return normalize
+    if self.weight is None or x.shape[-1:] != self.weight.shape or not kernels.fits(x, self.weight):
+        return original(self, x)
+    eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+    return kernels.RMSNorm.apply(x, self.weight, float(eps))

@@ -7,8 +7,6 @@ reverse mode, alone.
 # Dimension letters: R  rows, all dimensions but the last    N  channels or vocabulary
 #                    S  tokens of a sequence   B  sequences   H  heads   D  channels of a head
 
-from __future__ import annotations
-
 import ctypes
 from pathlib import Path
 from typing import Any

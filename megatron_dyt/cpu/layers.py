@@ -6,8 +6,6 @@ positions.
 Each function makes a replacement from the original: see `cpu.replacements`.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -15,21 +13,22 @@ from typing import Any
 
 import torch
 
+from megatron_dyt.patching import wrapper
+
 
 def without_fp8(init: Callable[..., None]) -> Callable[..., None]:
     """Megatron 0.19 takes the default, False, for fp8, which needs Transformer Engine."""
     return lambda self, fp8=None: init(self, fp8 or None)
 
 
-def as_numpy_on_cpu(move: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def as_numpy_on_cpu(
+    move: Callable[..., Any], tensor: Any, as_numpy: bool = False, record_stream: bool = False
+) -> Any:
     """Megatron makes split sizes lists on the way off a GPU only, and all_to_all takes nothing else."""
-
-    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if as_numpy and torch.is_tensor(tensor):
-            return tensor.numpy()
-        return move(tensor, as_numpy, record_stream)
-
-    return moved
+    if as_numpy and torch.is_tensor(tensor):
+        return tensor.numpy()
+    return move(tensor, as_numpy, record_stream)
 
 
 def for_sequence_parallel(new: Callable[..., Any]) -> Any:
@@ -53,21 +52,22 @@ def for_sequence_parallel(new: Callable[..., Any]) -> Any:
     return staticmethod(__new__)
 
 
-def with_widths(init: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def with_widths(
+    init: Callable[..., None],
+    self: Any,
+    *args: Any,
+    k_channels: int | None = None,
+    v_channels: int | None = None,
+    **kwargs: Any,
+) -> None:
     """`DotProductAttention.__init__` that takes the widths of keys and values.
 
     The computation goes by the tensors' shapes; the width of the result is all that has to be told.
     """
-
-    @functools.wraps(init)
-    def __init__(
-        self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
-    ) -> None:
-        init(self, *args, **kwargs)
-        if v_channels is not None:
-            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
-
-    return __init__
+    init(self, *args, **kwargs)
+    if v_channels is not None:
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
 # For each gather that the running attention layer is about to do: how many columns at the end are the
@@ -75,36 +75,30 @@ def with_widths(init: Callable[..., None]) -> Callable[..., None]:
 _gathers: list[int] = []
 
 
-def announcing_gathers(derive: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def announcing_gathers(derive: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """`get_query_key_value_tensors`, which gathers the query latent, if any, and then the other one."""
-
-    @functools.wraps(derive)
-    def derive_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
-        query = [] if self.config.q_lora_rank is None else [0]
-        _gathers[:] = [*query, self.config.qk_pos_emb_head_dim]
-        return derive(self, *args, **kwargs)
-
-    return derive_tensors
+    query = [] if self.config.q_lora_rank is None else [0]
+    _gathers[:] = [*query, self.config.qk_pos_emb_head_dim]
+    return derive(self, *args, **kwargs)
 
 
-def summing_positions(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+@wrapper
+def summing_positions(
+    gather: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """The gather of a column-parallel latent, whose backward pass takes this rank's columns.
 
     All heads share the keys' positions, and a rank has the gradient of its own heads: it has to be summed
     over the ranks. Megatron does not (its issue 1699): with tensor parallelism the gradients of the
     down-projection and of all that is below are wrong, whatever the norm.
     """
-
-    @functools.wraps(gather)
-    def gather_columns(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        whole = gather(x, *args, **kwargs)
-        positions = _gathers.pop(0)
-        if not positions:
-            return whole
-        latent, keys = whole.split([whole.size(-1) - positions, positions], dim=-1)
-        return torch.cat([latent, _SumGradient.apply(keys)], dim=-1)
-
-    return gather_columns
+    whole = gather(x, *args, **kwargs)
+    positions = _gathers.pop(0)
+    if not positions:
+        return whole
+    latent, keys = whole.split([whole.size(-1) - positions, positions], dim=-1)
+    return torch.cat([latent, _SumGradient.apply(keys)], dim=-1)
 
 
 class _SumGradient(torch.autograd.Function):

@@ -1,14 +1,12 @@
 """Everything that the CPU runtime replaces, as one table; the functions in it say why."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from megatron_dyt import compat
 from megatron_dyt.cpu import checkpointing, cuda, distributed, flags, fused, layers
-from megatron_dyt.patching import Replacement
+from megatron_dyt.patching import Replacement, wrapper
 
 
 def rows() -> list[Replacement]:
@@ -176,10 +174,7 @@ def _without_cuda_check(initialize: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(initialize, allow_no_cuda=True)
 
 
-def _after_adjusting_flags(validate: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(validate)
-    def adjust_and_validate(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        flags.adjust(args)
-        return validate(args, *rest, **kwargs)
-
-    return adjust_and_validate
+@wrapper
+def _after_adjusting_flags(validate: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    flags.adjust(args)
+    return validate(args, *rest, **kwargs)

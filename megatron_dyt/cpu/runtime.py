@@ -5,8 +5,6 @@
 refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib

@@ -1,7 +1,5 @@
 """A Hugging Face data set as sources, streamed: nothing but what is being read is on this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

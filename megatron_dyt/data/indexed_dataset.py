@@ -6,8 +6,6 @@ process 0.7 GB; a worker is to do with less. The format is that of megatron/core
 Shapes: T tokens and D documents of what is added at a time, or of the whole dataset.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import struct

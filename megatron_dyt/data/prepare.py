@@ -5,8 +5,6 @@ document is BOS + text + EOS, as the DyT paper's LLaMA runs have it; Megatron ad
 Started again, it goes on from the datasets that are finished.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import time

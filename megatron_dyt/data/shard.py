@@ -3,8 +3,6 @@
 Shapes: T tokens and D documents of one batch of text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A directory of datasets: which one each input goes to, whether old ones may stay, the manifest over all."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -4,8 +4,6 @@
 manifest says so, not when datatrove has marked the task as complete, which it stays when the files are gone.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 

@@ -5,8 +5,6 @@ file is read page by page, with as many rows to a page as its writer has put the
 each record is a document or is named with what is wrong with it, and a file that ends too early is an error.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import json

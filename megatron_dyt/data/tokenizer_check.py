@@ -4,8 +4,6 @@
 dataset without a manifest, of another tool, is taken as it is.
 """
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The tokenizers that data are prepared with: SentencePiece models and Hugging Face tokenizers."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -8,8 +8,6 @@ decode(encode(text)) == text for every text without U+2581, the character that S
 for a space.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Prepared data: checked against their manifests, and as what Megatron's --train-data-path takes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path

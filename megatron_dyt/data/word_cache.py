@@ -13,8 +13,6 @@ Shapes: D texts, B bytes of all texts in a row, W words of a window of it, T ids
 starts in the text and how many bytes it has.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

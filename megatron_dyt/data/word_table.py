@@ -7,8 +7,6 @@ of look-ups wait for memory together.
 Shapes: W words that are looked up together, S slots of the table, K integers per key.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -4,8 +4,6 @@ A worker that finds nobody at the other end of its pipe, because the first proce
 has begun and ends. Why this is not datatrove's local executor: docs/data.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import multiprocessing

@@ -10,8 +10,6 @@ angles are those of the position ids.
 #   B  rows of a batch     S  slots of a row                      N  query heads
 #   C  channels of a head  G  key and value heads (N is a multiple)
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -7,8 +7,6 @@ the root, so that every sequence is computed as if it stood alone.
 
 # Dimension letter: S  slots of a row
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ One SQLite file for each checkpoint and tokenizer. Results come in as transactio
 leaves all of those that were complete. One process reads and writes; the others are told.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

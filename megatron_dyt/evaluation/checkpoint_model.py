@@ -4,8 +4,6 @@ Every flag that describes the model comes from the arguments stored in the check
 that describes the run (parallelism, fusions, recomputation, device) from the machine at hand.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

@@ -1,7 +1,5 @@
 """One evaluation: from a checkpoint to a file of results and tables for people."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

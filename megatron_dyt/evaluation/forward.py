@@ -4,8 +4,6 @@
 #   B  rows of a batch     S  slots of the longest row     P  positions at which the head runs
 #   H  hidden size         V  entries of the tokenizer's vocabulary
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -2,8 +2,6 @@
 
 # Dimension letters: B  prompts of a batch that are not done     V  entries of the tokenizer's vocabulary
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

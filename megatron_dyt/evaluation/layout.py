@@ -4,8 +4,6 @@ A torch_dist checkpoint loads at any layout, so the one of training does not mat
 would leave all but one of them waiting, because an evaluation has no micro-batches to fill them.
 """
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from pathlib import Path

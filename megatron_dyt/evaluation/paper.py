@@ -7,8 +7,6 @@ where there are both, `em` and `f1` of ReCoRD. So two means are reported: one me
 one over all figures as in that table.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Every data-parallel rank holds a whole model, alone or with its tensor-parallel 
 requests. Peers take the same part, so their collectives match.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -8,8 +8,6 @@ A sequence is an `Item`: inputs, and targets whose log-probabilities are summed.
 #   T  targets of all items of a batch     P  different positions of a batch (row, slot) that predict one
 #   V  entries of the tokenizer's vocabulary
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

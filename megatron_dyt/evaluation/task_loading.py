@@ -5,8 +5,6 @@ object per line) or `TASK.SPLIT.parquet` files with the columns of the data set 
 `export_documents` makes; only the evaluated split of each task is read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

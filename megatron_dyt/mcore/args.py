@@ -7,7 +7,6 @@ Megatron saves with each checkpoint exactly what the model was built with.
 from __future__ import annotations
 
 import argparse
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
@@ -31,6 +30,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import handshake, recipe_flags, trackers
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.ops.backends import choose_implementation
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -40,25 +40,21 @@ class _Unset(float):
     """A flag's default that can be told from the same number given by the user."""
 
 
+@wrapper
 def wrap_add_arguments(
-    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
-) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
     """`arguments.add_megatron_arguments` with DyT among the norms and the plugin's flags."""
-
-    @functools.wraps(original)
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        norm = _action(parser, "normalization")
-        norm.choices = [*(norm.choices or ()), NORMALIZATION]
-        init_std = parser.get_default("init_method_std")
-        parser.set_defaults(init_method_std=_Unset(init_std))
-        for title, settings in (("dynamic tanh", SETTINGS), ("recipe", recipe_flags.SETTINGS)):
-            group = parser.add_argument_group(title=f"{title} (megatron_dyt)")
-            for setting in settings:
-                group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))
-        return parser
-
-    return add_megatron_arguments
+    parser = original(parser)
+    norm = _action(parser, "normalization")
+    norm.choices = [*(norm.choices or ()), NORMALIZATION]
+    init_std = parser.get_default("init_method_std")
+    parser.set_defaults(init_method_std=_Unset(init_std))
+    for title, settings in (("dynamic tanh", SETTINGS), ("recipe", recipe_flags.SETTINGS)):
+        group = parser.add_argument_group(title=f"{title} (megatron_dyt)")
+        for setting in settings:
+            group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))
+    return parser
 
 
 def _action(parser: argparse.ArgumentParser, dest: str) -> argparse.Action:
@@ -79,21 +75,17 @@ def _how(setting: Setting) -> dict[str, Any]:
     return {"type": setting.kind if isinstance(setting.kind, type) else str, "metavar": setting.metavar}
 
 
-def wrap_validate[R](original: Callable[..., R]) -> Callable[..., R]:
+@wrapper
+def wrap_validate[R](original: Callable[..., R], args: Namespace, *rest: object, **kwargs: object) -> R:
     """`arguments.validate_args` preceded by ours; then all ranks compare what they run."""
-
-    @functools.wraps(original)
-    def validate_args(args: Namespace, *rest: object, **kwargs: object) -> R:
-        try:
-            validate(args)
-            result = original(args, *rest, **kwargs)
-        except Exception as error:
-            handshake.leave(args, error)
-            raise
-        handshake.compare_ranks(args)
-        return result
-
-    return validate_args
+    try:
+        validate(args)
+        result = original(args, *rest, **kwargs)
+    except Exception as error:
+        handshake.leave(args, error)
+        raise
+    handshake.compare_ranks(args)
+    return result
 
 
 def validate(args: Namespace) -> None:
@@ -212,25 +204,21 @@ def _check_backend(backend: str) -> None:
         raise UserError(f"--dyt-backend {backend}: {error}") from error
 
 
-def wrap_load_args[R](original: Callable[..., R]) -> Callable[..., R]:
+@wrapper
+def wrap_load_args[R](original: Callable[..., R], args: Namespace, *rest: object, **kwargs: object) -> R:
     """`checkpointing.load_args_from_checkpoint` that restores the DyT flags as well."""
-
-    @functools.wraps(original)
-    def load_args_from_checkpoint(args: Namespace, *rest: object, **kwargs: object) -> R:
-        asked_for_dyt = is_dyt(args)
-        result = original(args, *rest, **kwargs)
-        if isinstance(result, tuple):
-            # DyT is nobody's default, so it was asked for.
-            if asked_for_dyt and not is_dyt(result[0]):
-                raise UserError(
-                    f"--normalization DyT was given, but the checkpoint holds a {result[0].normalization} "
-                    "model, which --use-checkpoint-args takes over. Load a DyT checkpoint, or leave one of "
-                    "the two flags out."
-                )
-            restore(result[0], result[1])
-        return result
-
-    return load_args_from_checkpoint
+    asked_for_dyt = is_dyt(args)
+    result = original(args, *rest, **kwargs)
+    if isinstance(result, tuple):
+        # DyT is nobody's default, so it was asked for.
+        if asked_for_dyt and not is_dyt(result[0]):
+            raise UserError(
+                f"--normalization DyT was given, but the checkpoint holds a {result[0].normalization} "
+                "model, which --use-checkpoint-args takes over. Load a DyT checkpoint, or leave one of "
+                "the two flags out."
+            )
+        restore(result[0], result[1])
+    return result
 
 
 def restore(args: Namespace, saved: Namespace) -> None:

@@ -8,7 +8,6 @@ one verdict.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from megatron_dyt.checkpoints.metadata import read_metadata
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import ranks
 from megatron_dyt.parsed_args import parsed_args
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
@@ -41,32 +41,32 @@ DEFAULT_STRICTNESS = "assume_ok_unexpected"
 SHOWN = 4
 
 
-def wrap_load[R](original: Callable[..., R]) -> Callable[..., R]:
+@wrapper
+def wrap_load[R](
+    original: Callable[..., R],
+    sharded_state_dict: ShardedStateDict,
+    checkpoint_dir: Directory,
+    *args: object,
+    **kwargs: Any,
+) -> R:
     """`dist_checkpointing.load` that first compares the model's keys with the checkpoint's."""
-
-    @functools.wraps(original)
-    def load(
-        sharded_state_dict: ShardedStateDict, checkpoint_dir: Directory, *args: object, **kwargs: Any
-    ) -> R:
-        group = kwargs.get("process_group")
-        model_keys = gather(model_tensor_keys(sharded_state_dict), group)
-        if model_keys:
-            wanted = gather(_stored_keys(sharded_state_dict), group)
-            damage.verify(checkpoint_dir, wanted, damage.checks_data(parsed_args()), group)
-            strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
-            default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
-            compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
-            if not default:
-                refuse_strictness(str(getattr(strictness, "value", strictness)))
-        try:
-            state = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        except CheckpointException as error:
-            raise _unreadable(checkpoint_dir, error) from error
-        if model_keys and isinstance(state, dict):
-            compare_function(parsed_args(), state.get("args"), checkpoint_dir)
-        return state
-
-    return load
+    group = kwargs.get("process_group")
+    model_keys = gather(model_tensor_keys(sharded_state_dict), group)
+    if model_keys:
+        wanted = gather(_stored_keys(sharded_state_dict), group)
+        damage.verify(checkpoint_dir, wanted, damage.checks_data(parsed_args()), group)
+        strictness = kwargs.get("strict", DEFAULT_STRICTNESS)
+        default = getattr(strictness, "value", strictness) == DEFAULT_STRICTNESS
+        compare(model_keys, checkpoint_tensor_keys(checkpoint_dir), checkpoint_dir, not default)
+        if not default:
+            refuse_strictness(str(getattr(strictness, "value", strictness)))
+    try:
+        state = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+    except CheckpointException as error:
+        raise _unreadable(checkpoint_dir, error) from error
+    if model_keys and isinstance(state, dict):
+        compare_function(parsed_args(), state.get("args"), checkpoint_dir)
+    return state
 
 
 def refuse_strictness(strictness: str) -> None:
@@ -243,7 +243,10 @@ def _some(keys: set[str]) -> str:
 # --- the distributed optimizer's state ------------------------------------------------------------------
 
 
-def wrap_sharded_state[R](original: Callable[..., R]) -> Callable[..., R]:
+@wrapper
+def wrap_sharded_state[R](
+    original: Callable[..., R], self: DistributedOptimizer, *args: object, **kwargs: object
+) -> R:
     """`DistributedOptimizer.sharded_param_state_fully_reshardable` with places that leave padding out.
 
     For `--dist-ckpt-optim-fully-reshardable` Megatron joins the buckets of its gradient buffer without the
@@ -253,13 +256,8 @@ def wrap_sharded_state[R](original: Callable[..., R]) -> Callable[..., R]:
     mostly multiples of the padding, so that RMSNorm models have none; an alpha of one element makes it the
     rule.
     """
-
-    @functools.wraps(original)
-    def sharded_state(self: DistributedOptimizer, *args: object, **kwargs: object) -> R:
-        with _places_without_padding(self.buffers):
-            return original(self, *args, **kwargs)
-
-    return sharded_state
+    with _places_without_padding(self.buffers):
+        return original(self, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ the scale's copies get the same marks, and their gradients are summed over the s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from torch import nn
 
 from megatron_dyt.mcore.model_config import initial_embedding_scale
 from megatron_dyt.mcore.norm import mark_sequence_parallel
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -84,47 +84,43 @@ class EmbeddingScale(nn.Module):
         return f"initial={self.initial:g}"
 
 
-def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_init(
+    original: Callable[..., None],
+    self: LanguageModelEmbedding,
+    config: TransformerConfig,
+    *args: object,
+    **kwargs: object,
+) -> None:
     """`LanguageModelEmbedding.__init__` that adds the scale when the config asks for one."""
-
-    def __init__(
-        self: LanguageModelEmbedding, config: TransformerConfig, *args: object, **kwargs: object
-    ) -> None:
-        original(self, config, *args, **kwargs)
-        initial = initial_embedding_scale(config)
-        if initial is None:
-            return
-        self.embedding_scale = EmbeddingScale(initial, dtype=config.params_dtype)
-        self.embedding_scale.tp_group = self.tp_group
-        # The scale acts after the scatter, on this rank's part of the sequence only.
-        sharded = config.sequence_parallel and self.scatter_to_sequence_parallel
-        mark_sequence_parallel(self.embedding_scale, sharded)
-
-    return __init__
+    original(self, config, *args, **kwargs)
+    initial = initial_embedding_scale(config)
+    if initial is None:
+        return
+    self.embedding_scale = EmbeddingScale(initial, dtype=config.params_dtype)
+    self.embedding_scale.tp_group = self.tp_group
+    # The scale acts after the scatter, on this rank's part of the sequence only.
+    sharded = config.sequence_parallel and self.scatter_to_sequence_parallel
+    mark_sequence_parallel(self.embedding_scale, sharded)
 
 
-def wrap_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+@wrapper
+def wrap_forward(
+    original: Callable[..., torch.Tensor], self: LanguageModelEmbedding, *args: object, **kwargs: object
+) -> torch.Tensor:
     """`LanguageModelEmbedding.forward` whose output is scaled when there is a scale."""
-
-    def forward(self: LanguageModelEmbedding, *args: object, **kwargs: object) -> torch.Tensor:
-        output = original(self, *args, **kwargs)
-        scale = getattr(self, "embedding_scale", None)
-        return output if scale is None else scale(output)
-
-    return forward
+    output = original(self, *args, **kwargs)
+    scale = getattr(self, "embedding_scale", None)
+    return output if scale is None else scale(output)
 
 
-def wrap_setup(original: Callable[[LanguageModule], None]) -> Callable[[LanguageModule], None]:
+@wrapper
+def wrap_setup(original: Callable[[LanguageModule], None], self: LanguageModule) -> None:
     """`LanguageModule.setup_embeddings_and_output_layer` that marks the copies of the scale."""
-
-    @functools.wraps(original)
-    def setup_embeddings_and_output_layer(self: LanguageModule) -> None:
-        original(self)
-        scale = _scale_of(self)
-        if scale is not None and _has_copies(self.config):
-            mark_shared(scale, is_copy=not self.pre_process)
-
-    return setup_embeddings_and_output_layer
+    original(self)
+    scale = _scale_of(self)
+    if scale is not None and _has_copies(self.config):
+        mark_shared(scale, is_copy=not self.pre_process)
 
 
 def mark_shared(scale: EmbeddingScale, is_copy: bool) -> None:
@@ -138,21 +134,18 @@ def mark_shared(scale: EmbeddingScale, is_copy: bool) -> None:
         scale.scale.shared = True  # type: ignore[attr-defined]
 
 
-def wrap_allreduce(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_allreduce(
+    original: Callable[..., None],
+    model: list[nn.Module],
+    config: TransformerConfig,
+    embd_group: ProcessGroup | None = None,
+    pp_group: ProcessGroup | None = None,
+) -> None:
     """`_allreduce_word_embedding_grads` that sums the gradients of the scale's copies too."""
-
-    @functools.wraps(original)
-    def allreduce_word_embedding_grads(
-        model: list[nn.Module],
-        config: TransformerConfig,
-        embd_group: ProcessGroup | None = None,
-        pp_group: ProcessGroup | None = None,
-    ) -> None:
-        original(model, config, embd_group, pp_group)
-        if _has_copies(config) and initial_embedding_scale(config) is not None:
-            sum_copies(model, config, embd_group, pp_group)
-
-    return allreduce_word_embedding_grads
+    original(model, config, embd_group, pp_group)
+    if _has_copies(config) and initial_embedding_scale(config) is not None:
+        sum_copies(model, config, embd_group, pp_group)
 
 
 def sum_copies(

@@ -29,6 +29,7 @@ from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import Site, find_sites, global_name, unwrap
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -330,23 +331,17 @@ def _some(numbers: list[int]) -> str:
 _active: Guard | None = None
 
 
+@wrapper
 def wrap_setup[**P](
-    original: Callable[P, tuple[list[nn.Module], Optimizer | None, object]],
-) -> Callable[P, tuple[list[nn.Module], Optimizer | None, object]]:
+    original: Callable[P, tuple[list[nn.Module], Optimizer | None, object]], *args: P.args, **kwargs: P.kwargs
+) -> tuple[list[nn.Module], Optimizer | None, object]:
     """`training.setup_model_and_optimizer` that guards the optimizer of a DyT model."""
-
-    @functools.wraps(original)
-    def setup_model_and_optimizer(
-        *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[list[nn.Module], Optimizer | None, object]:
-        global _active
-        result = original(*args, **kwargs)
-        _active = _guard_of(*result[:2])
-        if _active is not None:
-            _active.install()
-        return result
-
-    return setup_model_and_optimizer
+    global _active
+    result = original(*args, **kwargs)
+    _active = _guard_of(*result[:2])
+    if _active is not None:
+        _active.install()
+    return result
 
 
 def _guard_of(chunks: list[nn.Module], optimizer: Optimizer | None) -> Guard | None:
@@ -368,41 +363,37 @@ def _guard_of(chunks: list[nn.Module], optimizer: Optimizer | None) -> Guard | N
     )
 
 
-def wrap_train_step[**P, R: tuple[object, ...]](original: Callable[P, R]) -> Callable[P, R]:
+@wrapper
+def wrap_train_step[**P, R: tuple[object, ...]](
+    original: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
     """`training.train_step` that says where, when Megatron's own check stops the run.
 
     Megatron raises on the rank that sees it, or has all ranks leave for a rerun elsewhere.
     """
-
-    @functools.wraps(original)
-    def train_step(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _active is None:
-            return original(*args, **kwargs)
-        try:
-            result = original(*args, **kwargs)
-        except RuntimeError as error:
-            if not isinstance(error, TrainingFault) and (found := _active.bad_gradients()):
-                error.add_note(f"megatron_dyt: not finite: {merge({each: [ranks.rank()] for each in found})}")
-            raise
-        should_exit = result[3]
-        if should_exit:
-            _log.info(_active.where_everywhere())
-        return result
-
-    return train_step
+    if _active is None:
+        return original(*args, **kwargs)
+    try:
+        result = original(*args, **kwargs)
+    except RuntimeError as error:
+        if not isinstance(error, TrainingFault) and (found := _active.bad_gradients()):
+            error.add_note(f"megatron_dyt: not finite: {merge({each: [ranks.rank()] for each in found})}")
+        raise
+    should_exit = result[3]
+    if should_exit:
+        _log.info(_active.where_everywhere())
+    return result
 
 
-def wrap_rerun(original: Callable[..., bool]) -> Callable[..., bool]:
+@wrapper
+def wrap_rerun(
+    original: Callable[..., bool], self: RerunStateMachine, *args: object, **kwargs: object
+) -> bool:
     """`RerunStateMachine.should_run_forward_backward` that has inputs watched in a rerun."""
-
-    @functools.wraps(original)
-    def should_run_forward_backward(self: RerunStateMachine, *args: object, **kwargs: object) -> bool:
-        run = original(self, *args, **kwargs)
-        if _active is not None and _active.rerunning != (again := run and _is_second_run(self)):
-            _active.watch_inputs(again)
-        return run
-
-    return should_run_forward_backward
+    run = original(self, *args, **kwargs)
+    if _active is not None and _active.rerunning != (again := run and _is_second_run(self)):
+        _active.watch_inputs(again)
+    return run
 
 
 def _is_second_run(machine: RerunStateMachine) -> bool:

@@ -5,8 +5,6 @@ before the process group is made, with a time-out (`rendezvous.py`), so that a r
 the plugin is named instead of waited for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

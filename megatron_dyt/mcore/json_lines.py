@@ -3,8 +3,6 @@
 A run never ends by a statistic. A step that is done once more after a resume stands in the file once.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ The table is checked against the parsed flags and against every TransformerConfi
 `megatron.core` have no flags. Field names are Megatron's; a field that a version lacks is skipped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

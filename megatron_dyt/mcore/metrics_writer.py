@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_dyt import compat
 from megatron_dyt.mcore.json_lines import JsonLines
+from megatron_dyt.patching import wrapper
 from megatron_dyt.version import __version__
 
 FILE_NAME = "metrics.jsonl"
@@ -198,34 +199,28 @@ def _global_batch_size() -> int:
 _active: MetricsWriter | None = None
 
 
-def wrap_add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_add_arguments(
+    original: Callable[..., Any], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
     """`arguments.add_megatron_arguments` with `--metrics-dir`."""
-
-    @functools.wraps(original)
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        parser.add_argument_group(title="metrics (megatron_dyt)").add_argument(
-            "--metrics-dir",
-            metavar="DIR",
-            help=f"Where {FILE_NAME} is written: the logged numbers, one JSON object per line. "
-            "Default: the --save directory; nowhere without one.",
-        )
-        return parser
-
-    return add_megatron_arguments
+    parser = original(parser)
+    parser.add_argument_group(title="metrics (megatron_dyt)").add_argument(
+        "--metrics-dir",
+        metavar="DIR",
+        help=f"Where {FILE_NAME} is written: the logged numbers, one JSON object per line. "
+        "Default: the --save directory; nowhere without one.",
+    )
+    return parser
 
 
-def wrap_setup(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_setup(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`training.setup_model_and_optimizer`, after which a run's metrics are written."""
-
-    @functools.wraps(original)
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-        global _active
-        result = original(*args, **kwargs)
-        _active = _writer()
-        return result
-
-    return setup_model_and_optimizer
+    global _active
+    result = original(*args, **kwargs)
+    _active = _writer()
+    return result
 
 
 def _writer() -> MetricsWriter | None:
@@ -259,30 +254,24 @@ def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
     return training_log
 
 
-def wrap_elapsed(original: Callable[..., float]) -> Callable[..., float]:
+@wrapper
+def wrap_elapsed(
+    original: Callable[..., float], self: Any, reset: bool = True, barrier: bool = False
+) -> float:
     """`Timer.elapsed`: `training_log` reads the step timer when its sums are complete."""
-
-    @functools.wraps(original)
-    def elapsed(self: Any, reset: bool = True, barrier: bool = False) -> float:
-        seconds = original(self, reset, barrier)
-        if _active is not None and self.name == _STEP_TIMER:
-            _active.end_of_interval(seconds, reset)
-        return seconds
-
-    return elapsed
+    seconds = original(self, reset, barrier)
+    if _active is not None and self.name == _STEP_TIMER:
+        _active.end_of_interval(seconds, reset)
+    return seconds
 
 
-def wrap_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`training.evaluate`, whose losses are kept until Megatron has read them."""
-
-    @functools.wraps(original)
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if _active is not None and result[0] is not None:  # None: the time limit ended it.
-            _active.evaluated.append(dict(result[0]))
-        return result
-
-    return evaluate
+    result = original(*args, **kwargs)
+    if _active is not None and result[0] is not None:  # None: the time limit ended it.
+        _active.evaluated.append(dict(result[0]))
+    return result
 
 
 def wrap_print_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,27 +9,24 @@ from megatron_dyt.config import DEFAULT_PRESET, DyTConfig, DyTFields, is_dyt, re
 from megatron_dyt.mcore.args import checked_config, validate_other_norm
 from megatron_dyt.mcore.limits import refuse_unsupported
 from megatron_dyt.parsed_args import parsed_args
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def wrap_post_init(original: Callable[[TransformerConfig], None]) -> Callable[[TransformerConfig], None]:
+@wrapper
+def wrap_post_init(original: Callable[[TransformerConfig], None], self: TransformerConfig) -> None:
     """`TransformerConfig.__post_init__` that attaches `config.dyt`.
 
     Idempotent: Megatron Bridge calls it repeatedly.
     """
-
-    @functools.wraps(original)
-    def __post_init__(self: TransformerConfig) -> None:
-        if is_dyt(self):
-            refuse_unsupported(self)
-        if isinstance(self, DyTFields):
-            _use_fields(self)
-        original(self)
-        attach(self)
-
-    return __post_init__
+    if is_dyt(self):
+        refuse_unsupported(self)
+    if isinstance(self, DyTFields):
+        _use_fields(self)
+    original(self)
+    attach(self)
 
 
 def _use_fields(config: TransformerConfig) -> None:

@@ -27,6 +27,7 @@ from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
 from megatron_dyt.nn.statistics import InputStatistics, input_statistics
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -266,29 +267,23 @@ def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:
 _active: Monitor | None = None
 
 
+@wrapper
 def wrap_setup[**P](
-    original: Callable[P, tuple[list[nn.Module], object, object]],
-) -> Callable[P, tuple[list[nn.Module], object, object]]:
+    original: Callable[P, tuple[list[nn.Module], object, object]], *args: P.args, **kwargs: P.kwargs
+) -> tuple[list[nn.Module], object, object]:
     """`training.setup_model_and_optimizer` that starts a monitor on a DyT model.
 
     It also logs which parts of a model of several keep another norm.
     """
-
-    @functools.wraps(original)
-    def setup_model_and_optimizer(
-        *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[list[nn.Module], object, object]:
-        global _active
-        result = original(*args, **kwargs)
-        chunks = result[0]
-        for chunk in chunks:
-            log_other_norms(unwrap(chunk))
-        _active = _monitor_of(chunks)
-        if _active is not None:
-            _active.look()
-        return result
-
-    return setup_model_and_optimizer
+    global _active
+    result = original(*args, **kwargs)
+    chunks = result[0]
+    for chunk in chunks:
+        log_other_norms(unwrap(chunk))
+    _active = _monitor_of(chunks)
+    if _active is not None:
+        _active.look()
+    return result
 
 
 def wrap_training_log[**P, R](original: Callable[P, R]) -> Callable[P, R]:

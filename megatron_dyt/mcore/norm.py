@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
@@ -13,6 +12,7 @@ from megatron_dyt.config import DyTConfig, Role, check_choice
 from megatron_dyt.mcore.residual import DeferredSum, offloads, uses_cuda_graphs
 from megatron_dyt.nn import DynamicTanh
 from megatron_dyt.ops.parameters import LOG_ALPHA_RATE, alpha_of_log
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -209,34 +209,28 @@ class FreedOutput:
         self.y = self.x = None
 
 
-def wrap_checkpoint[R](original: Callable[..., R]) -> Callable[..., R | NormOutput]:
+@wrapper
+def wrap_checkpoint[R](
+    original: Callable[..., R], self: CheckpointWithoutOutput, run_function: Callable[..., R], *args: Tensor
+) -> R | NormOutput:
     """`CheckpointWithoutOutput.checkpoint`, which calls a DyTNorm as it is."""
-
-    @functools.wraps(original)
-    def checkpoint(
-        self: CheckpointWithoutOutput, run_function: Callable[..., R], *args: Tensor
-    ) -> R | NormOutput:
-        if not (isinstance(run_function, DyTNorm) and run_function.refills):
-            return original(self, run_function, *args)
-        output: NormOutput = run_function(*args)
-        y, x = output if isinstance(output, tuple) else (output, args[0])
-        self.dyt_output = FreedOutput(run_function, y, x)
-        return output
-
-    return checkpoint
+    if not (isinstance(run_function, DyTNorm) and run_function.refills):
+        return original(self, run_function, *args)
+    output: NormOutput = run_function(*args)
+    y, x = output if isinstance(output, tuple) else (output, args[0])
+    self.dyt_output = FreedOutput(run_function, y, x)
+    return output
 
 
+@wrapper
 def wrap_discard(
     original: Callable[[CheckpointWithoutOutput, Tensor], None],
-) -> Callable[[CheckpointWithoutOutput, Tensor], None]:
+    self: CheckpointWithoutOutput,
+    hook_tensor: Tensor,
+) -> None:
     """`CheckpointWithoutOutput.discard_output_and_register_recompute`, for DyT by `FreedOutput`."""
-
-    @functools.wraps(original)
-    def discard_output_and_register_recompute(self: CheckpointWithoutOutput, hook_tensor: Tensor) -> None:
-        output: FreedOutput | None = getattr(self, "dyt_output", None)
-        if output is None:
-            original(self, hook_tensor)
-        else:
-            output.free_until_gradient_of(hook_tensor)
-
-    return discard_output_and_register_recompute
+    output: FreedOutput | None = getattr(self, "dyt_output", None)
+    if output is None:
+        original(self, hook_tensor)
+    else:
+        output.free_until_gradient_of(hook_tensor)

@@ -25,6 +25,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.ranks import log_once
 from megatron_dyt.nn import DynamicTanh
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.models.T5.t5_model import T5Model
@@ -297,16 +298,14 @@ def check_built(model: nn.Module, name: str) -> None:
         log_once(_log, f"DyT: {kept.what} ({kept.owner}.{kept.slot}) stays as it is: {kept.why}.")
 
 
-def wrap_block_init(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_block_init(
+    original: Callable[..., None], self: nn.Module, config: TransformerConfig, *args: object, **kwargs: object
+) -> None:
     """`TransformerBlock.__init__`, and a hybrid stack's, that searches what a DyT block was built of."""
-
-    @functools.wraps(original)
-    def __init__(self: nn.Module, config: TransformerConfig, *args: object, **kwargs: object) -> None:
-        original(self, config, *args, **kwargs)
-        if is_dyt(config):
-            check_built(self, "decoder")
-
-    return __init__
+    original(self, config, *args, **kwargs)
+    if is_dyt(config):
+        check_built(self, "decoder")
 
 
 def wrap_norm_new[N](original: Callable[..., N]) -> staticmethod[..., N]:
@@ -321,16 +320,12 @@ def wrap_norm_new[N](original: Callable[..., N]) -> staticmethod[..., N]:
     return staticmethod(__new__)
 
 
-def wrap_norm_init(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_norm_init(original: Callable[..., None], self: nn.Module, *args: object, **kwargs: object) -> None:
     """`__init__` of apex's norm or TE's fused norm-linear that refuses DyT configs."""
-
-    @functools.wraps(original)
-    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
-        if is_dyt(kwargs.get("config", args[0] if args else None)):
-            _refuse(type(self).__name__)
-        original(self, *args, **kwargs)
-
-    return __init__
+    if is_dyt(kwargs.get("config", args[0] if args else None)):
+        _refuse(type(self).__name__)
+    original(self, *args, **kwargs)
 
 
 def _refuse(name: str) -> NoReturn:
@@ -347,15 +342,13 @@ def _refuse(name: str) -> NoReturn:
 # --- models of several parts, each with a config of its own -----------------------------------------------
 
 
-def wrap_multimodal_init(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_multimodal_init(
+    original: Callable[..., None], self: nn.Module, *args: object, **kwargs: object
+) -> None:
     """`LLaVAModel.__init__` that logs which parts keep the norm of their own config."""
-
-    @functools.wraps(original)
-    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
-        original(self, *args, **kwargs)
-        log_other_norms(self)
-
-    return __init__
+    original(self, *args, **kwargs)
+    log_other_norms(self)
 
 
 def log_other_norms(model: nn.Module) -> None:

@@ -13,7 +13,6 @@ The defaults are Megatron's behaviour, and nothing is touched without the flags.
 
 from __future__ import annotations
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Concatenate, Literal
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Concatenate, Literal
 from megatron_dyt.config import Setting
 from megatron_dyt.errors import UserError
 from megatron_dyt.parsed_args import parsed_args
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
@@ -72,39 +72,34 @@ def check(args: Namespace) -> None:
         raise UserError(f"--data-seed is {seed}; give a whole number from 0 to {_LARGEST_SEED}")
 
 
+@wrapper
 def wrap_dataset_post_init(
-    original: Callable[[BlendedMegatronDatasetConfig], None],
-) -> Callable[[BlendedMegatronDatasetConfig], None]:
+    original: Callable[[BlendedMegatronDatasetConfig], None], self: BlendedMegatronDatasetConfig
+) -> None:
     """`BlendedMegatronDatasetConfig.__post_init__`, which every script makes its data sets with."""
-
-    @functools.wraps(original)
-    def __post_init__(self: BlendedMegatronDatasetConfig) -> None:
-        seed = getattr(parsed_args(), "data_seed", None)
-        if seed is not None:
-            self.random_seed = seed
-        original(self)
-
-    return __post_init__
+    seed = getattr(parsed_args(), "data_seed", None)
+    if seed is not None:
+        self.random_seed = seed
+    original(self)
 
 
+@wrapper
 def wrap_check_checkpoint_args[**P](
     original: Callable[Concatenate[Namespace, P], None],
-) -> Callable[Concatenate[Namespace, P], None]:
+    checkpoint_args: Namespace,
+    *rest: P.args,
+    **kwargs: P.kwargs,
+) -> None:
     """`checkpointing.check_checkpoint_args`, by which a run goes on from a checkpoint, for the data's seed.
 
     A run that goes on counts on the order that it has gone through so far: in another one it would meet some
     samples twice and miss others. Megatron says nothing of another --seed, and where --data-seed was never
     given, that stays.
     """
-
-    @functools.wraps(original)
-    def check_checkpoint_args(checkpoint_args: Namespace, *rest: P.args, **kwargs: P.kwargs) -> None:
-        original(checkpoint_args, *rest, **kwargs)
-        args = parsed_args()
-        if args is not None and not getattr(args, "skip_train", False):
-            check_data_seed(args, checkpoint_args)
-
-    return check_checkpoint_args
+    original(checkpoint_args, *rest, **kwargs)
+    args = parsed_args()
+    if args is not None and not getattr(args, "skip_train", False):
+        check_data_seed(args, checkpoint_args)
 
 
 def check_data_seed(args: Namespace, saved: Namespace) -> None:
@@ -121,49 +116,39 @@ def check_data_seed(args: Namespace, saved: Namespace) -> None:
         )
 
 
+@wrapper
 def wrap_config_overrides(
-    original: Callable[..., dict[ParamKey, ParamGroupOverride]],
-) -> Callable[..., dict[ParamKey, ParamGroupOverride]]:
+    original: Callable[..., dict[ParamKey, ParamGroupOverride]], *args: object, **kwargs: object
+) -> dict[ParamKey, ParamGroupOverride]:
     """`optimizer.get_standard_config_overrides` without the groups that get no weight decay."""
-
-    @functools.wraps(original)
-    def get_standard_config_overrides(*args: object, **kwargs: object) -> dict[ParamKey, ParamGroupOverride]:
-        overrides = original(*args, **kwargs)
-        if getattr(parsed_args(), "weight_decay_on", None) != "all":
-            return overrides
-        kept = {key: dict(override) for key, override in overrides.items()}
-        for override in kept.values():
-            override.pop("wd_mult", None)
-        return {key: override for key, override in kept.items() if override}
-
-    return get_standard_config_overrides
+    overrides = original(*args, **kwargs)
+    if getattr(parsed_args(), "weight_decay_on", None) != "all":
+        return overrides
+    kept = {key: dict(override) for key, override in overrides.items()}
+    for override in kept.values():
+        override.pop("wd_mult", None)
+    return {key: override for key, override in kept.items() if override}
 
 
-def wrap_post_init(original: Callable[[TransformerConfig], None]) -> Callable[[TransformerConfig], None]:
+@wrapper
+def wrap_post_init(original: Callable[[TransformerConfig], None], self: TransformerConfig) -> None:
     """`TransformerConfig.__post_init__` that keeps the output layers' std, where that is asked for."""
-
-    @functools.wraps(original)
-    def __post_init__(self: TransformerConfig) -> None:
-        given = self.output_layer_init_method
-        original(self)
-        # One that the user's code has set stays; so does ours when Megatron calls this again.
-        if given is None and getattr(parsed_args(), "output_init", None) == "plain":
-            self.output_layer_init_method = self.init_method
-
-    return __post_init__
+    given = self.output_layer_init_method
+    original(self)
+    # One that the user's code has set stays; so does ours when Megatron calls this again.
+    if given is None and getattr(parsed_args(), "output_init", None) == "plain":
+        self.output_layer_init_method = self.init_method
 
 
-def wrap_get_lr(original: Callable[..., float]) -> Callable[..., float]:
+@wrapper
+def wrap_get_lr(
+    original: Callable[..., float], self: OptimizerParamScheduler, param_group: dict[str, object]
+) -> float:
     """`OptimizerParamScheduler.get_lr` with the quadratic warmup."""
-
-    @functools.wraps(original)
-    def get_lr(self: OptimizerParamScheduler, param_group: dict[str, object]) -> float:
-        rate = original(self, param_group)
-        quadratic = getattr(parsed_args(), "lr_warmup_style", None) == "quadratic"
-        if not quadratic or self.num_steps >= self.lr_warmup_steps:
-            return rate
-        # Megatron's is init_lr + (max_lr - init_lr) * fraction.
-        fraction = self.num_steps / self.lr_warmup_steps
-        return float(self.init_lr + (rate - self.init_lr) * fraction)
-
-    return get_lr
+    rate = original(self, param_group)
+    quadratic = getattr(parsed_args(), "lr_warmup_style", None) == "quadratic"
+    if not quadratic or self.num_steps >= self.lr_warmup_steps:
+        return rate
+    # Megatron's is init_lr + (max_lr - init_lr) * fraction.
+    fraction = self.num_steps / self.lr_warmup_steps
+    return float(self.init_lr + (rate - self.init_lr) * fraction)

@@ -4,8 +4,6 @@ Every wrapper passes straight through unless the model's `normalization` is "DyT
 scale was asked for), so Megatron with the plugin registered and RMSNorm is Megatron unchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -30,6 +30,7 @@ from megatron_dyt.mcore.norm_sites import (
     kept_in_slot,
 )
 from megatron_dyt.mcore.ranks import log_once
+from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
@@ -79,19 +80,16 @@ DELTA_NET_KEYS_MAP = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
 MAMBA_KEYS_MAP = {"norm.": "mixer.in_proj.layer_norm_"}
 
 
+@wrapper
 def wrap_block_submodules(
     original: Callable[..., TransformerBlockSubmodules],
-) -> Callable[..., TransformerBlockSubmodules]:
+    config: TransformerConfig,
+    *args: object,
+    **kwargs: object,
+) -> TransformerBlockSubmodules:
     """`transformer_block._get_block_submodules` with DyT as the final norm when the config's norm is DyT."""
-
-    @functools.wraps(original)
-    def get_submodules(
-        config: TransformerConfig, *args: object, **kwargs: object
-    ) -> TransformerBlockSubmodules:
-        block = original(config, *args, **kwargs)
-        return rewrite_block(block) if is_dyt(config) else block
-
-    return get_submodules
+    block = original(config, *args, **kwargs)
+    return rewrite_block(block) if is_dyt(config) else block
 
 
 def wrap_layer_init(original: Callable[..., None]) -> Callable[..., None]:

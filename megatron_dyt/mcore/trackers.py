@@ -3,10 +3,7 @@
 Megatron logs to W&B only where it logs to TensorBoard, and starts a new W&B run with every start.
 """
 
-from __future__ import annotations
-
 import contextlib
-import functools
 import importlib.util
 import logging
 import os
@@ -19,6 +16,7 @@ from megatron_dyt import log
 from megatron_dyt.atomic import write_atomically
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.errors import UserError
+from megatron_dyt.patching import wrapper
 
 _log = logging.getLogger(__name__)
 
@@ -60,30 +58,26 @@ def _is_there(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def wrap_wandb_writer(original: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
+@wrapper
+def wrap_wandb_writer(original: Callable[[Namespace], None], args: Namespace) -> None:
     """`global_vars._set_wandb_writer`, which starts the W&B run: one for all starts of a training.
 
     Its id is kept in the --save directory, and taken up where this start resumes from there.
     """
-
-    @functools.wraps(original)
-    def set_wandb_writer(args: Namespace) -> None:
-        if not getattr(args, "wandb_project", "") or args.rank != args.world_size - 1:
+    if not getattr(args, "wandb_project", "") or args.rank != args.world_size - 1:
+        original(args)
+        return
+    file = None if not args.save or "://" in args.save else Path(args.save) / RUN_ID_FILE
+    try:
+        with _run_to_go_on_with(file, args):
             original(args)
-            return
-        file = None if not args.save or "://" in args.save else Path(args.save) / RUN_ID_FILE
-        try:
-            with _run_to_go_on_with(file, args):
-                original(args)
-        except Exception as error:
-            raise UserError(
-                f"Weights & Biases did not start a run ({type(error).__name__}: {error}). wandb login, or "
-                "WANDB_API_KEY, lets it log; WANDB_MODE=offline keeps the run in files for `wandb sync`; or "
-                "leave --wandb-project out"
-            ) from error
-        _keep(file)
-
-    return set_wandb_writer
+    except Exception as error:
+        raise UserError(
+            f"Weights & Biases did not start a run ({type(error).__name__}: {error}). wandb login, or "
+            "WANDB_API_KEY, lets it log; WANDB_MODE=offline keeps the run in files for `wandb sync`; or "
+            "leave --wandb-project out"
+        ) from error
+    _keep(file)
 
 
 @contextlib.contextmanager
@@ -123,24 +117,18 @@ def _keep(file: Path | None) -> None:
         _log.warning(what, file, error, extra=log.ALL_RANKS)
 
 
-def wrap_tensorboard_writer(original: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
+@wrapper
+def wrap_tensorboard_writer(original: Callable[[Namespace], None], args: Namespace) -> None:
     """`global_vars._set_tensorboard_writer`, whose writer does not end the run where it cannot write."""
+    from megatron.training.global_vars import get_tensorboard_writer
 
-    @functools.wraps(original)
-    def set_tensorboard_writer(args: Namespace) -> None:
-        from megatron.training.global_vars import get_tensorboard_writer
-
-        try:
-            original(args)
-        except OSError as error:
-            _warn_of_tensorboard(args.tensorboard_dir, error)
-        if (writer := get_tensorboard_writer()) is not None:
-            # PyTorch's SummaryWriter hands all that it writes to this one.
-            writer.file_writer.event_writer = _Forgiving(
-                writer.file_writer.event_writer, args.tensorboard_dir
-            )
-
-    return set_tensorboard_writer
+    try:
+        original(args)
+    except OSError as error:
+        _warn_of_tensorboard(args.tensorboard_dir, error)
+    if (writer := get_tensorboard_writer()) is not None:
+        # PyTorch's SummaryWriter hands all that it writes to this one.
+        writer.file_writer.event_writer = _Forgiving(writer.file_writer.event_writer, args.tensorboard_dir)
 
 
 class _Forgiving:

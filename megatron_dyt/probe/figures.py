@@ -3,8 +3,6 @@
 Each function returns a `Figure` for `report.theme` to write. Points are rasterised in an SVG.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple

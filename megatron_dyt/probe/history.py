@@ -1,7 +1,5 @@
 """Alpha and 1/std of the input over training: by the run's own statistics, or by its checkpoints."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Sequence

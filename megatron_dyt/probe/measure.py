@@ -8,8 +8,6 @@ is fitted to it by least squares.
 # Dimension letters, of names such as `x_TC`:
 #   T  tokens: all positions of all sequences     C  channels     N  points chosen of the T x C     V  classes
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`megatron-dyt probe`: from a checkpoint to figures, tables and a summary."""
 
-from __future__ import annotations
-
 import csv
 import io
 import logging

@@ -1,7 +1,5 @@
 """The norms of any torch model, DyT among them: where they stand, what they compute without their weights."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass

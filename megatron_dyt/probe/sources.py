@@ -1,7 +1,5 @@
 """The model and the tokens of `megatron-dyt probe`: of a Megatron checkpoint or a Hugging Face model."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence

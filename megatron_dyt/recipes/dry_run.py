@@ -6,8 +6,6 @@ no storage. It needs neither GPUs nor the memory of the model. Reported: paramet
 of all ranks add up to. A flag that Megatron would refuse on the cluster is refused here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """A parallel layout of a recipe on a cluster, and all the layouts that Megatron would accept."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

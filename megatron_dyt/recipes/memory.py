@@ -6,8 +6,6 @@ for LLaMA's layer). DyT keeps as much fused with the residual stream as apart (d
 estimates: the allocator's slack, NCCL's buffers and the CUDA context are in `RESERVE`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_dyt.recipes import Recipe

@@ -5,8 +5,6 @@ communication that nothing hides, with the round figures of `Speeds`. Days of tr
 FLOPs utilisation (MFU) that the user gives.
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -4,8 +4,6 @@ What a recipe leaves out is where it runs: parallel layout, data, checkpoints an
 launch script and from `megatron-dyt plan`.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field, fields
 from importlib import resources

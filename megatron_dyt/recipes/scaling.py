@@ -6,8 +6,6 @@ runs of two processes hand to their collectives. Bytes are those handed to a col
 wire, which depend on its algorithm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

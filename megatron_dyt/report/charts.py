@@ -3,8 +3,6 @@
 Each function returns a `Chart`: an SVG text, and a description of what it shows for those who cannot see it.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ With pipeline parallelism each stage writes a file, `dyt_stats.stageN.jsonl`. As
 run that was resumed is read without its abandoned part, and half a line is passed over.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

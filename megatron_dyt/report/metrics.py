@@ -5,8 +5,6 @@ goes back, what came from there on belongs to the abandoned part and is left out
 wins. Half a line, which a killed run leaves, is passed over. A number that was not finite is nan.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator

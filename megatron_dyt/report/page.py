@@ -3,8 +3,6 @@
 What stands where is in `report.html.jinja`; here is what it shows.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ A directory holds `checkpoint/` (what training was given as --save) with `metric
 `command`, `learning_rate` and `seconds`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

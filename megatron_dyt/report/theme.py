@@ -4,8 +4,6 @@ A figure is drawn in the light palette; `svg` then puts a CSS variable in the pl
 and the values of both modes into the file. That also works in a file shown by `<img>`; it must be opaque.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator

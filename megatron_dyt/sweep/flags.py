@@ -4,8 +4,6 @@ What stands in braces is arithmetic over numbers, axes of the grid, and other fl
 names in Python. It is parsed, not evaluated by Python.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import operator

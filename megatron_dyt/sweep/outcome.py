@@ -1,7 +1,5 @@
 """How a run ended, and its numbers: read from its directory, kept in `result.json`; with it a run is done."""
 
-from __future__ import annotations
-
 import math
 import re
 import statistics

@@ -1,7 +1,5 @@
 """The figures of a sweep: loss against an axis, a line for each norm; a heat map of two axes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The queue of a sweep: processes that train, several at a time, each run exactly once."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

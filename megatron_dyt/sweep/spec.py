@@ -1,7 +1,5 @@
 """What a sweep file says, checked: the runs it stands for. docs/sweep.md describes the file."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence

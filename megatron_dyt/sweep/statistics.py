@@ -1,7 +1,5 @@
 """Mean and spread over seeds, and differences paired by seed with their confidence interval."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

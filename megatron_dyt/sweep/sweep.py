@@ -1,7 +1,5 @@
 """A sweep from its file to its table: `run_sweep`."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """A sweep's tables: a row per run, per point of the grid, per comparison; `table.json` has all of them."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

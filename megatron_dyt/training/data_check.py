@@ -4,8 +4,6 @@ An id that has none stops a GPU with an assertion that names no file; with tenso
 each rank takes it for another's, and trains the model on zeros.
 """
 
-from __future__ import annotations
-
 import copy
 from argparse import Namespace
 from collections.abc import Mapping, Sequence

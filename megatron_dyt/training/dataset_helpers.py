@@ -1,7 +1,5 @@
 """Megatron's compiled dataset helpers: already built in the wheel, to be built in a source checkout."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sysconfig

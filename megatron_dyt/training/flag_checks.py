@@ -4,8 +4,6 @@ They are read as parsed, before Megatron fills in what was left open; with --use
 come from the checkpoint, and are not looked at here.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 

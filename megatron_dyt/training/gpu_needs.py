@@ -3,8 +3,6 @@
 Megatron finds out when it builds the model, or at the first step: after the wait in a queue.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

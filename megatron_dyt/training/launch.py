@@ -1,7 +1,5 @@
 """How a training process starts and ends: the address of a lone process, and what a run leaves behind."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

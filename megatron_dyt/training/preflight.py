@@ -4,8 +4,6 @@ The first rank of each node looks at the files, and rank 0 alone at checkpoints,
 for what they find. Paths in object stores ("s3://...") are left to Megatron.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from argparse import Namespace

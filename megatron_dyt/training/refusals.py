@@ -3,8 +3,6 @@
 Megatron asserts, often by the names of attributes and after minutes of loading, and a traceback follows.
 """
 
-from __future__ import annotations
-
 import re
 import traceback
 

@@ -1,9 +1,6 @@
 """What SIGTERM and Ctrl-C do to a training process and to its checkpoint writer."""
 
-from __future__ import annotations
-
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -13,7 +10,7 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Patches, Replacement, wrapper
 
 
 @dataclass
@@ -61,26 +58,22 @@ def writer_ignores_sigterm() -> Iterator[None]:
         patches.undo()
 
 
-def ignoring_sigterm(start: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def ignoring_sigterm(start: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`start`, whose processes never see SIGTERM; daemons among them are killed when this process ends.
 
     They inherit a mask that blocks it, through fork, exec and fork server. A SIGTERM for this process that
     comes meanwhile is not lost: another thread takes it, or this one does afterwards.
     """
-
-    @functools.wraps(start)
-    def start_ignoring(*args: Any, **kwargs: Any) -> Any:
-        resource_tracker.ensure_running()  # Its start would unblock the signal.
-        before = multiprocessing.active_children()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            result = start(*args, **kwargs)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for process in multiprocessing.active_children():
-            if process.daemon and process not in before:
-                # Python ends daemons at its exit by SIGTERM, and would wait for one that ignores it.
-                process._popen.terminate = process.kill  # type: ignore[attr-defined]
-        return result
-
-    return start_ignoring
+    resource_tracker.ensure_running()  # Its start would unblock the signal.
+    before = multiprocessing.active_children()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        result = start(*args, **kwargs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for process in multiprocessing.active_children():
+        if process.daemon and process not in before:
+            # Python ends daemons at its exit by SIGTERM, and would wait for one that ignores it.
+            process._popen.terminate = process.kill  # type: ignore[attr-defined]
+    return result

@@ -1,7 +1,5 @@
 """The requests of benchmarks/evaluation.py: the paper's tasks in their proportions."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Flipped bits are found by the checksums that PyTorch writes and does not look at."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import shutil

@@ -1,7 +1,5 @@
 """A damaged checkpoint is refused before anything is loaded, or passed over when the user allows it."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable

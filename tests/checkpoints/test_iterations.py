@@ -1,7 +1,5 @@
 """Complete, interrupted and damaged checkpoints in a --save directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

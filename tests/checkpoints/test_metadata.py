@@ -1,7 +1,5 @@
 """A checkpoint of a newer torch is told from a damaged one, by everything that reads the metadata."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

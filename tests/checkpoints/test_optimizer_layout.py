@@ -1,7 +1,5 @@
 """Which layouts the state of an optimizer is refused for; tests/distributed shows what loads into which."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which checkpoint of a directory is meant, by one reading of the tracker."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

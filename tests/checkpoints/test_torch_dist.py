@@ -1,7 +1,5 @@
 """Reading any layout of a torch_dist checkpoint, and writing one that Megatron reads."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 

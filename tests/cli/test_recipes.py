@@ -1,7 +1,5 @@
 """The commands `recipe`, `plan`, `dry-run` and `scaling`."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from typing import Any

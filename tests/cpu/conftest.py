@@ -1,7 +1,5 @@
 """The CPU runtime, on for one test."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """What a forked checkpoint writer hands back, and that it ends with its rank."""
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

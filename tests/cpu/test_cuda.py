@@ -1,7 +1,5 @@
 """What `torch.cuda` answers on CPU, and where tensors for a CUDA device go."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """--device and MEGATRON_DYT_DEVICE."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Communication on CPU: even parts reach PyTorch as made; tests/distributed has uneven ones and training."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterator

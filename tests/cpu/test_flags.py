@@ -1,7 +1,5 @@
 """Flags that a CPU cannot honour are changed and named, or refused when they change the numbers."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 

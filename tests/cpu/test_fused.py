@@ -1,7 +1,5 @@
 """Fused functions: values and gradients are those of Megatron's own code, which runs where they cannot."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

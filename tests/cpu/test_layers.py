@@ -1,7 +1,5 @@
 """Norms under sequence parallelism; the gradient of the keys' positions. The rest by tests/distributed."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The CPU runtime: what it replaces works on CPU, and goes away without a trace."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

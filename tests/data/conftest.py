@@ -1,7 +1,5 @@
 """Source code as JSON lines, and a tokenizer trained on it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

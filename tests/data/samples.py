@@ -1,7 +1,5 @@
 """Inputs that the data tests share."""
 
-from __future__ import annotations
-
 import json
 import sysconfig
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Manifests: read and written, those of earlier versions too, and summed up over a directory."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Hugging Face data set in a local directory: its parts, its rows, what is wrong with it."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

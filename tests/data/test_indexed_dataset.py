@@ -1,7 +1,5 @@
 """What is written is what Megatron's own builder writes."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

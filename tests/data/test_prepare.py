@@ -1,7 +1,5 @@
 """The command: from files to what Megatron reads, again after a kill, and what is refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """One shard: documents, counts, reports, and outputs that are complete or absent."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

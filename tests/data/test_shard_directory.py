@@ -1,7 +1,5 @@
 """Inputs find their shards again: no document is in a directory twice, and none is lost."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The step that datatrove's executors run: killed and started again, and submitted to a made-up Slurm."""
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

@@ -1,7 +1,5 @@
 """Every format gives the same documents; damage is found; memory does not grow with the file."""
 
-from __future__ import annotations
-
 import io
 import json
 import struct

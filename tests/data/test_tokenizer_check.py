@@ -1,7 +1,5 @@
 """Tokenizer, data and checkpoint that do not belong together are refused, as far as files tell."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

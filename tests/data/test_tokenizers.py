@@ -1,7 +1,5 @@
 """Tokenizers are found, known by their hash, and encode as their own libraries do."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

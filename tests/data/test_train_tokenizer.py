@@ -1,7 +1,5 @@
 """The tokenizer is exact, has LLaMA's settings, and is trained in bounded time."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from itertools import pairwise

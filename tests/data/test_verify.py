@@ -1,7 +1,5 @@
 """--verify finds every kind of damage, and --print-blend says what Megatron reads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

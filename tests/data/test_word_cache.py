@@ -1,7 +1,5 @@
 """The word cache gives SentencePiece's ids, on every text and for every model that it accepts."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import random

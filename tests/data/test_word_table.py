@@ -1,7 +1,5 @@
 """The hash table of words against a dict."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Worker processes: all datasets, each once; errors and deaths come back; nothing is left running."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -15,8 +15,6 @@ A case is a plain dictionary, because it travels to the worker as JSON:
 "{output}" in a flag becomes the directory of the results.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints saved after SAVED_AT steps in one layout, and continued in another one to the end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

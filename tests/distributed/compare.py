@@ -1,7 +1,5 @@
 """The comparison of a run with the run of one process: what is allowed, and what is said when it fails."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

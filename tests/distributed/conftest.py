@@ -1,7 +1,5 @@
 """Launches of the worker, each once for all tests that look at its results."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

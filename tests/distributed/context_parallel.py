@@ -4,8 +4,6 @@ Megatron leaves it to Transformer Engine. All else of it is Megatron's: how a ba
 RoPE, the sum of gradients and losses over the ranks.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from argparse import Namespace

@@ -4,8 +4,6 @@ Each rank writes DIRECTORY/NAME.RANK.json: `calls` of step 2, as [operation, byt
 without groups of one rank, and the lengths of its `parameters`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

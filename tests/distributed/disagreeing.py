@@ -4,8 +4,6 @@ CASES.json is a list of {"port", "seconds", "ranks": [{"argv", "version", "plugi
 store of its own at its port. How a case ended is a line of JSON on stdout: [exception, message].
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -10,8 +10,6 @@ A case is a plain dictionary, because it travels to the worker as JSON:
     save, load  name of a checkpoint of the model to write, or to take the weights from
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from typing import Any
 

@@ -4,8 +4,6 @@ Started like `worker.py`, with a job of the cases of `family_cases.py`. A case w
 runs on every rank with the same data: each rank then has what one process has.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """A training run in which one pipeline stage meets a bad gradient, and later the other a bad alpha."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -3,8 +3,6 @@
 torchrun ends all ranks when one fails, which hides a rank that would have waited forever.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A checkpoint saved in one layout is the same model, and the same training, in another, or is refused."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable

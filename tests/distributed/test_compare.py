@@ -1,7 +1,5 @@
 """The comparison itself, on runs made up here: what it lets pass and what it reports."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

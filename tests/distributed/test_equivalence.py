@@ -4,8 +4,6 @@ Same weights, same data, same precision: the first gradient of every parameter o
 gradient norms of all steps, and the parameters after them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,8 +1,6 @@
 """GPT without its training loop, T5, BERT, vision transformer, hybrid stacks with DyT: two processes have the
 gradients of one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two pipeline stages come to one verdict about a bad gradient or alpha that one of them has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What is wrong on one rank is a clear error on every rank, and nobody waits forever."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

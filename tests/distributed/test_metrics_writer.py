@@ -1,7 +1,5 @@
 """A run on two pipeline stages: the last one, which has the losses, writes metrics and TensorBoard alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -6,8 +6,6 @@ parameters named in `cases.UNMARKED`. Their gradients are then partial sums. The
 something of `worker.ABSENCES`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

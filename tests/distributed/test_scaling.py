@@ -1,7 +1,5 @@
 """The count of `recipes/scaling.py` is what real steps of two processes hand to their collectives."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -14,8 +14,6 @@ once and runs all cases; between two, process groups and Megatron's global state
 rank writes DIRECTORY/NAME.RANK.pt for a case (see `record.py`).
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

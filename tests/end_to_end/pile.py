@@ -1,7 +1,5 @@
 """A corpus in the form of The Pile: jsonl.zst shards, a domain in each document's meta, some broken lines."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 What `docs/pretraining.md` does on a cluster, with the same commands: only sizes and device differ.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Tiny trained checkpoints with a real tokenizer, made once a session inside the test process."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ texts are random English words; the schemas are those of the data sets on the Hu
 columns that no task needs.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

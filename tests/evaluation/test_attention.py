@@ -1,7 +1,5 @@
 """Attention along branches against Megatron's own, and the models that do not share contexts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows and batches: every item complete, each token under its own ancestors alone."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

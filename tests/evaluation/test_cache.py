@@ -1,7 +1,5 @@
 """Results on disk: found again, apart by identity, and a clear error for a file that is none."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

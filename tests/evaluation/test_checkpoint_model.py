@@ -1,7 +1,5 @@
 """A model from a checkpoint alone: the same as the one that was saved, or a clear error."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

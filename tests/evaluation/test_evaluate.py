@@ -1,7 +1,5 @@
 """`megatron-dyt eval`: from a checkpoint to a file of results."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

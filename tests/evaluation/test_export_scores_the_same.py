@@ -1,7 +1,5 @@
 """A checkpoint here and its export in lm-eval's own `hf` model: the same log-probabilities and tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Generation against one full forward pass per token."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

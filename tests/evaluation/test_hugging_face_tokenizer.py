@@ -1,7 +1,5 @@
 """A checkpoint whose tokenizer is Hugging Face's and adds special tokens of its own accord."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Modules of the evaluation import in one direction, for type checkers too."""
 
-from __future__ import annotations
-
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path

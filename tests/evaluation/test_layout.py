@@ -1,7 +1,5 @@
 """Tensor-parallel size for an evaluation: as asked, the fewest that fit, or a clear error."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The lm-eval model: tokens, windows and stops, checked on a model and tokenizer of letters."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint

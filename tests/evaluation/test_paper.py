@@ -1,7 +1,5 @@
 """The summary of the paper's tasks: which figure of each, the means, Table 4."""
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from typing import Any

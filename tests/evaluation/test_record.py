@@ -1,7 +1,5 @@
 """ReCoRD's task: prompts as lm-eval's own code makes them, and its two measures by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Batched scores against one full forward pass per token, and what batching must not change."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

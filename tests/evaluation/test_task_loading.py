@@ -1,7 +1,5 @@
 """Tasks by name, and their documents from local files: as written, or an error that names what is wrong."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

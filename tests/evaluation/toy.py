@@ -1,7 +1,5 @@
 """A model and a tokenizer small enough to check by hand, with Megatron's interfaces."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Stand-ins for the Python that the launch scripts call, which answer at once."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The Bridge example sets, of Bridge's plain GPT recipe, what a recipe of ours says, and nothing unknown."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterator

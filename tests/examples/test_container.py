@@ -1,7 +1,5 @@
 """The container recipe takes our pins for what we depend on, and copies what is there. Not built here."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

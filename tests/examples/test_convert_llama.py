@@ -1,7 +1,5 @@
 """The comparison runs, in a small form, and its figures are those of the models it names."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The launch scripts by hand, around a fake of torchrun but in one test: signals, locks, how a run ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

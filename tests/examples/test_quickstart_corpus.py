@@ -1,7 +1,5 @@
 """The quickstart corpus: complete, split by path, made once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The quickstart's lm-eval tasks: built by their rules, and run by lm-eval itself, offline."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

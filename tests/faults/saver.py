@@ -8,8 +8,6 @@ in the middle of a save. DIRECTORY/kills.json gets what was seen: for each kill 
 computed, and what it left.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """SIGKILL of one rank of two: the launch ends, and the run goes on bit for bit as if nothing had been."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """SIGKILL at random moments of a save: training always goes on from the last complete checkpoint."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

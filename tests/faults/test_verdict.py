@@ -1,7 +1,5 @@
 """What one rank finds wrong with a checkpoint, all ranks say."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Each of two ranks says what it learns of the checkpoint that it is asked to verify."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

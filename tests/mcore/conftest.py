@@ -1,7 +1,5 @@
 """A world of one CPU process with the plugin registered, and GPT models built in it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ They take what the real ones take, refuse what those refuse and cut weights the 
 They have neither the real ones' `_extra_state` nor the weight of the norm that is fused with a linear layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The table of docs/families.md is what the code does."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

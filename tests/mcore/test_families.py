@@ -1,7 +1,5 @@
 """T5, BERT, vision transformers and hybrid stacks with DyT, in one process on CPU."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Bad values in training: named with layer and role, never applied, never saved."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

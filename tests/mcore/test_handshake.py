@@ -1,7 +1,5 @@
 """What ranks compare, and how a difference is said."""
 
-from __future__ import annotations
-
 import json
 from argparse import Namespace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A DyT that learns the logarithm of alpha: the same function, and updates of alpha by a share of itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DyT's settings as dataclass fields: they outlive what loses a plain attribute."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`--recompute-modules layernorm`: outputs of DyT are freed and computed again, on every release."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Norms outside layer specs: those that stay, and that no other one is left in a DyT model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

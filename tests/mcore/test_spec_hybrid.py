@@ -1,7 +1,5 @@
 """Megatron's own spec of the hybrid stack, with Transformer Engine's classes played by the local ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The rewrite of multi-latent attention's norms."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections import Counter

@@ -1,7 +1,5 @@
 """The rewrite of multi-token prediction layers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

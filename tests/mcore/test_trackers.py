@@ -1,7 +1,5 @@
 """What arrives in TensorBoard and Weights & Biases: event files and offline runs read back."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

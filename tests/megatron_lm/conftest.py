@@ -1,7 +1,5 @@
 """Checkouts of Megatron-LM's releases, from the clone that the variable MEGATRON_LM names."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

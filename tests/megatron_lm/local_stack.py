@@ -1,7 +1,5 @@
 """`--spec tests.megatron_lm.local_stack SPEC`: a hybrid stack of local layers, for runs without a GPU."""
 
-from __future__ import annotations
-
 from tests.families import hybrid_spec
 
 SPEC = hybrid_spec()

@@ -3,8 +3,6 @@
 python on_cpu.py SCRIPT ARGS...
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

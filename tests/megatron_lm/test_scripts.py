@@ -3,8 +3,6 @@
 Two processes, tensor and sequence parallel, on the CPU. Skipped unless MEGATRON_LM names a clone.
 """
 
-from __future__ import annotations
-
 import ast
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """What is measured at the norms of models whose norms are known."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """`megatron-dyt probe`: files and summary from a checkpoint, and clear errors for what does not fit."""
 
-from __future__ import annotations
-
 import csv
 from argparse import Namespace
 from collections.abc import Callable

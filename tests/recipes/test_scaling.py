@@ -1,7 +1,5 @@
 """The count of what DyT adds, by hand for small cases, and the page that shows it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The patches for forks: our own lines and nothing else, at the right place, doing what they should."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What a job starts: ranks on two nodes, as many as GPUs were asked for; what it refuses to start."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """When a job ends, is requeued, or is not: signals, time limits, faults, wrong input, the stop file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 Only recipe, plan and dry run are fakes, which do not depend on Slurm.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """A program in the place of a training: what it does is in its flags."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

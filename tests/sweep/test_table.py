@@ -1,7 +1,5 @@
 """A table of made-up runs: cells, the best of an axis, differences paired by seed; and its figures."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`megatron-dyt sweep` from the file to the table, with Megatron's own training."""
 
-from __future__ import annotations
-
 import csv
 import os
 import signal

@@ -1,7 +1,5 @@
 """Real Transformer Engine on a CPU (`make test-te`): its layers are built, saved, and not run."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """DyT models of real Transformer Engine layers: what they are made of, and what is saved of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

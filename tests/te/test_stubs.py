@@ -1,7 +1,5 @@
 """The stand-ins of tests/mcore/te_stubs.py agree with the real classes on a tensor parallel rank of two."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

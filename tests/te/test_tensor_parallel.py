@@ -1,7 +1,5 @@
 """Real layers on a tensor parallel rank of two: what is cut how, and what communication they overlap."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

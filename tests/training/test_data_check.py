@@ -1,7 +1,5 @@
 """Indexed datasets that are not whole, or have ids without a row in the model's embedding, are refused."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The build of Megatron's dataset helpers: left out for a wheel, done with this Python for a checkout."""
 
-from __future__ import annotations
-
 import sys
 import sysconfig
 from pathlib import Path

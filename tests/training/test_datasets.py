@@ -1,7 +1,5 @@
 """The dataset's class and configuration follow Megatron's arguments."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Flags that cannot work: refused as Megatron's parser has them, and only where Megatron fails too."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """What the flags need on a GPU is missed before Megatron builds a model."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """How a training process ends."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

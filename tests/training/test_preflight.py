@@ -1,7 +1,5 @@
 """Wrong input is named before training starts."""
 
-from __future__ import annotations
-
 import io
 import os
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """Megatron's refusals of real runs, each as one line that names the flags."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

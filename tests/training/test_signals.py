@@ -1,7 +1,5 @@
 """A checkpoint writer lives on when its whole process group gets SIGTERM, and ends with its rank."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

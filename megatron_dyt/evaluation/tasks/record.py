@@ -4,8 +4,6 @@ Each entity of the article is put into the gap; the likeliest statement is the a
 match and by the overlap of words (F1), both with SQuAD's normalization (arXiv 1606.05250, section 6).
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter
