@@ -1,8 +1,9 @@
 """Attributes replaced for a while, from tables, and put back exactly as they were."""
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Concatenate
 
@@ -107,6 +108,17 @@ class Patches:
             slot.rebuild()
             if not slot.stack:
                 del _slots[id(slot.owner), slot.name]
+
+
+@contextlib.contextmanager
+def replaced(*table: Replacement) -> Iterator[None]:
+    """Within, the attributes of these rows are replaced."""
+    patches = Patches()
+    patches.apply(table)
+    try:
+        yield
+    finally:
+        patches.undo()
 
 
 def _slot_of(owner: Any, name: str) -> _Slot:

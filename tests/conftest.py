@@ -116,46 +116,39 @@ def megatron_run(
 
 def _run(argv: list[str]) -> SimpleNamespace:
     from megatron_dyt import pretrain
-    from megatron_dyt.patching import Patches
+    from megatron_dyt.patching import replaced
 
     _forget_run()
     seen = SimpleNamespace(losses=[], model=None, optimizer=None, log="")
     output = io.StringIO()
-    observers = Patches()
     try:
         # The observers come after the CPU runtime, which must be on before Megatron is imported.
         from megatron_dyt import cpu
 
         cpu.enable()
-        observers.apply(_observers(seen))
-        with contextlib.redirect_stdout(output):
+        with replaced(*_observers(seen)), contextlib.redirect_stdout(output):
             pretrain.main(["--device", "cpu", *argv])
     finally:
-        observers.undo()
         seen.log = output.getvalue()
         sys.stdout.write(seen.log)
     return seen
 
 
 def _observers(seen: SimpleNamespace) -> list[Any]:
-    from megatron_dyt.patching import Replacement
+    from megatron_dyt.patching import Replacement, wrapper
 
-    def keep_loss(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            result = train_step(*args, **kwargs)
-            # There is none when Megatron's check of the loss ends the run.
-            seen.losses += [float(loss) for name, loss in result[0].items() if name == "lm loss"]
-            return result
+    @wrapper
+    def keep_loss(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        # There is none when Megatron's check of the loss ends the run.
+        seen.losses += [float(loss) for name, loss in result[0].items() if name == "lm loss"]
+        return result
 
-        return step
-
-    def keep_model(setup: Callable[..., Any]) -> Callable[..., Any]:
-        def build(*args: Any, **kwargs: Any) -> Any:
-            result = setup(*args, **kwargs)
-            seen.model, seen.optimizer = result[:2]
-            return result
-
-        return build
+    @wrapper
+    def keep_model(setup: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = setup(*args, **kwargs)
+        seen.model, seen.optimizer = result[:2]
+        return result
 
     training = "megatron.training.training"
     return [

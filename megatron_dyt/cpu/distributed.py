@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dyt.patching import Patches, Replacement, wrapper
+from megatron_dyt.patching import Replacement, replaced, wrapper
 
 
 def _uneven(parts: list[torch.Tensor]) -> bool:
@@ -98,9 +98,5 @@ def meshes_on_cpu(mesh: Any) -> SimpleNamespace:
 def with_a_numbered_device(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """It writes f"cuda:{torch.cuda.current_device()}", so the current device must be a number while it is
     built; what is placed on the device of that number is placed on the CPU (`cpu.replacements`)."""
-    numbered = Patches()
-    numbered.apply([Replacement("torch.cuda", "current_device", lambda _original: lambda: 0)])
-    try:
+    with replaced(Replacement("torch.cuda", "current_device", lambda _original: lambda: 0)):
         init(self, *args, **kwargs)
-    finally:
-        numbered.undo()

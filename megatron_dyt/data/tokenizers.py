@@ -122,7 +122,9 @@ def load_sentencepiece(path: Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is not a SentencePiece model, or is cut off") from error
+        raise UserError(
+            f"tokenizer model {path} is not a SentencePiece model, or is cut off; train or copy it again"
+        ) from error
 
 
 def _find_sentencepiece(name: str) -> Tokenizer:

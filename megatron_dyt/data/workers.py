@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn
 
 from megatron_dyt.data import shard as shard_module
 from megatron_dyt.data.dataset_manifest import Counts
@@ -77,7 +76,7 @@ def write_all(
         RuntimeError: a worker was killed.
         Exception: what a worker could not go on from, such as a full disk; finished datasets stay.
     """
-    with Tracker(shards, skip_broken, what) as tracker:
+    with contextlib.closing(Tracker(shards, skip_broken, what)) as tracker:
         if min(processes, len(shards)) > 1:
             _Pool(shards, settings, tracker.note).run(processes)
         else:
@@ -108,7 +107,7 @@ def _write(
 
 
 class Tracker:
-    """What has become of the datasets: a line of progress, and the broken ones; for a `with` block.
+    """What has become of the datasets: a line of progress, and the broken ones.
 
     Attributes:
         broken: what is wrong with the sources of broken datasets, by the dataset's name.
@@ -151,12 +150,8 @@ class Tracker:
         rate = text_bytes / 1e6 / max(time.monotonic() - self.started, 1e-9)
         return f"{rate:.1f} MB/s of text, {tokens / 1e6:.1f}M tokens, {self.done} of {len(self.shards)} done"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the line of progress."""
         self.bar.close()
 
 

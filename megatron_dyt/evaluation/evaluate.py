@@ -1,6 +1,5 @@
 """One evaluation: from a checkpoint to a file of results and tables for people."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -58,7 +57,6 @@ def evaluate(
     start = time.time()
     _check_output(output)
     find_checkpoint(load, ckpt_step)
-    _need_lm_eval()
     from megatron_dyt.evaluation.lm import MegatronDyTLM
 
     loaded_tasks = load_tasks(tasks, include_path, task_data)
@@ -88,14 +86,6 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output}: {above} is not a directory; choose another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: nothing can be written in {above}; choose another place")
-
-
-def _need_lm_eval() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "evaluation needs lm-eval, which is not installed. "
-            "Install it with: pip install 'megatron-dyt[eval]'"
-        )
 
 
 def _run_lm_eval(lm: Any, tasks: dict[str, Any], limit: int | None, reports: bool) -> dict[str, Any]:

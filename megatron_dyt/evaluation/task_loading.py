@@ -8,14 +8,14 @@ object per line) or `TASK.SPLIT.parquet` files with the columns of the data set 
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_dyt.atomic import whole_files
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.evaluation import paper
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Replacement, replaced
 
 _log = logging.getLogger(__name__)
 
@@ -117,18 +117,11 @@ def _from_files(directory: Path) -> Iterator[None]:
     lm-eval can take another data set for a task, but not for the members of a group.
     """
 
-    def make(_download: Callable[..., None]) -> Callable[..., None]:
-        def read(task: Any, *_arguments: Any, **_options: Any) -> None:
-            task.dataset = _read_splits(directory, task.config)
+    def read(task: Any, *_arguments: Any, **_options: Any) -> None:
+        task.dataset = _read_splits(directory, task.config)
 
-        return read
-
-    patches = Patches()
-    patches.apply([Replacement("lm_eval.api.task", "ConfigurableTask.download", make)])
-    try:
+    with replaced(Replacement("lm_eval.api.task", "ConfigurableTask.download", lambda _download: read)):
         yield
-    finally:
-        patches.undo()
 
 
 def _read_splits(directory: Path, config: Any) -> dict[str, Any]:

@@ -16,11 +16,13 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_dyt import compat
 from megatron_dyt.cpu import device
+from megatron_dyt.data.tokenizers import load_sentencepiece
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.mcore import handshake
 from megatron_dyt.parsed_args import set_parsed_args
@@ -90,14 +92,7 @@ def run(
 
 def tokenizer_entries(model: str) -> int:
     """Entries of a SentencePiece file."""
-    import sentencepiece
-
-    try:
-        return int(sentencepiece.SentencePieceProcessor(model_file=model).get_piece_size())
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--tokenizer-model {model} is not a readable SentencePiece model ({error})"
-        ) from error
+    return int(load_sentencepiece(Path(model)).get_piece_size())
 
 
 def simulate(flags: Sequence[str], world_size: int, vocab_size: int) -> tuple[Namespace, list[Stage]]:

@@ -7,12 +7,14 @@ for what they find. Paths in object stores ("s3://...") are left to Megatron.
 import logging
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
 from megatron_dyt import rendezvous
 from megatron_dyt.checkpoints import iterations, optimizer_layout
 from megatron_dyt.data import tokenizer_check
+from megatron_dyt.data.tokenizers import load_sentencepiece
 from megatron_dyt.errors import UserError
 from megatron_dyt.training import data_check, flag_checks, gpu_needs
 
@@ -61,19 +63,7 @@ def check_tokenizer(args: Namespace) -> None:
         if "://" not in path and not os.path.isfile(path):
             raise UserError(f"{flag} {path}: no such file. Give the tokenizer's file")
     if kind in SP_TOKENIZERS and "://" not in args.tokenizer_model:
-        _check_sentencepiece(args.tokenizer_model)
-
-
-def _check_sentencepiece(path: str) -> None:
-    import sentencepiece
-
-    try:
-        sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--tokenizer-model {path} is not a readable sentencepiece model ({error}). Train or "
-            "copy it again"
-        ) from error
+        load_sentencepiece(Path(args.tokenizer_model))
 
 
 def check_data(args: Namespace) -> None:

@@ -10,7 +10,7 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-from megatron_dyt.patching import Patches, Replacement, wrapper
+from megatron_dyt.patching import Replacement, replaced, wrapper
 
 
 @dataclass
@@ -48,14 +48,9 @@ def writer_ignores_sigterm() -> Iterator[None]:
     Slurm signals every process of a step. The ranks note SIGTERM (--exit-signal-handler) and save; a writer
     that it has ended would leave them waiting for their save until the time is up.
     """
-    patches = Patches()
-    patches.apply(
-        [Replacement("megatron.training.initialize", "init_persistent_async_worker", ignoring_sigterm)]
-    )
-    try:
+    start = Replacement("megatron.training.initialize", "init_persistent_async_worker", ignoring_sigterm)
+    with replaced(start):
         yield
-    finally:
-        patches.undo()
 
 
 @wrapper

@@ -1,5 +1,6 @@
 """Worker processes: all datasets, each once; errors and deaths come back; nothing is left running."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -150,7 +151,7 @@ def test_a_worker_imports_neither_torch_nor_megatron() -> None:
 def test_the_line_sums_up_all_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = shards(tmp_path, 3)
     size = some[0].size
-    with Tracker(some, False, "pile") as tracker:
+    with contextlib.closing(Tracker(some, False, "pile")) as tracker:
         assert tracker.note(Progressed(0, 400, 2_000_000, 500_000))
         assert tracker.note(Progressed(1, 600, 3_000_000, 700_000))
         assert (tracker.bar.total, tracker.bar.n) == (3 * size, 1000)
@@ -163,7 +164,7 @@ def test_the_line_sums_up_all_datasets(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_broken_dataset_is_said_and_not_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], skip: bool
 ) -> None:
-    with Tracker(shards(tmp_path, 2), skip, "pile") as tracker:
+    with contextlib.closing(Tracker(shards(tmp_path, 2), skip, "pile")) as tracker:
         tracker.note(Progressed(1, 600, 3_000_000, 700_000))
         assert tracker.note(Broken(1, "b is truncated")) == skip
         assert "WARNING: broken: b is truncated" in capsys.readouterr().out
@@ -173,7 +174,7 @@ def test_a_broken_dataset_is_said_and_not_counted(
 
 def test_datasets_are_counted_where_the_size_is_unknown(tmp_path: Path) -> None:
     some = [Shard(shard.prefix, ()) for shard in shards(tmp_path, 2)]
-    with Tracker(some, False, "pile") as tracker:
+    with contextlib.closing(Tracker(some, False, "pile")) as tracker:
         tracker.note(Progressed(1, 0, 2_000_000, 500_000))
         assert (tracker.bar.total, tracker.bar.n) == (2, 0)
         tracker.note(Finished(1, 2_000_000, 500_000))

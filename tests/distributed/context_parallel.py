@@ -5,7 +5,6 @@ RoPE, the sum of gradients and losses over the ranks.
 """
 
 import copy
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dyt.patching import Replacement
+from megatron_dyt.patching import Replacement, wrapper
 
 _ATTENTION = "megatron.core.transformer.dot_product_attention"
 
@@ -27,41 +26,41 @@ def rows() -> list[Replacement]:
     ]
 
 
-def _unseen(adjust: Callable[[Namespace], Any]) -> Callable[[Namespace], Any]:
-    def call(args: Namespace) -> Any:
-        size, args.context_parallel_size = args.context_parallel_size, 1
-        try:
-            return adjust(args)
-        finally:
-            args.context_parallel_size = size
-
-    return call
+@wrapper
+def _unseen(adjust: Callable[[Namespace], Any], args: Namespace) -> Any:
+    size, args.context_parallel_size = args.context_parallel_size, 1
+    try:
+        return adjust(args)
+    finally:
+        args.context_parallel_size = size
 
 
-def _for_one_rank(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
-        config = copy.copy(config)
-        config.context_parallel_size = 1
-        options.pop("cp_comm_type", None)
-        init(self, config, *args, **options)
-
-    return __init__
+@wrapper
+def _for_one_rank(init: Callable[..., None], self: Any, config: Any, *args: Any, **options: Any) -> None:
+    config = copy.copy(config)
+    config.context_parallel_size = 1
+    options.pop("cp_comm_type", None)
+    init(self, config, *args, **options)
 
 
-def _gathering(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(forward)
-    def gathered(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+@wrapper
+def _gathering(
+    forward: Callable[..., Tensor],
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    **options: Any,
+) -> Tensor:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-        group = parallel_state.get_context_parallel_group()
-        key, value = (gather_from_sequence_parallel_region(each, group=group) for each in (key, value))
-        places = [positions(rank, group.size(), len(query)) for rank in range(group.size())]
-        mask = torch.cat(places)[None, :] > places[group.rank()][:, None]
-        return forward(self, query, key, value, mask[None, None], **options)
-
-    return gathered
+    group = parallel_state.get_context_parallel_group()
+    key, value = (gather_from_sequence_parallel_region(each, group=group) for each in (key, value))
+    places = [positions(rank, group.size(), len(query)) for rank in range(group.size())]
+    mask = torch.cat(places)[None, :] > places[group.rank()][:, None]
+    return forward(self, query, key, value, mask[None, None], **options)
 
 
 def positions(rank: int, ranks: int, length: int) -> Tensor:

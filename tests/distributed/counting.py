@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dyt import pretrain
 from megatron_dyt.cpu import device
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Replacement, replaced, wrapper
 from tests.distributed.worker import forget, start_groups
 
 COUNTED = 2
@@ -56,27 +56,25 @@ def run(case: dict[str, Any], store: Any, rank: int, world_size: int) -> dict[st
     result: dict[str, Any] = {"calls": [], "parameters": []}
     step = 0
 
-    def around_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(forward: Any, data: Any, model: Any, *rest: Any, **options: Any) -> Any:
-            nonlocal step
-            step += 1
-            result["parameters"] = [p.numel() for chunk in model for p in chunk.parameters()]
-            if step != COUNTED:
-                return train_step(forward, data, model, *rest, **options)
-            with Calls() as calls:
-                answer = train_step(forward, data, model, *rest, **options)
-            result["calls"] = calls.seen
-            return answer
-
-        return counted
+    @wrapper
+    def around_step(
+        train: Callable[..., Any], forward: Any, data: Any, model: Any, *rest: Any, **options: Any
+    ) -> Any:
+        nonlocal step
+        step += 1
+        result["parameters"] = [p.numel() for chunk in model for p in chunk.parameters()]
+        if step != COUNTED:
+            return train(forward, data, model, *rest, **options)
+        with Calls() as calls:
+            answer = train(forward, data, model, *rest, **options)
+        result["calls"] = calls.seen
+        return answer
 
     start_groups(store, rank, world_size)
-    patches = Patches()
-    patches.apply([Replacement("megatron.training.training", "train_step", around_step)])
     try:
-        pretrain.main(case["argv"])
+        with replaced(Replacement("megatron.training.training", "train_step", around_step)):
+            pretrain.main(case["argv"])
     finally:
-        patches.undo()
         forget()
     return result
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dyt.cpu import device
-from megatron_dyt.patching import Patches
+from megatron_dyt.patching import replaced
 from tests import families
 from tests.distributed import record
 from tests.distributed.worker import unmarking
@@ -39,12 +39,8 @@ def main(job_file: str) -> None:
     for case in job["cases"]:
         print(f"case {case['name']}", flush=True)
         weights = record.load(output, case["like"]).full("initial") if case["like"] else None
-        patches = Patches()
-        patches.apply(unmarking(case["unmarked"]))
-        try:
+        with replaced(*unmarking(case["unmarked"])):
             result = run(case, weights, output)
-        finally:
-            patches.undo()
         record.save(result, output, case["name"], dist.get_rank())
         dist.barrier()  # The next case may read this one's files.
     dist.destroy_process_group()

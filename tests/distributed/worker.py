@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_dyt import cpu, pretrain
 from megatron_dyt.cpu import device, replacements
 from megatron_dyt.errors import UserError
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Replacement, replaced, wrapper
 from megatron_dyt.training import launch
 from tests.distributed import context_parallel, record
 
@@ -77,21 +77,18 @@ def run(case: dict[str, Any], output: Path, store: Any, rank: int, world_size: i
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if "--use-megatron-fsdp" in case["argv"] else "1"
     start_groups(store, rank, world_size)
     result: dict[str, Any] = {"losses": [], "grad_norms": []}
-    patches = Patches()
-    patches.apply(
-        [
-            *observers(result, case, weights),
-            *unmarking(case["unmarked"]),
-            *(ABSENCES[name] for name in case["without"]),
-            # The CPU runtime has these; on GPUs the local layers need them as well.
-            *([] if cpu.is_enabled() else replacements.latent_attention_rows()),
-            *(context_parallel.rows() if "--context-parallel-size" in case["argv"] else []),
-        ]
-    )
+    rows = [
+        *observers(result, case, weights),
+        *unmarking(case["unmarked"]),
+        *(ABSENCES[name] for name in case["without"]),
+        # The CPU runtime has these; on GPUs the local layers need them as well.
+        *([] if cpu.is_enabled() else replacements.latent_attention_rows()),
+        *(context_parallel.rows() if "--context-parallel-size" in case["argv"] else []),
+    ]
     try:
-        pretrain.main([word.replace("{output}", str(output)) for word in case["argv"]])
+        with replaced(*rows):
+            pretrain.main([word.replace("{output}", str(output)) for word in case["argv"]])
     finally:
-        patches.undo()
         forget()
     return result
 
@@ -128,46 +125,48 @@ def forget() -> None:
 def observers(result: dict[str, Any], case: dict[str, Any], weights: Any) -> list[Replacement]:
     """Replacements that set the weights and the data, and fill `result`."""
 
-    def around_train(train: Callable[..., Any]) -> Callable[..., Any]:
-        def start(forward_step: Any, model: Any, optimizer: Any, *rest: Any, **options: Any) -> Any:
-            if not case["load"] and not record.is_fsdp(model[0]):
-                record.set_weights(model, weights)
-                optimizer.reload_model_params()
-            result["initial"] = record.shards(model)
-            result["logits_before"] = record.logits(model)
-            answer = train(forward_step, model, optimizer, *rest, **options)
-            result["final"] = record.shards(model)
-            result["logits_after"] = record.logits(model)
-            return answer
+    @wrapper
+    def around_train(
+        train: Callable[..., Any], forward_step: Any, model: Any, optimizer: Any, *rest: Any, **options: Any
+    ) -> Any:
+        if not case["load"] and not record.is_fsdp(model[0]):
+            record.set_weights(model, weights)
+            optimizer.reload_model_params()
+        result["initial"] = record.shards(model)
+        result["logits_before"] = record.logits(model)
+        answer = train(forward_step, model, optimizer, *rest, **options)
+        result["final"] = record.shards(model)
+        result["logits_after"] = record.logits(model)
+        return answer
 
-        return start
+    @wrapper
+    def around_fsdp(
+        init: Callable[..., Any],
+        self: Any,
+        config: Any,
+        ddp_config: Any,
+        module: Any,
+        *rest: Any,
+        **options: Any,
+    ) -> None:
+        # Afterwards a rank has parts of the parameters.
+        record.set_weights([module], weights)
+        init(self, config, ddp_config, module, *rest, **options)
 
-    def around_fsdp(init: Callable[..., None]) -> Callable[..., None]:
-        def build(self: Any, config: Any, ddp_config: Any, module: Any, *rest: Any, **options: Any) -> None:
-            # Afterwards a rank has parts of the parameters.
-            record.set_weights([module], weights)
-            init(self, config, ddp_config, module, *rest, **options)
+    @wrapper
+    def around_step(train_step: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        answer = train_step(*args, **options)
+        # Other stages than the last have no loss.
+        result["losses"] += [float(loss) for name, loss in answer[0].items() if name == "lm loss"]
+        result["grad_norms"].append(float(answer[5]))
+        return answer
 
-        return build
-
-    def around_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **options: Any) -> Any:
-            answer = train_step(*args, **options)
-            # Other stages than the last have no loss.
-            result["losses"] += [float(loss) for name, loss in answer[0].items() if name == "lm loss"]
-            result["grad_norms"].append(float(answer[5]))
-            return answer
-
-        return step
-
-    def around_finalize(finalize: Callable[..., Any]) -> Callable[..., Any]:
-        def finish(model: Any, *args: Any, **options: Any) -> Any:
-            answer = finalize(model, *args, **options)
-            if "gradient" not in result:
-                result["gradient"] = record.gradient_shards(model)
-            return answer
-
-        return finish
+    @wrapper
+    def around_finalize(finalize: Callable[..., Any], model: Any, *args: Any, **options: Any) -> Any:
+        answer = finalize(model, *args, **options)
+        if "gradient" not in result:
+            result["gradient"] = record.gradient_shards(model)
+        return answer
 
     return [
         Replacement(FSDP, "FullyShardedDataParallel.__init__", around_fsdp),
@@ -201,23 +200,21 @@ def _nothing(*_args: Any, **_options: Any) -> None:
     pass
 
 
-def _without_bucket(mark_shared: Callable[..., None]) -> Callable[..., None]:
-    def mark(scale: Any, is_copy: bool) -> None:
-        mark_shared(scale, is_copy)
-        del scale.scale.shared_embedding
-
-    return mark
+@wrapper
+def _without_bucket(mark_shared: Callable[..., None], scale: Any, is_copy: bool) -> None:
+    mark_shared(scale, is_copy)
+    del scale.scale.shared_embedding
 
 
-def _count_of_all_ranks(roll_tensor: Callable[..., Any]) -> Callable[..., Any]:
-    def roll(tensor: Any, *args: Any, cp_group: Any = None, **options: Any) -> Any:
-        rolled, total = roll_tensor(tensor, *args, cp_group=cp_group, **options)
-        if cp_group is not None and cp_group.size() > 1:
-            dist.all_reduce(total, group=cp_group)
-            total = total / cp_group.size()
-        return rolled, total
-
-    return roll
+@wrapper
+def _count_of_all_ranks(
+    roll_tensor: Callable[..., Any], *args: Any, cp_group: Any = None, **options: Any
+) -> Any:
+    rolled, total = roll_tensor(*args, cp_group=cp_group, **options)
+    if cp_group is not None and cp_group.size() > 1:
+        dist.all_reduce(total, group=cp_group)
+        total = total / cp_group.size()
+    return rolled, total
 
 
 # Special cases that a run can do without, each by the replacement that takes it away.

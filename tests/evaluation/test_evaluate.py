@@ -1,6 +1,5 @@
 """`megatron-dyt eval`: from a checkpoint to a file of results."""
 
-import importlib.util
 import json
 import math
 import os
@@ -347,15 +346,3 @@ def test_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_numbers_that_are_none(flag: list[str], tmp_path: Path) -> None:
     with pytest.raises(click.BadParameter, match=flag[1]):
         run_eval(["--load", "d", "--tasks", "t", "--output", str(tmp_path / "o"), *flag])
-
-
-def test_without_lm_eval(
-    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_megatron: None
-) -> None:
-    load = str(trained("DyT").directory)
-    find: Any = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name)
-    )
-    with pytest.raises(UserError, match=re.escape("pip install 'megatron-dyt[eval]'")):
-        run_eval(["--load", load, "--tasks", "t", "--output", str(tmp_path / "o")])

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_dyt import cpu, pretrain
 from megatron_dyt.checkpoints import crc, iterations
 from megatron_dyt.errors import describe
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Patches, Replacement, wrapper
 
 TRAINING = "megatron.training.training"
 # A process that neither saves nor ends is a failure.
@@ -136,23 +136,19 @@ def train(argv: list[str], directory: Path, pipe: int) -> None:
 def observers(tell: Callable[..., None]) -> list[Replacement]:
     """Replacements in Megatron's loop that tell what happens."""
 
-    def around_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **options: Any) -> Any:
-            from megatron.training import get_args
+    @wrapper
+    def around_step(train_step: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        from megatron.training import get_args
 
-            result = train_step(*args, **options)
-            loss = float(result[0]["lm loss"]).hex()
-            tell(event="step", iteration=get_args().curr_iteration + 1, loss=loss)
-            return result
+        result = train_step(*args, **options)
+        loss = float(result[0]["lm loss"]).hex()
+        tell(event="step", iteration=get_args().curr_iteration + 1, loss=loss)
+        return result
 
-        return step
-
-    def around_save(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def save(iteration: int, *args: Any, **options: Any) -> Any:
-            tell(event="save", iteration=iteration, time=time.monotonic())
-            return save_checkpoint(iteration, *args, **options)
-
-        return save
+    @wrapper
+    def around_save(save: Callable[..., Any], iteration: int, *args: Any, **options: Any) -> Any:
+        tell(event="save", iteration=iteration, time=time.monotonic())
+        return save(iteration, *args, **options)
 
     return [
         Replacement(TRAINING, "train_step", around_step),

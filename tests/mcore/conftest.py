@@ -1,6 +1,7 @@
 """A world of one CPU process with the plugin registered, and GPT models built in it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dyt import cpu
+from tests import families
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +49,11 @@ def make_config(world: None) -> Callable[..., Any]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     def make(normalization: str = "DyT", **overrides: Any) -> Any:
-        values: dict[str, Any] = {
-            "num_layers": 2,
-            "hidden_size": 32,
-            "num_attention_heads": 4,
+        values = families.SIZES | {
             "num_query_groups": 2,
-            "ffn_hidden_size": 64,
             "gated_linear_unit": True,
             "activation_func": torch.nn.functional.silu,
             "add_bias_linear": False,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-            "use_cpu_initialization": True,
             "normalization": normalization,
         }
         return TransformerConfig(**(values | overrides))
@@ -72,25 +67,7 @@ def make_latent_config(world: None) -> Callable[..., Any]:
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     def make(**overrides: Any) -> Any:
-        values: dict[str, Any] = {
-            "num_layers": 2,
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 64,
-            "add_bias_linear": False,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-            "use_cpu_initialization": True,
-            "normalization": "DyT",
-            "transformer_impl": "local",
-            "qk_layernorm": True,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 24,
-            "qk_head_dim": 8,
-            "qk_pos_emb_head_dim": 4,
-            "v_head_dim": 8,
-            "rope_type": "rope",
-        }
+        values = families.SIZES | families.LATENT | {"normalization": "DyT", "transformer_impl": "local"}
         return MLATransformerConfig(**(values | overrides))
 
     return make
@@ -136,15 +113,7 @@ def build_gpt(make_spec: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def loss_of() -> Callable[[Any], torch.Tensor]:
     """Mean loss of a GPTModel on fixed tokens."""
-
-    def loss(model: Any) -> torch.Tensor:
-        tokens = torch.arange(32).reshape(2, 16) * 7 % 64
-        positions = torch.arange(16).expand(2, 16)
-        mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), diagonal=1)[None, None]
-        output: torch.Tensor = model(tokens, positions, mask, labels=tokens.roll(-1, 1))
-        return output.mean()
-
-    return loss
+    return functools.partial(families.loss_of, "gpt")
 
 
 @pytest.fixture

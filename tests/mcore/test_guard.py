@@ -12,7 +12,7 @@ import torch
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore.guard import SHOWN, Finding, Guard, merge
-from megatron_dyt.patching import Patches, Replacement
+from megatron_dyt.patching import Patches, Replacement, replaced, wrapper
 
 Make = Callable[..., Any]
 
@@ -30,16 +30,14 @@ def harm_in_step(request: pytest.FixtureRequest) -> Callable[..., None]:
     def start(step: int, harm: Harm) -> None:
         count = 0
 
-        def around(finalize: Callable[..., Any]) -> Make:
-            def finish(model: Any, *args: Any, **options: Any) -> Any:
-                nonlocal count
-                answer = finalize(model, *args, **options)
-                count += 1
-                if count == step:
-                    harm(model[0].module)
-                return answer
-
-            return finish
+        @wrapper
+        def around(finalize: Make, model: Any, *args: Any, **options: Any) -> Any:
+            nonlocal count
+            answer = finalize(model, *args, **options)
+            count += 1
+            if count == step:
+                harm(model[0].module)
+            return answer
 
         patches = Patches()
         patches.apply([Replacement("megatron.training.training", "finalize_model_grads", around)])
@@ -186,39 +184,29 @@ def test_an_alpha_that_is_not_finite_always_stops(
 
 def test_megatrons_own_check_gets_the_place_as_a_note(megatron_run: Run, tiny_llama: list[str]) -> None:
     """A NaN in a parameter makes the loss NaN, which Megatron's check of the loss raises on."""
-    patches = Patches()
-    patches.apply([Replacement("megatron.training.training", "train", spoiled_start)])
-    try:
-        with pytest.raises(RuntimeError, match="the loss on this rank is NaN") as raised:
-            megatron_run([*tiny_llama, *DYT, *NO_RERUN])
-    finally:
-        patches.undo()
+    spoiled = Replacement("megatron.training.training", "train", spoiled_start)
+    with replaced(spoiled), pytest.raises(RuntimeError, match="the loss on this rank is NaN") as raised:
+        megatron_run([*tiny_llama, *DYT, *NO_RERUN])
     (note,) = raised.value.__notes__
     assert note == (
         "megatron_dyt: not finite: layer 1 ffn decoder.layers.0.pre_mlp_layernorm.weight (value) on rank 0."
     )
 
 
-def spoiled_start(train: Callable[..., Any]) -> Make:
-    def start(forward_step: Any, model: Any, *rest: Any, **options: Any) -> Any:
-        with torch.no_grad():
-            model[0].module.decoder.layers[0].pre_mlp_layernorm.weight[0] = math.nan
-        return train(forward_step, model, *rest, **options)
-
-    return start
+@wrapper
+def spoiled_start(train: Make, forward_step: Any, model: Any, *rest: Any, **options: Any) -> Any:
+    with torch.no_grad():
+        model[0].module.decoder.layers[0].pre_mlp_layernorm.weight[0] = math.nan
+    return train(forward_step, model, *rest, **options)
 
 
 def test_megatrons_rerun_exit_names_the_place(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Megatron runs the step again, and leaves when it is as bad; the second run finds the site."""
-    patches = Patches()
-    patches.apply([Replacement("megatron.training.training", "train_step", spoiled_second_step)])
-    try:
-        with pytest.raises(SystemExit) as ended:
-            megatron_run([*tiny_llama, *DYT, "--save", str(tmp_path), "--save-interval", "9"])
-    finally:
-        patches.undo()
+    spoiled = Replacement("megatron.training.training", "train_step", spoiled_second_step)
+    with replaced(spoiled), pytest.raises(SystemExit) as ended:
+        megatron_run([*tiny_llama, *DYT, "--save", str(tmp_path), "--save-interval", "9"])
     assert ended.value.code == 16
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert line.startswith(

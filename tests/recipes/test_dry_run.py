@@ -131,7 +131,7 @@ def test_another_model_than_the_recipes_is_refused() -> None:
 
 def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match=r"t\.model is not a readable SentencePiece model"):
+    with pytest.raises(UserError, match=r"t\.model is not a SentencePiece model"):
         dry_run.tokenizer_entries(str(tmp_path / "t.model"))
 
 

@@ -124,7 +124,7 @@ def test_tokenizers(tmp_path: Path) -> None:
         preflight.check_tokenizer(arguments(tokenizer_type="Llama2Tokenizer", tokenizer_model="nowhere"))
     broken = tmp_path / "tokenizer.model"
     broken.write_bytes(b"not a model")
-    with pytest.raises(UserError, match="is not a readable sentencepiece model"):
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
         preflight.check_tokenizer(
             arguments(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(broken))
         )
