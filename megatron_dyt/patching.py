@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Concatenate
@@ -24,6 +25,14 @@ def wrapper[O: Callable[..., Any], **P, R](
         return replaced
 
     return make
+
+
+def bound(function: Callable[..., Any], *args: object, **kwargs: object) -> inspect.BoundArguments:
+    """A call's arguments by their names in `function`: callers give them by place or by name."""
+    return _signature(function).bind(*args, **kwargs)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,11 @@ def _buckets(args: Namespace, saved: Namespace, kind: str | None, path: Path) ->
     now, then = chunks(args), chunks(saved)
     if now == then and bucket_size(args) != bucket_size(saved) and not _one_bucket(path, args, saved):
         now, then = {"ddp_bucket_size": bucket_size(args)}, {"ddp_bucket_size": bucket_size(saved)}
-    differing = [_named(name, now[name], then[name]) for name in now if now[name] != then[name]]
+    differing = [
+        f"--{name.replace('_', '-')} {value} (saved: {then[name]})"
+        for name, value in now.items()
+        if value != then[name]
+    ]
     if not differing:
         return None
     return (
@@ -123,10 +127,6 @@ def _buckets(args: Namespace, saved: Namespace, kind: str | None, path: Path) ->
         "those until one more checkpoint is saved with --dist-ckpt-optim-fully-reshardable, which loads into "
         "any."
     )
-
-
-def _named(name: str, now: object, then: object) -> str:
-    return f"--{name.replace('_', '-')} {now} (saved: {then})"
 
 
 def chunks(args: Namespace) -> dict[str, object]:

@@ -12,11 +12,6 @@ from megatron_dyt.errors import UserError
 _RUN_MEMORY = 2 * 2**30
 
 
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("flags", nargs=-1)
@@ -83,7 +78,8 @@ def sweep(
         check_size(found)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if parallel is None:
-        parallel = 1 if nproc else max(1, min(cores // threads, _memory() // _RUN_MEMORY))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        parallel = 1 if nproc else max(1, min(cores // threads, memory // _RUN_MEMORY))
     if parallel * threads > cores and not nproc:
         raise UserError(
             f"--parallel {parallel} times --threads {threads} is more than the {cores} cores here; take fewer"

@@ -124,7 +124,7 @@ class MadeFrom:
     filters: Filters
 
     def with_sources(self, sources: Iterable[Identity]) -> MadeFromSources:
-        return MadeFromSources(**_shallow(self), sources=tuple(sources))
+        return MadeFromSources(**vars(self), sources=tuple(sources))
 
     def differing(self, other: MadeFrom) -> list[str]:
         """Names of the settings in which `other` is not like this, whatever its sources."""
@@ -357,11 +357,4 @@ def _parse(kind: Any, value: Any) -> Any:
     return value
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _shallow(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, as they are."""
-    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+_hints = functools.cache(get_type_hints)

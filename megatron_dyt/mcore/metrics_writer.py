@@ -8,8 +8,6 @@ more. docs/metrics.md describes the fields; `report/metrics.py` reads them.
 from __future__ import annotations
 
 import argparse
-import functools
-import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -23,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_dyt import compat
 from megatron_dyt.mcore.json_lines import JsonLines
-from megatron_dyt.patching import wrapper
+from megatron_dyt.patching import bound, wrapper
 from megatron_dyt.version import __version__
 
 FILE_NAME = "metrics.jsonl"
@@ -234,24 +232,19 @@ def _writer() -> MetricsWriter | None:
     return MetricsWriter(Path(directory) / FILE_NAME, args)
 
 
-def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_training_log(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`training.training_log`, called once per step, whose numbers are written where it logs them."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        if _active is None:
-            return original(*args, **kwargs)
-        step = signature.bind(*args, **kwargs).arguments
-        _active.running = step["total_loss_dict"]
-        try:
-            result = original(*args, **kwargs)
-        finally:
-            _active.running = None
-        _active.write_step(step)
-        return result
-
-    return training_log
+    if _active is None:
+        return original(*args, **kwargs)
+    step = bound(original, *args, **kwargs).arguments
+    _active.running = step["total_loss_dict"]
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        _active.running = None
+    _active.write_step(step)
+    return result
 
 
 @wrapper
@@ -274,18 +267,13 @@ def wrap_evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     return result
 
 
-def wrap_print_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def wrap_print_evaluation(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`training.evaluate_and_print_results`, which knows the iteration of an evaluation."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
-        if _active is not None:
-            _active.evaluated = []  # A script may have called `evaluate` by itself.
-        result = original(*args, **kwargs)
-        if _active is not None:
-            given = signature.bind(*args, **kwargs).arguments
-            _active.write_evaluation(given["iteration"], given["prefix"])
-        return result
-
-    return evaluate_and_print_results
+    if _active is not None:
+        _active.evaluated = []  # A script may have called `evaluate` by itself.
+    result = original(*args, **kwargs)
+    if _active is not None:
+        given = bound(original, *args, **kwargs).arguments
+        _active.write_evaluation(given["iteration"], given["prefix"])
+    return result

@@ -7,7 +7,6 @@ constant factor) or saturated (above about 2 its gradient dies).
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from megatron_dyt.mcore.json_lines import JsonLines
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import find_sites, log_other_norms, unwrap
 from megatron_dyt.nn.statistics import InputStatistics, input_statistics
-from megatron_dyt.patching import wrapper
+from megatron_dyt.patching import bound, wrapper
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -286,18 +285,13 @@ def wrap_setup[**P](
     return result
 
 
-def wrap_training_log[**P, R](original: Callable[P, R]) -> Callable[P, R]:
+@wrapper
+def wrap_training_log[R](original: Callable[..., R], *args: object, **kwargs: object) -> R:
     """`training.training_log`, called once per step, that lets the monitor work afterwards."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def training_log(*args: P.args, **kwargs: P.kwargs) -> R:
-        result = original(*args, **kwargs)
-        if _active is not None:
-            _active.after_step(signature.bind(*args, **kwargs).arguments["iteration"])
-        return result
-
-    return training_log
+    result = original(*args, **kwargs)
+    if _active is not None:
+        _active.after_step(bound(original, *args, **kwargs).arguments["iteration"])
+    return result
 
 
 def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.ranks import log_once
 from megatron_dyt.nn import DynamicTanh
-from megatron_dyt.patching import wrapper
+from megatron_dyt.patching import bound, wrapper
 
 if TYPE_CHECKING:
     from megatron.core.models.T5.t5_model import T5Model
@@ -146,7 +145,10 @@ def wrap_norm_class[N](original: Callable[..., N]) -> Callable[..., N | DyTNorm]
     return build
 
 
-def wrap_vision_init(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_vision_init(
+    original: Callable[..., None], self: CLIPViTModel | RADIOViTModel, *args: object, **kwargs: object
+) -> None:
     """`CLIPViTModel.__init__` and `RADIOViTModel.__init__` with DyT for ln_pre and ln_post.
 
     Which of the two a model has is the model's decision.
@@ -155,31 +157,26 @@ def wrap_vision_init(original: Callable[..., None]) -> Callable[..., None]:
         UserError: with sequence parallelism. These models hand the whole sequence to layers that expect a
             part of it: the loss stays right and the gradients come out twice too large.
     """
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __init__(self: CLIPViTModel | RADIOViTModel, *args: object, **kwargs: object) -> None:
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        config = given.arguments["transformer_config"]
-        if not is_dyt(config):
-            original(*given.args, **given.kwargs)
-            return
-        if config.sequence_parallel:
-            raise UserError(
-                f"{type(self).__name__} has sequence_parallel in its config, but it does not split its "
-                "input over the ranks, so gradients would be too large. Set sequence_parallel = False in "
-                "the vision model's config."
-            )
-        norms = {name: given.arguments[name] for name in VISION_NORMS}
-        given.arguments |= {name: dyt_spec("final") for name, norm in norms.items() if is_norm(norm)}
+    given = bound(original, self, *args, **kwargs)
+    given.apply_defaults()
+    config = given.arguments["transformer_config"]
+    if not is_dyt(config):
         original(*given.args, **given.kwargs)
-        check_built(self, "vision_model")
+        return
+    if config.sequence_parallel:
+        raise UserError(
+            f"{type(self).__name__} has sequence_parallel in its config, but it does not split its "
+            "input over the ranks, so gradients would be too large. Set sequence_parallel = False in "
+            "the vision model's config."
+        )
+    norms = {name: given.arguments[name] for name in VISION_NORMS}
+    given.arguments |= {name: dyt_spec("final") for name, norm in norms.items() if is_norm(norm)}
+    original(*given.args, **given.kwargs)
+    check_built(self, "vision_model")
 
-    return __init__
 
-
-def wrap_t5_init(original: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def wrap_t5_init(original: Callable[..., None], self: T5Model, *args: object, **kwargs: object) -> None:
     """`T5Model.__init__` that has its two final norms without Transformer Engine too.
 
     Megatron's T5 block specs take TE's norm as the final one, the local specs as well; without TE they
@@ -187,21 +184,13 @@ def wrap_t5_init(original: Callable[..., None]) -> Callable[..., None]:
     """
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    signature = inspect.signature(original)
-
-    def filled(spec: object) -> object:
-        if isinstance(spec, TransformerBlockSubmodules) and spec.layer_norm is None:
-            return replace(spec, layer_norm=dyt_spec("final"))
-        return spec
-
-    @functools.wraps(original)
-    def __init__(self: T5Model, *args: object, **kwargs: object) -> None:
-        given = signature.bind(self, *args, **kwargs)
-        if is_dyt(given.arguments["config"]):
-            given.arguments |= {name: filled(given.arguments[name]) for name in T5_BLOCKS}
-        original(*given.args, **given.kwargs)
-
-    return __init__
+    given = bound(original, self, *args, **kwargs)
+    if is_dyt(given.arguments["config"]):
+        for name in T5_BLOCKS:
+            spec = given.arguments[name]
+            if isinstance(spec, TransformerBlockSubmodules) and spec.layer_norm is None:
+                given.arguments[name] = replace(spec, layer_norm=dyt_spec("final"))
+    original(*given.args, **given.kwargs)
 
 
 # --- norms that a DyT model keeps on purpose ------------------------------------------------------------
@@ -308,16 +297,18 @@ def wrap_block_init(
         check_built(self, "decoder")
 
 
-def wrap_norm_new[N](original: Callable[..., N]) -> staticmethod[..., N]:
+def wrap_norm_new(original: Callable[..., object]) -> staticmethod[..., object]:
     """`__new__` of a norm class that refuses to build for a DyT config."""
+    return staticmethod(_new_unless_dyt(original))
 
-    @functools.wraps(original)
-    def __new__(cls: type, config: object, *args: object, **kwargs: object) -> N:
-        if is_dyt(config):
-            _refuse(cls.__name__)
-        return original(cls, config, *args, **kwargs)
 
-    return staticmethod(__new__)
+@wrapper
+def _new_unless_dyt[N](
+    original: Callable[..., N], cls: type, config: object, *args: object, **kwargs: object
+) -> N:
+    if is_dyt(config):
+        _refuse(cls.__name__)
+    return original(cls, config, *args, **kwargs)
 
 
 @wrapper

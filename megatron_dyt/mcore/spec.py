@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from megatron_dyt.mcore.norm_sites import (
     kept_in_slot,
 )
 from megatron_dyt.mcore.ranks import log_once
-from megatron_dyt.patching import wrapper
+from megatron_dyt.patching import bound, wrapper
 
 if TYPE_CHECKING:
     from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
@@ -92,44 +91,6 @@ def wrap_block_submodules(
     return rewrite_block(block) if is_dyt(config) else block
 
 
-def wrap_layer_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`TransformerLayer.__init__` with DyT for every norm when the config's norm is DyT."""
-    return _rewriting(original, rewrite_layer)
-
-
-def wrap_mamba_layer_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`MambaLayer.__init__` with DyT for its norm when the config's norm is DyT."""
-    return _rewriting(original, rewrite_mamba_layer)
-
-
-def wrap_mtp_layer_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`MultiTokenPredictionLayer.__init__` with DyT for its own norms when the config's norm is DyT."""
-    return _rewriting(original, rewrite_mtp_layer)
-
-
-def _rewriting[Parts](
-    original: Callable[..., None], rewrite: Callable[[TransformerConfig, Parts, type], Parts]
-) -> Callable[..., None]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __init__(self: nn.Module, *args: object, **kwargs: object) -> None:
-        given = signature.bind(self, *args, **kwargs)
-        config, parts = given.arguments["config"], given.arguments["submodules"]
-        if not is_dyt(config):
-            original(self, *args, **kwargs)
-            return
-        name = type(self).__name__
-        given.arguments["submodules"] = rewritten = rewrite(config, parts, type(self))
-        refuse_leftovers(rewritten, name)
-        if config.tp_comm_overlap and _has_fused_linear(parts):
-            log_once(_log, LOST_OVERLAP)
-        original(*given.args, **given.kwargs)
-        check_built(self, name)
-
-    return __init__
-
-
 def rewrite_block(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """A copy of a `TransformerBlockSubmodules` in which the final norm is DyT; its layers see to themselves.
 
@@ -185,6 +146,33 @@ def rewrite_mtp_layer(
     """A copy of a prediction layer's submodules with DyT for its own norms; the inner layer has its turn."""
     changes = {field: dyt_spec(role) for field, role in MTP_ROLES.items() if is_norm(getattr(parts, field))}
     return dataclasses.replace(parts, **changes)
+
+
+def _rewriting[Parts](rewrite: Callable[[TransformerConfig, Parts, type], Parts]) -> Callable[..., Any]:
+    """Of a kind of layer: its `__init__` with the submodules rewritten when the config's norm is DyT."""
+
+    @wrapper
+    def __init__(original: Callable[..., None], self: nn.Module, *args: object, **kwargs: object) -> None:
+        given = bound(original, self, *args, **kwargs)
+        config, parts = given.arguments["config"], given.arguments["submodules"]
+        if not is_dyt(config):
+            original(self, *args, **kwargs)
+            return
+        name = type(self).__name__
+        given.arguments["submodules"] = rewritten = rewrite(config, parts, type(self))
+        refuse_leftovers(rewritten, name)
+        if config.tp_comm_overlap and _has_fused_linear(parts):
+            log_once(_log, LOST_OVERLAP)
+        original(*given.args, **given.kwargs)
+        check_built(self, name)
+
+    return __init__
+
+
+# `TransformerLayer.__init__`, `MambaLayer.__init__` and `MultiTokenPredictionLayer.__init__`.
+wrap_layer_init = _rewriting(rewrite_layer)
+wrap_mamba_layer_init = _rewriting(rewrite_mamba_layer)
+wrap_mtp_layer_init = _rewriting(rewrite_mtp_layer)
 
 
 def rewrite_attention(config: TransformerConfig, attention: Spec) -> tuple[Spec, bool]:

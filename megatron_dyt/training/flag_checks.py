@@ -67,9 +67,10 @@ def _check_attention(args: Namespace) -> None:
         return
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.group_query_attention and groups and heads % groups:
+        fitting = [str(number) for number in range(1, heads + 1) if heads % number == 0]
         raise UserError(
             f"{_flag(args, 'num_query_groups')} does not divide {_flag(args, 'num_attention_heads')}: each "
-            f"group has as many heads. Give one of {', '.join(map(str, _divisors(heads)))}"
+            f"group has as many heads. Give one of {', '.join(fitting)}"
         )
     if not args.group_query_attention and groups not in (None, 1, heads):
         raise UserError(
@@ -133,7 +134,3 @@ def _flag(args: Namespace, name: str) -> str:
     value = getattr(args, name)
     words = value if isinstance(value, list) else [] if value is True else [value]
     return " ".join([f"--{name.replace('_', '-')}", *map(str, words)])
-
-
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]

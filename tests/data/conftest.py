@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import tokenizers as library
 
+from megatron_dyt.data import tokenizers
+from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
+from megatron_dyt.data.shard import Settings
 from megatron_dyt.data.train_tokenizer import train
 from tests.data.samples import VOCAB_SIZE, source_texts, write_jsonl
 
@@ -20,6 +23,11 @@ def tokenizer_model(source_jsonl: Path) -> Path:
     path = source_jsonl.with_name("tokenizer.model")
     path.write_bytes(train([source_jsonl], VOCAB_SIZE))
     return path
+
+
+@pytest.fixture
+def settings(tokenizer_model: Path) -> Settings:
+    return Settings(tokenizers.find(SENTENCEPIECE, str(tokenizer_model)))
 
 
 @pytest.fixture

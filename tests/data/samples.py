@@ -29,6 +29,20 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
     return path
 
 
+def documents(prefix: Path) -> list[list[int]]:
+    """The ids of each document of a dataset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    assert list(dataset.document_indices) == list(range(len(dataset) + 1))
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The files of a directory by name."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
 def source_texts() -> list[str]:
     """Ten modules of the standard library, which every installation has."""
     names = "argparse ast base64 bisect calendar cmd code copy csv enum"

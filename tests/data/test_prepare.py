@@ -17,11 +17,10 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 import tokenizers
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dyt.data import train_tokenizer, workers
 from megatron_dyt.errors import UserError
-from tests.data.samples import prepare, source_texts, write_jsonl
+from tests.data.samples import contents, documents, prepare, source_texts, write_jsonl
 
 BOS, EOS = 1, 2
 COMMAND = [sys.executable, "-m", "megatron_dyt", "prepare-data"]
@@ -55,18 +54,8 @@ def pile(tmp_path: Path) -> Path:
     return directory
 
 
-def documents(prefix: Path) -> list[list[int]]:
-    dataset = IndexedDataset(str(prefix))
-    assert list(dataset.document_indices) == list(range(len(dataset) + 1))
-    return [dataset[index].tolist() for index in range(len(dataset))]
-
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def output_of(capsys: pytest.CaptureFixture[str], function: Callable[[], object]) -> str:
@@ -371,16 +360,6 @@ def test_a_prefix_is_one_dataset_of_all_inputs(
     manifest = read(tmp_path / "out" / "train.manifest.json")
     assert (manifest["documents"], manifest["empty_documents"]) == (11 + 1, 1)
     assert sorted(contents(tmp_path / "out")) == ["train.bin", "train.idx", "train.manifest.json"]
-
-
-def test_second_run_does_nothing(
-    run: Run, source_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ("--input", source_jsonl, "--output-prefix", tmp_path / "train")
-    run(*command)
-    os.utime(tmp_path / "train.bin", (1, 1))
-    assert "up to date" in output_of(capsys, lambda: run(*command))
-    assert (tmp_path / "train.bin").stat().st_mtime == 1
 
 
 @pytest.mark.parametrize("change", ["source", "bos", "tokenizer", "truncated", "unfinished"])

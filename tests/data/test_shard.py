@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dyt.atomic import sole_writer
 from megatron_dyt.data import shard as shard_module
-from megatron_dyt.data import tokenizers
 from megatron_dyt.data.dataset_manifest import (
-    SENTENCEPIECE,
     Amount,
     Counts,
     DatasetManifest,
@@ -27,14 +24,9 @@ from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
 from megatron_dyt.data.shard import Settings, Shard, finished, write
 from megatron_dyt.data.sources import BrokenSourceError, FileSource
 from megatron_dyt.errors import UserError
-from tests.data.samples import source_texts
+from tests.data.samples import documents, source_texts
 
 DOMAINS = ["Github", "ArXiv", None]
-
-
-@pytest.fixture
-def settings(tokenizer_model: Path) -> Settings:
-    return Settings(tokenizers.find(SENTENCEPIECE, str(tokenizer_model)))
 
 
 @pytest.fixture
@@ -53,11 +45,6 @@ def corpus(tmp_path: Path) -> Path:
 def make(settings: Settings, *sources: Path, name: str = "out") -> DatasetManifest:
     shard = Shard(sources[0].parent / name, tuple(map(FileSource, sources)))
     return write(shard, settings, settings.tokenizer.encoder(), lambda read, counts: None)
-
-
-def documents(prefix: Path) -> list[list[int]]:
-    dataset = IndexedDataset(str(prefix))
-    return [dataset[index].tolist() for index in range(len(dataset))]
 
 
 def names(directory: Path) -> list[str]:

@@ -12,18 +12,12 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.data import tokenizers, workers
-from megatron_dyt.data.dataset_manifest import SENTENCEPIECE
+from megatron_dyt.data import workers
 from megatron_dyt.data.shard import Settings, Shard
 from megatron_dyt.data.sources import FileSource
 from megatron_dyt.data.workers import Broken, Event, Finished, Progressed, Tracker, write_all
 from megatron_dyt.errors import UserError
-from tests.data.samples import source_texts, write_jsonl
-
-
-@pytest.fixture
-def settings(tokenizer_model: Path) -> Settings:
-    return Settings(tokenizers.find(SENTENCEPIECE, str(tokenizer_model)))
+from tests.data.samples import contents, source_texts, write_jsonl
 
 
 @pytest.fixture
@@ -45,10 +39,6 @@ def shards(tmp_path: Path, count: int) -> list[Shard]:
     return [Shard(tmp_path / "out" / source.stem, (FileSource(source),)) for source in sources]
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
-
-
 def test_processes_write_what_one_process_writes(
     tmp_path: Path, settings: Settings, events: list[Event]
 ) -> None:
@@ -61,7 +51,7 @@ def test_processes_write_what_one_process_writes(
         assert list(broken) == ["1"]
         assert "there is no text in" in broken["1"]
         assert sorted(event.number for event in events if isinstance(event, Finished)) == [0, 2]
-        found.append(files(tmp_path / "out"))
+        found.append(contents(tmp_path / "out"))
         for path in (tmp_path / "out").iterdir():
             path.unlink()
     assert found[0] == found[1]

@@ -47,6 +47,7 @@ def test_an_unknown_norm_is_refused_with_the_choices(parse: Make, capsys: pytest
 def test_auto_is_the_default(parse: Make) -> None:
     args = parse("--normalization DyT")
     assert (args.dyt_preset, args.dyt_log_alpha, args.dyt_alpha_in_grad_norm) == ("auto", True, False)
+    assert args.dyt_fuse_residual is True
     assert (args.dyt_alpha_init_attn, args.dyt_alpha_init_ffn, args.dyt_alpha_init_final) == (0.5, 1.0, 0.5)
 
 
@@ -78,11 +79,19 @@ def test_unit_leaves_what_the_user_gave(parse: Make) -> None:
 def test_flags_override_the_preset(parse: Make) -> None:
     args = parse(
         "--normalization DyT --dyt-preset unit --dyt-alpha-init-attn 0.7 --dyt-alpha-init-qk 2 "
-        "--qk-layernorm --dyt-bias --dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch"
+        "--qk-layernorm --dyt-bias --dyt-embedding-scale 3 --dyt-function erf --dyt-backend torch "
+        "--no-dyt-fuse-residual"
     )
     config = DyTConfig.from_args(args)
     assert config == DyTConfig.unit(
-        64, alpha_attn=0.7, alpha_qk=2.0, bias=True, embedding_scale=3.0, function="erf", backend="torch"
+        64,
+        alpha_attn=0.7,
+        alpha_qk=2.0,
+        bias=True,
+        embedding_scale=3.0,
+        function="erf",
+        backend="torch",
+        fuse_residual=False,
     )
 
 
@@ -112,31 +121,35 @@ def test_dyt_flags_need_dyt(parse: Make, flags: str, norm: str) -> None:
         parse(f"{norm} {flags}")
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
-def test_a_bad_alpha_is_refused(parse: Make, value: str) -> None:
-    with pytest.raises(UserError, match=r"--dyt-alpha-init-ffn is .*finite and > 0"):
-        parse(f"--normalization DyT --dyt-alpha-init-ffn={value}")
-
-
 def test_the_embedding_scale_of_other_norms(parse: Make) -> None:
     assert parse("--normalization RMSNorm --embedding-scale unit").embedding_scale == "unit"
     assert parse("--normalization RMSNorm --embedding-scale 2").embedding_scale == 2.0
     assert parse("--normalization RMSNorm").embedding_scale is None
-    with pytest.raises(UserError, match="sqrt, unit, none"):
-        parse("--normalization RMSNorm --embedding-scale big")
 
 
-def test_both_names_of_the_scale_must_agree(parse: Make) -> None:
+def test_the_scale_has_two_names(parse: Make) -> None:
     assert parse("--normalization DyT --embedding-scale 2").dyt_embedding_scale == 2.0
-    with pytest.raises(UserError, match="are the same setting; give one of them"):
-        parse("--normalization DyT --embedding-scale 2 --dyt-embedding-scale 3")
 
 
-def test_statistics_need_a_place_and_a_number(parse: Make) -> None:
-    with pytest.raises(UserError, match="--metrics-dir DIR or --tensorboard-dir DIR too"):
-        parse("--normalization DyT --dyt-stats-interval 5")
-    with pytest.raises(UserError, match="is -1; give a number of steps"):
-        parse("--normalization DyT --save x --dyt-stats-interval -1")
+BAD_ALPHA = r"--dyt-alpha-init-ffn is .*finite and > 0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        *((f"DyT --dyt-alpha-init-ffn={value}", BAD_ALPHA) for value in ("0", "-1", "nan", "inf")),
+        ("DyT --dyt-alpha-init-qk 2", "given without --qk-layernorm"),
+        ("DyT --dyt-backend triton", r"--dyt-backend triton: .*use backend='auto' or 'torch'"),
+        ("DyT --dyt-stats-interval 5", "--metrics-dir DIR or --tensorboard-dir DIR too"),
+        ("DyT --save x --dyt-stats-interval -1", "is -1; give a number of steps"),
+        ("DyT --embedding-scale 2 --dyt-embedding-scale 3", "are the same setting; give one of them"),
+        ("RMSNorm --embedding-scale big", "sqrt, unit, none"),
+        ("RMSNorm --embedding-scale unit --mtp-num-layers 1", "cannot be combined with --mtp-num-layers"),
+    ],
+)
+def test_what_cannot_be_is_refused(parse: Make, flags: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse(f"--normalization {flags}")
 
 
 def test_a_missing_width_is_named(parse: Make) -> None:
@@ -204,30 +217,6 @@ def test_stock_norms_get_nothing(make_config: Make) -> None:
     config = make_config("RMSNorm")
     assert not hasattr(config, "dyt")
     assert initial_embedding_scale(config) is None
-
-
-def test_alpha_of_queries_and_keys_needs_a_norm_there(parse: Make) -> None:
-    with pytest.raises(UserError, match="given without --qk-layernorm"):
-        parse("--normalization DyT --dyt-alpha-init-qk 2")
-
-
-def test_kernels_that_are_not_there_are_refused_at_once(parse: Make) -> None:
-    with pytest.raises(UserError, match=r"--dyt-backend triton: .*use backend='auto' or 'torch'"):
-        parse("--normalization DyT --dyt-backend triton")
-
-
-@pytest.mark.parametrize(
-    ("flag", "fused"), [("", True), ("--dyt-fuse-residual", True), ("--no-dyt-fuse-residual", False)]
-)
-def test_residual_fusion_is_a_setting_of_the_model(parse: Make, flag: str, fused: bool) -> None:
-    args = parse(f"--normalization DyT {flag}")
-    assert args.dyt_fuse_residual is fused
-    assert DyTConfig.from_args(args).fuse_residual is fused
-
-
-def test_the_scale_of_a_baseline_does_not_go_with_a_second_embedding(parse: Make) -> None:
-    with pytest.raises(UserError, match="cannot be combined with --mtp-num-layers"):
-        parse("--normalization RMSNorm --embedding-scale unit --mtp-num-layers 1")
 
 
 def test_a_given_flag_that_contradicts_the_checkpoint_is_refused(parse: Make) -> None:
