@@ -1,6 +1,5 @@
 """Which layouts the state of an optimizer is refused for; tests/distributed shows what loads into which."""
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from megatron_dyt.checkpoints import optimizer_layout
 from megatron_dyt.errors import UserError
+from tests.megatron_args import arguments
 
 DEFAULT, ANY = "dp_reshardable", "fully_reshardable"
 WHERE = Path("run/iter_0000100")
@@ -15,23 +15,10 @@ WHERE = Path("run/iter_0000100")
 LAYOUT: dict[str, Any] = {
     "tensor_model_parallel_size": 2,
     "pipeline_model_parallel_size": 4,
-    "num_virtual_stages_per_pipeline_rank": None,
-    "num_layers_per_virtual_pipeline_stage": None,
     "num_layers": 32,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
     "use_distributed_optimizer": True,
-    "optimizer": "adam",
     "overlap_grad_reduce": True,
-    "ddp_bucket_size": None,
     "world_size": 64,
-    "no_load_optim": None,
-    "finetune": False,
 }
 PLAIN = {"use_distributed_optimizer": False}
 EXPERTS = {"expert_model_parallel_size": 8}
@@ -42,10 +29,10 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is said when a checkpoint saved by one layout is loaded by another, or None."""
 
     def check(saved: dict[str, Any], kind: str | None, now: dict[str, Any], one_bucket: bool = False) -> Any:
-        monkeypatch.setattr(optimizer_layout, "_saved", lambda path: (Namespace(**LAYOUT | saved), kind))
+        monkeypatch.setattr(optimizer_layout, "_saved", lambda path: (arguments(**LAYOUT | saved), kind))
         monkeypatch.setattr(optimizer_layout, "_one_bucket", lambda *_: one_bucket)
         try:
-            optimizer_layout.refuse_other(Namespace(**LAYOUT | now), WHERE)
+            optimizer_layout.refuse_other(arguments(**LAYOUT | now), WHERE)
         except UserError as error:
             return str(error)
         return None
@@ -142,7 +129,7 @@ def test_expert_parallel_sizes_above_one_need_the_other_format(refusal: Any) -> 
 
 
 def test_what_is_not_there_or_not_readable_is_not_judged(tmp_path: Path) -> None:
-    optimizer_layout.refuse_other(Namespace(**LAYOUT), tmp_path / "iter_0000001")
+    optimizer_layout.refuse_other(arguments(**LAYOUT), tmp_path / "iter_0000001")
     (tmp_path / "iter_0000002").mkdir()
     (tmp_path / "iter_0000002" / "metadata.json").write_text("{")
-    optimizer_layout.refuse_other(Namespace(**LAYOUT), tmp_path / "iter_0000002")
+    optimizer_layout.refuse_other(arguments(**LAYOUT), tmp_path / "iter_0000002")

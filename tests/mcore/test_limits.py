@@ -46,68 +46,63 @@ def test_what_can_work_passes() -> None:
     )
 
 
+def check(settings: dict[str, object], words: str, *fine: dict[str, object]) -> None:
+    """`settings` are refused, and pass with any of the changes `fine`."""
+    with pytest.raises(UserError, match=words):
+        refuse_unsupported(SimpleNamespace(**settings))
+    for change in fine:
+        refuse_unsupported(SimpleNamespace(**settings | change))
+
+
 def test_a_query_norm_of_latent_attention_needs_a_query_latent() -> None:
-    latent = SimpleNamespace(multi_latent_attention=True, qk_layernorm=True, q_lora_rank=None)
-    with pytest.raises(UserError, match=r"without q_lora_rank.*Give --q-lora-rank"):
-        refuse_unsupported(latent)
-    for fine in ({"q_lora_rank": 512}, {"qk_layernorm": False}, {"multi_latent_attention": False}):
-        refuse_unsupported(SimpleNamespace(**(vars(latent) | fine)))
+    latent = {"multi_latent_attention": True, "qk_layernorm": True, "q_lora_rank": None}
+    fine = ({"q_lora_rank": 512}, {"qk_layernorm": False}, {"multi_latent_attention": False})
+    check(latent, r"without q_lora_rank.*Give --q-lora-rank", *fine)
 
 
 def test_duplicated_down_projections_need_sequence_parallelism() -> None:
     latent = {"multi_latent_attention": True, "transformer_impl": "transformer_engine"}
-    config = latent | {"tensor_model_parallel_size": 2, "sequence_parallel": False}
-    with pytest.raises(UserError, match=r"drift apart. Add --sequence-parallel"):
-        refuse_unsupported(SimpleNamespace(**config))
-    for fine in (
-        {"sequence_parallel": True},
-        {"tensor_model_parallel_size": 1},
-        {"transformer_impl": "local"},
-        {"multi_latent_attention": False},
-    ):
-        refuse_unsupported(SimpleNamespace(**(config | fine)))
+    check(
+        latent | {"tensor_model_parallel_size": 2, "sequence_parallel": False},
+        r"drift apart. Add --sequence-parallel",
+        *({"sequence_parallel": True}, {"tensor_model_parallel_size": 1}),
+        *({"transformer_impl": "local"}, {"multi_latent_attention": False}),
+    )
 
 
 def test_a_mark_that_fsdp_forgets_must_not_be_needed() -> None:
     settings = {"use_megatron_fsdp": True, "multi_latent_attention": True, "qk_layernorm": True}
-    config = settings | {"q_lora_rank": 16, "tensor_model_parallel_size": 2, "sequence_parallel": False}
-    with pytest.raises(UserError, match=r"Megatron-FSDP.*Add --sequence-parallel"):
-        refuse_unsupported(SimpleNamespace(**config))
-    for fine in ({"sequence_parallel": True}, {"tensor_model_parallel_size": 1}, {"qk_layernorm": False}):
-        refuse_unsupported(SimpleNamespace(**(config | fine)))
+    check(
+        settings | {"q_lora_rank": 16, "tensor_model_parallel_size": 2, "sequence_parallel": False},
+        r"Megatron-FSDP.*Add --sequence-parallel",
+        *({"sequence_parallel": True}, {"tensor_model_parallel_size": 1}, {"qk_layernorm": False}),
+    )
 
 
 def test_experts_that_fsdp_would_scale_twice_are_refused() -> None:
     """8 ranks, 2 of them tensor parallel: 4 data parallel ranks, each with a quarter of the experts."""
-    settings = {
-        "use_megatron_fsdp": True,
-        "data_parallel_sharding_strategy": "optim_grads_params",
-        "world_size": 8,
-        "tensor_model_parallel_size": 2,
-        "expert_model_parallel_size": 4,
-        "global_batch_size": 16,
-        "micro_batch_size": 2,
-    }
-    with pytest.raises(UserError, match=r"each expert on one rank.*Lower --expert-model"):
-        refuse_unsupported(SimpleNamespace(**settings))
-    for fine in (
-        {"use_megatron_fsdp": False},
-        {"data_parallel_sharding_strategy": "optim"},
-        {"expert_model_parallel_size": 2},
-        {"expert_tensor_parallel_size": 1},
-        {"micro_batch_size": 4},
-        {"global_batch_size": None},
+    check(
+        {
+            "use_megatron_fsdp": True,
+            "data_parallel_sharding_strategy": "optim_grads_params",
+            "world_size": 8,
+            "tensor_model_parallel_size": 2,
+            "expert_model_parallel_size": 4,
+            "global_batch_size": 16,
+            "micro_batch_size": 2,
+        },
+        r"each expert on one rank.*Lower --expert-model",
+        *({"use_megatron_fsdp": False}, {"data_parallel_sharding_strategy": "optim"}),
+        *({"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}),
+        *({"micro_batch_size": 4}, {"global_batch_size": None}),
         {"expert_model_parallel_size": 1, "world_size": 2},
-    ):
-        refuse_unsupported(SimpleNamespace(**(settings | fine)))
+    )
 
 
 def test_decay_of_a_logarithm_of_alpha_is_refused() -> None:
     both = {"dyt_log_alpha": True, "weight_decay_on": "all"}
-    with pytest.raises(UserError, match=r"pulls every alpha to 1.*--no-dyt-log-alpha"):
-        refuse_unsupported(SimpleNamespace(**both))
-    for fine in ({"dyt_log_alpha": False}, {"weight_decay_on": "matrices"}):
-        refuse_unsupported(SimpleNamespace(**(both | fine)))
+    fine = ({"dyt_log_alpha": False}, {"weight_decay_on": "matrices"})
+    check(both, r"pulls every alpha to 1.*--no-dyt-log-alpha", *fine)
 
 
 def test_a_config_built_without_flags_is_checked_too(make_config: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """The dataset's class and configuration follow Megatron's arguments."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dyt.training import datasets
+from tests.megatron_args import arguments
 
 
 @pytest.mark.parametrize(
@@ -38,48 +40,27 @@ def test_which_ranks_read_data(
     monkeypatch: pytest.MonkeyPatch, tp_rank: int, end_stage: bool, sft: bool, mtp: bool, reads: bool
 ) -> None:
     from megatron.core import mpu
-    from megatron.training import arguments, utils
+    from megatron.training import arguments as megatron
+    from megatron.training import utils
 
     monkeypatch.setattr(mpu, "get_tensor_model_parallel_rank", lambda: tp_rank)
     monkeypatch.setattr(utils, "is_first_or_last_pipeline_stage", lambda _stage: end_stage)
-    monkeypatch.setattr(arguments, "core_transformer_config_from_args", lambda _args: None)
+    monkeypatch.setattr(megatron, "core_transformer_config_from_args", lambda _args: None)
     monkeypatch.setattr(datasets, "mtp_on_this_rank", lambda _config, _stage: mtp)
     assert datasets._reads_data(SimpleNamespace(sft=sft), None) is reads
 
 
-def arguments(tmp_path: Path, **given: Any) -> SimpleNamespace:
+def args_of_data(tmp_path: Path, **given: Any) -> Namespace:
     counts = tmp_path / "sequences.json"
     counts.write_text(json.dumps({"corpus": 4}))
-    names = ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path")
-    flags = dict.fromkeys((*names, "per_split_data_args_path", *datasets._SAME_NAME_IN_DATASET_CONFIG))
-    values: dict[str, Any] = {
-        "seed": 7,
-        "seq_length": 16,
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": 100,
-        "pad_vocab_size": False,
-        "null_tokenizer_eod_id": None,
-        "null_tokenizer_pad_id": None,
-        "data_cache_path": None,
-        "create_attention_mask_in_dataloader": False,
-        "dataloader_fast_cache_load": False,
-        "dataloader_defer_npy_index_mmap": False,
-        "dataloader_inter_document_masking": False,
-        "per_dataset_sequences_path": str(counts),
-        "tensor_model_parallel_size": 4,
-        "sequence_parallel": True,
-        "split": "99,1,0",
-        "data_path": ["corpus"],
-        "fim_data": False,
-        "num_dataset_builder_threads": 1,
-        "mid_level_dataset_surplus": 0.005,
-        **dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False),
-    }
-    return SimpleNamespace(**{**flags, **values, **given})
+    sizes = {"seed": 7, "seq_length": 16, "tensor_model_parallel_size": 4, "sequence_parallel": True}
+    data = {"data_path": ["corpus"], "split": "99,1,0", "per_dataset_sequences_path": str(counts)}
+    tokenizer = {"tokenizer_type": "NullTokenizer", "vocab_size": 100, "data_parallel_size": 1, "rank": 0}
+    return arguments(**sizes, **data, **tokenizer, **given)
 
 
 def test_config(tmp_path: Path) -> None:
-    config = datasets.config(arguments(tmp_path))
+    config = datasets.config(args_of_data(tmp_path))
     assert type(config).__name__ == "GPTDatasetConfig"
     assert (config.random_seed, config.sequence_length) == (7, 16)
     assert config.blend == (["corpus"], None)
@@ -92,7 +73,7 @@ def test_fill_in_the_middle(tmp_path: Path) -> None:
     parts = {f"fim_{part}_token": part for part in ("prefix", "middle", "suffix", "pad", "eod")}
     rates = {"fim_rate": 0.3, "fim_spm_rate": 0.4, "fim_split_sample": None}
     rest = {"fim_fragment_rate": None, "fim_no_prefix": None, "fim_data": True}
-    config = datasets.config(arguments(tmp_path, **parts, **rates, **rest))
+    config = datasets.config(args_of_data(tmp_path, **parts, **rates, **rest))
     assert type(config).__name__ == "GPTFIMDatasetConfig"
     assert (config.fim_rate, config.fim_spm_rate) == (0.3, 0.4)
     assert config.fim_extra_tokens["middle"] == "middle"

@@ -12,27 +12,15 @@ import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.training import gpu_needs
+from tests.megatron_args import arguments as megatron_arguments
 
 EXTENSIONS = ("fused_weight_gradient_mlp_cuda", "scaled_masked_softmax_cuda")
 
 
 def arguments(**given: Any) -> Namespace:
-    """Megatron's defaults for a model with RoPE in bf16, as far as they are looked at."""
-    defaults: dict[str, Any] = {
-        "transformer_impl": "transformer_engine",
-        "normalization": "DyT",
-        "gradient_accumulation_fusion": True,
-        "apply_rope_fusion": True,
-        "masked_softmax_fusion": True,
-        "no_persist_layer_norm": False,
-        "sequence_parallel": True,
-        "multi_latent_attention": False,
-        "position_embedding_type": "rope",
-        "use_rotary_position_embeddings": False,
-        "bf16": True,
-        "fp16": False,
-    }
-    return Namespace(**(defaults | given))
+    """Megatron's defaults, for a DyT model with RoPE in bf16."""
+    model = {"normalization": "DyT", "position_embedding_type": "rope", "bf16": True}
+    return megatron_arguments(**model | {"sequence_parallel": True} | given)
 
 
 @pytest.fixture

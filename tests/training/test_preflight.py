@@ -10,44 +10,13 @@ import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.training import preflight
+from tests.megatron_args import arguments as megatron_arguments
 
 
 def arguments(**given: Any) -> Namespace:
-    """Megatron's parsed arguments, as far as the checks look at them."""
-    flags = dict.fromkeys(
-        (
-            *("data_path", "data_args_path", "train_data_path", "valid_data_path"),
-            *("test_data_path", "per_split_data_args_path", "per_dataset_sequences_path"),
-            *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "yaml_cfg"),
-            *("save", "load", "pretrained_checkpoint", "ckpt_step", "eval_interval"),
-            *("mtp_num_layers", "untie_embeddings_and_output_weights"),
-        )
-    )
-    return Namespace(
-        **{
-            **flags,
-            "save_interval": 10,
-            "pipeline_model_parallel_size": 1,
-            "split": "1,0,0",
-            "full_validation": False,
-            "dataloader_fast_cache_load": False,
-            **{"vocab_size": 64, "padded_vocab_size": 128},
-            "mock_data": False,
-            "sft": False,
-            "exit_on_missing_checkpoint": False,
-            **{"finetune": False, "no_load_optim": False, "optimizer": "adam"},
-            # Nothing for `flag_checks` to look at.
-            **{"skip_train": True, "attention_dropout": 0.0, "hidden_dropout": 0.0},
-            **dict.fromkeys(("num_attention_heads", "ffn_hidden_size", "num_experts")),
-            # Needs nothing of a GPU's.
-            "transformer_impl": "local",
-            "normalization": "DyT",
-            "gradient_accumulation_fusion": False,
-            "apply_rope_fusion": False,
-            "masked_softmax_fusion": False,
-            **given,
-        }
-    )
+    """Megatron's parsed arguments of a run for which nothing but `given` is to be looked at."""
+    sizes = {"vocab_size": 64, "padded_vocab_size": 128, "split": "1,0,0", "save_interval": 10}
+    return megatron_arguments(**sizes | {"skip_train": True, "transformer_impl": "local"} | given)
 
 
 @pytest.fixture
