@@ -7,19 +7,12 @@ import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.report import dyt_stats
+from tests.report.made_up_runs import site
 
 
 def stats_line(iteration: int, alpha: float, scale: float | None = 50.0) -> str:
-    site = {
-        "name": "decoder.layers.0.input_layernorm",
-        "role": "attn",
-        "layer": 1,
-        "alpha": alpha,
-        "input_std": 2.0,
-        "alpha_std": 2 * alpha,
-        "saturated": 0.125,
-    }
-    return json.dumps({"iteration": iteration, "sites": [site], "embedding_scale": scale})
+    sites = [site("attn", 1, alpha, 2.0, "input_layernorm") | {"saturated": 0.125}]
+    return json.dumps({"iteration": iteration, "sites": sites, "embedding_scale": scale})
 
 
 def test_stats(tmp_path: Path) -> None:
@@ -28,9 +21,9 @@ def test_stats(tmp_path: Path) -> None:
     first, last = dyt_stats.read([path])
     assert (first.iteration, last.iteration) == (1, 10)
     assert (first.embedding_scale, last.embedding_scale) == (50.0, None)
-    (site,) = last.sites
-    assert (site.name, site.role, site.layer) == ("decoder.layers.0.input_layernorm", "attn", 1)
-    assert (site.alpha, site.input_std, site.alpha_std, site.saturated) == (0.25, 2.0, 0.5, 0.125)
+    (found,) = last.sites
+    assert (found.name, found.role, found.layer) == ("decoder.layers.0.input_layernorm", "attn", 1)
+    assert (found.alpha, found.input_std, found.alpha_std, found.saturated) == (0.25, 2.0, 0.5, 0.125)
 
 
 def test_stats_of_a_resumed_run_with_broken_lines(tmp_path: Path) -> None:
@@ -60,18 +53,7 @@ def test_stats_without_a_record(tmp_path: Path) -> None:
 
 def stage_line(iteration: int, layers: list[int | None], scale: float | None = None) -> str:
     """A pipeline stage's record: one site a layer, alpha a tenth of the layer's number."""
-    sites = [
-        {
-            "name": f"decoder.layers.{layer - 1}.input_layernorm" if layer else "decoder.final_layernorm",
-            "role": "attn" if layer else "final",
-            "layer": layer,
-            "alpha": (layer or 9) / 10,
-            "input_std": 1.0,
-            "alpha_std": 0.5,
-            "saturated": 0.0,
-        }
-        for layer in layers
-    ]
+    sites = [site("attn" if layer else "final", layer, (layer or 9) / 10, 1.0) for layer in layers]
     return json.dumps({"iteration": iteration, "sites": sites, "embedding_scale": scale}) + "\n"
 
 

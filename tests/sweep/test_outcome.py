@@ -1,11 +1,11 @@
 """What a run has come to, from its exit code, numbers and log."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from megatron_dyt.sweep import outcome
+from tests.report.made_up_runs import start_line, write_lines
 from tests.sweep.made_up import train
 
 SKIPPED = "WARNING: step 1: the gradient is not finite (norm nan) and was not applied. The step is skipped."
@@ -24,7 +24,7 @@ STOPPED = "megatron_dyt: stopped: step 3: the gradient is not finite (norm nan) 
 def test_a_run_has_diverged_where_its_numbers_ended_it(
     tmp_path: Path, exit_code: int, log: str, status: str
 ) -> None:
-    write(tmp_path, log, {})
+    write(tmp_path, log, {"train_iters": 3})
     assert outcome.of(tmp_path, exit_code, 1.0).status == status
 
 
@@ -37,13 +37,6 @@ def test_a_run_that_was_told_to_end_early_is_not_finished(
 
 
 def write(directory: Path, log: str, arguments: dict[str, int]) -> None:
-    start = {
-        "event": "start",
-        "time": "2026-11-28T20:08:08+00:00",
-        "normalization": "DyT",
-        "arguments": arguments,
-        **dict.fromkeys(("megatron_dyt", "megatron_core", "torch"), "1"),
-    }
-    lines = [start, *(train(step, 3.0) for step in (1, 2, 3))]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = (train(step, 3.0) for step in (1, 2, 3))
+    write_lines(directory / "metrics.jsonl", [start_line(**arguments), *steps])
     (directory / outcome.LOG_NAME).write_text(log)
