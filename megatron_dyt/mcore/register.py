@@ -4,9 +4,6 @@ Every wrapper passes straight through unless the model's `normalization` is "DyT
 scale was asked for), so Megatron with the plugin registered and RMSNorm is Megatron unchanged.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 from megatron_dyt import compat, log
 from megatron_dyt.checkpoints import damage
 from megatron_dyt.errors import UserError
@@ -32,131 +29,120 @@ _BLOCK = "megatron.core.transformer.transformer_block"
 _MODELS = "megatron.core.models"
 _RANDOM = "megatron.core.tensor_parallel.random"
 _TE = "megatron.core.extensions.transformer_engine"
-
-
-class Seam(NamedTuple):
-    """One attribute of Megatron and the function that makes its replacement from the original."""
-
-    module: str
-    attribute: str
-    wrap: Callable[[Any], Any]
+_CONFIG = "megatron.core.transformer.transformer_config"
+_TRAINING = "megatron.training.training"
+_ARGUMENTS = "megatron.training.arguments"
+_CHECKPOINTING = "megatron.training.checkpointing"
+_GLOBALS = "megatron.training.global_vars"
 
 
 CORE = (
-    Seam(_BLOCK, "_get_block_submodules", spec.wrap_block_submodules),
-    Seam(_BLOCK, "TransformerBlock.__init__", norm_sites.wrap_block_init),
-    Seam("megatron.core.transformer.transformer_layer", "TransformerLayer.__init__", spec.wrap_layer_init),
-    Seam("megatron.core.ssm.mamba_layer", "MambaLayer.__init__", spec.wrap_mamba_layer_init),
-    Seam(
+    Replacement(_BLOCK, "_get_block_submodules", spec.wrap_block_submodules),
+    Replacement(_BLOCK, "TransformerBlock.__init__", norm_sites.wrap_block_init),
+    Replacement(
+        "megatron.core.transformer.transformer_layer", "TransformerLayer.__init__", spec.wrap_layer_init
+    ),
+    Replacement("megatron.core.ssm.mamba_layer", "MambaLayer.__init__", spec.wrap_mamba_layer_init),
+    Replacement(
         "megatron.core.transformer.multi_token_prediction",
         "MultiTokenPredictionLayer.__init__",
         spec.wrap_mtp_layer_init,
     ),
-    Seam(
-        "megatron.core.transformer.transformer_config",
-        "TransformerConfig.__post_init__",
-        model_config.wrap_post_init,
-    ),
-    Seam(
-        "megatron.core.transformer.transformer_config",
-        "TransformerConfig.__post_init__",
-        recipe_flags.wrap_post_init,
-    ),
-    Seam(
+    Replacement(_CONFIG, "TransformerConfig.__post_init__", model_config.wrap_post_init),
+    Replacement(_CONFIG, "TransformerConfig.__post_init__", recipe_flags.wrap_post_init),
+    Replacement(
         "megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler.get_lr", recipe_flags.wrap_get_lr
     ),
-    Seam(
+    Replacement(
         "megatron.core.datasets.blended_megatron_dataset_config",
         "BlendedMegatronDatasetConfig.__post_init__",
         recipe_flags.wrap_dataset_post_init,
     ),
-    Seam(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
-    Seam(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
-    Seam(_LANGUAGE_MODULE, "LanguageModule.setup_embeddings_and_output_layer", embedding.wrap_setup),
-    Seam(
+    Replacement(_EMBEDDING, "LanguageModelEmbedding.__init__", embedding.wrap_init),
+    Replacement(_EMBEDDING, "LanguageModelEmbedding.forward", embedding.wrap_forward),
+    Replacement(_LANGUAGE_MODULE, "LanguageModule.setup_embeddings_and_output_layer", embedding.wrap_setup),
+    Replacement(
         "megatron.core.distributed.finalize_model_grads",
         "_allreduce_word_embedding_grads",
         embedding.wrap_allreduce,
     ),
-    Seam("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm_sites.wrap_norm_new),
-    Seam("megatron.core.fusions.fused_layer_norm", "FusedLayerNorm.__init__", norm_sites.wrap_norm_init),
-    Seam(_RANDOM, "CheckpointWithoutOutput.checkpoint", norm.wrap_checkpoint),
-    Seam(_RANDOM, "CheckpointWithoutOutput.discard_output_and_register_recompute", norm.wrap_discard),
-    Seam("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
-    Seam(
+    Replacement("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm_sites.wrap_norm_new),
+    Replacement(
+        "megatron.core.fusions.fused_layer_norm", "FusedLayerNorm.__init__", norm_sites.wrap_norm_init
+    ),
+    Replacement(_RANDOM, "CheckpointWithoutOutput.checkpoint", norm.wrap_checkpoint),
+    Replacement(_RANDOM, "CheckpointWithoutOutput.discard_output_and_register_recompute", norm.wrap_discard),
+    Replacement("megatron.core.dist_checkpointing", "load", checkpoint.wrap_load),
+    Replacement(
         "megatron.core.optimizer.distrib_optimizer",
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
         checkpoint.wrap_sharded_state,
     ),
-    Seam(
+    Replacement(
         "megatron.core.rerun_state_machine", "RerunStateMachine.should_run_forward_backward", guard.wrap_rerun
     ),
 )
 
 # Norms that model classes build themselves.
 FAMILIES = (
-    Seam(f"{_MODELS}.bert.bert_lm_head", "LNImpl", norm_sites.wrap_norm_class),
-    Seam(f"{_MODELS}.T5.t5_model", "T5Model.__init__", norm_sites.wrap_t5_init),
-    Seam(f"{_MODELS}.vision.clip_vit_model", "CLIPViTModel.__init__", norm_sites.wrap_vision_init),
-    Seam(f"{_MODELS}.vision.radio", "RADIOViTModel.__init__", norm_sites.wrap_vision_init),
-    Seam(f"{_MODELS}.multimodal.llava_model", "LLaVAModel.__init__", norm_sites.wrap_multimodal_init),
+    Replacement(f"{_MODELS}.bert.bert_lm_head", "LNImpl", norm_sites.wrap_norm_class),
+    Replacement(f"{_MODELS}.T5.t5_model", "T5Model.__init__", norm_sites.wrap_t5_init),
+    Replacement(f"{_MODELS}.vision.clip_vit_model", "CLIPViTModel.__init__", norm_sites.wrap_vision_init),
+    Replacement(f"{_MODELS}.vision.radio", "RADIOViTModel.__init__", norm_sites.wrap_vision_init),
+    Replacement(f"{_MODELS}.multimodal.llava_model", "LLaVAModel.__init__", norm_sites.wrap_multimodal_init),
 )
 
 # Without Transformer Engine these names are mocks.
 TRANSFORMER_ENGINE = (
-    Seam(_TE, "TENorm.__new__", norm_sites.wrap_norm_new),
-    Seam(_TE, "TELayerNormColumnParallelLinear.__init__", norm_sites.wrap_norm_init),
+    Replacement(_TE, "TENorm.__new__", norm_sites.wrap_norm_new),
+    Replacement(_TE, "TELayerNormColumnParallelLinear.__init__", norm_sites.wrap_norm_init),
 )
 
 TRAINING = (
-    Seam("megatron.training.arguments", "add_megatron_arguments", args.wrap_add_arguments),
-    Seam("megatron.training.arguments", "add_megatron_arguments", metrics_writer.wrap_add_arguments),
-    Seam("megatron.training.arguments", "validate_args", args.wrap_validate),
-    Seam("megatron.training.global_vars", "_set_tensorboard_writer", trackers.wrap_tensorboard_writer),
-    Seam("megatron.training.global_vars", "_set_wandb_writer", trackers.wrap_wandb_writer),
-    Seam("megatron.training.checkpointing", "load_args_from_checkpoint", args.wrap_load_args),
-    Seam("megatron.training.checkpointing", "load_args_from_checkpoint", damage.wrap_load_args),
-    Seam(
-        "megatron.training.checkpointing",
-        "check_checkpoint_args",
-        recipe_flags.wrap_check_checkpoint_args,
-    ),
-    Seam("megatron.training.training", "load_checkpoint", damage.wrap_load_checkpoint),
-    Seam("megatron.training.training", "get_standard_config_overrides", recipe_flags.wrap_config_overrides),
-    Seam("megatron.training.training", "setup_model_and_optimizer", monitor.wrap_setup),
-    Seam("megatron.training.training", "training_log", monitor.wrap_training_log),
-    Seam("megatron.training.training", "setup_model_and_optimizer", guard.wrap_setup),
-    Seam("megatron.training.training", "train_step", guard.wrap_train_step),
-    Seam("megatron.training.training", "setup_model_and_optimizer", metrics_writer.wrap_setup),
-    Seam("megatron.training.training", "training_log", metrics_writer.wrap_training_log),
-    Seam("megatron.core.timers", "Timer.elapsed", metrics_writer.wrap_elapsed),
-    Seam("megatron.training.training", "evaluate", metrics_writer.wrap_evaluate),
-    Seam("megatron.training.training", "evaluate_and_print_results", metrics_writer.wrap_print_evaluation),
+    Replacement(_ARGUMENTS, "add_megatron_arguments", args.wrap_add_arguments),
+    Replacement(_ARGUMENTS, "add_megatron_arguments", metrics_writer.wrap_add_arguments),
+    Replacement(_ARGUMENTS, "validate_args", args.wrap_validate),
+    Replacement(_GLOBALS, "_set_tensorboard_writer", trackers.wrap_tensorboard_writer),
+    Replacement(_GLOBALS, "_set_wandb_writer", trackers.wrap_wandb_writer),
+    Replacement(_CHECKPOINTING, "load_args_from_checkpoint", args.wrap_load_args),
+    Replacement(_CHECKPOINTING, "load_args_from_checkpoint", damage.wrap_load_args),
+    Replacement(_CHECKPOINTING, "check_checkpoint_args", recipe_flags.wrap_check_checkpoint_args),
+    Replacement(_TRAINING, "load_checkpoint", damage.wrap_load_checkpoint),
+    Replacement(_TRAINING, "get_standard_config_overrides", recipe_flags.wrap_config_overrides),
+    Replacement(_TRAINING, "setup_model_and_optimizer", monitor.wrap_setup),
+    Replacement(_TRAINING, "training_log", monitor.wrap_training_log),
+    Replacement(_TRAINING, "setup_model_and_optimizer", guard.wrap_setup),
+    Replacement(_TRAINING, "train_step", guard.wrap_train_step),
+    Replacement(_TRAINING, "setup_model_and_optimizer", metrics_writer.wrap_setup),
+    Replacement(_TRAINING, "training_log", metrics_writer.wrap_training_log),
+    Replacement("megatron.core.timers", "Timer.elapsed", metrics_writer.wrap_elapsed),
+    Replacement(_TRAINING, "evaluate", metrics_writer.wrap_evaluate),
+    Replacement(_TRAINING, "evaluate_and_print_results", metrics_writer.wrap_print_evaluation),
 )
 
 # 0.17 parses the arguments in `initialize`, which binds these names too. They come before the rows above:
 # the import of that module must find the originals.
 INITIALIZE_0_17 = (
-    Seam("megatron.training.initialize", "validate_args", args.wrap_validate),
-    Seam("megatron.training.initialize", "load_args_from_checkpoint", args.wrap_load_args),
+    Replacement("megatron.training.initialize", "validate_args", args.wrap_validate),
+    Replacement("megatron.training.initialize", "load_args_from_checkpoint", args.wrap_load_args),
 )
 
 # 0.16 deletes by a function inside `save_checkpoint`; `args.validate` refuses what needs this row.
-DELETION = (Seam("megatron.training.checkpointing", "_async_delete_checkpoint_impl", damage.wrap_delete),)
+DELETION = (Replacement(_CHECKPOINTING, "_async_delete_checkpoint_impl", damage.wrap_delete),)
 
 _patches: Patches | None = None
 
 
-def seams() -> tuple[Seam, ...]:
+def seams() -> tuple[Replacement, ...]:
     """The seams of what is installed: the training loop and Transformer Engine may be absent."""
-    training: tuple[Seam, ...] = ()
+    training: tuple[Replacement, ...] = ()
     if compat.has_training():
         training = TRAINING if compat.has("config_container") else INITIALIZE_0_17 + TRAINING
         training += DELETION if compat.has("deletion_by_name") else ()
     module, stack = compat.hybrid_stack()
     hybrids = (
-        Seam(module, f"{stack}.__init__", norm_sites.wrap_block_init),
-        Seam(module, "TENorm", norm_sites.wrap_norm_class),
+        Replacement(module, f"{stack}.__init__", norm_sites.wrap_block_init),
+        Replacement(module, "TENorm", norm_sites.wrap_norm_class),
     )
     te = TRANSFORMER_ENGINE if compat.has_transformer_engine() else ()
     return CORE + hybrids + FAMILIES + training + te
@@ -177,7 +163,7 @@ def register() -> None:
     version = compat.check_version()
     patches = Patches()
     try:
-        patches.apply(Replacement(*seam) for seam in seams())
+        patches.apply(seams())
     except RuntimeError as error:
         raise UserError(
             f"megatron-core {version} lacks a place that megatron_dyt needs: {error}. "

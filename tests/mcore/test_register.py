@@ -7,16 +7,17 @@ import megatron_dyt
 from megatron_dyt.cpu import replacements
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import register as module
+from megatron_dyt.patching import Replacement
 
 
-def current(seam: module.Seam) -> object:
+def current(seam: Replacement) -> object:
     owner: object = importlib.import_module(seam.module)
     for part in seam.attribute.split("."):
         owner = vars(owner)[part] if isinstance(owner, type) else getattr(owner, part)
     return owner
 
 
-def own_seams() -> list[module.Seam]:
+def own_seams() -> list[Replacement]:
     """Those that the CPU runtime of these tests does not replace as well."""
     shared = {(row.module, row.attribute) for row in replacements.rows()}
     return [seam for seam in module.seams() if (seam.module, seam.attribute) not in shared]
@@ -46,7 +47,7 @@ def test_a_missing_seam_is_named_and_nothing_is_left_half_done(
     unregistered: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [current(seam) for seam in own_seams()]
-    missing = module.Seam("megatron.core.dist_checkpointing", "lod", lambda original: original)
+    missing = Replacement("megatron.core.dist_checkpointing", "lod", lambda original: original)
     monkeypatch.setattr(module, "seams", lambda: (*module.CORE, missing))
     named = re.escape(f"megatron-core {module.compat.megatron_version()} lacks a place ")
     with pytest.raises(UserError, match=rf"{named}.*megatron\.core\.dist_checkpointing\.lod"):
