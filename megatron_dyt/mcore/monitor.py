@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -83,6 +83,7 @@ class StatsRecord(TypedDict):
     embedding_scale: NotRequired[float]
 
 
+@dataclass(eq=False)
 class Monitor:
     """Looks at a model's DyT sites in chosen steps. Costs nothing in the others.
 
@@ -96,29 +97,21 @@ class Monitor:
         stage, stages: which of how many pipeline stages this is.
     """
 
-    def __init__(
-        self,
-        chunks: list[nn.Module],
-        *,
-        linear_gain: float,
-        stats_file: JsonLines | None = None,
-        interval: int = 0,
-        reports: bool = True,
-        tracked: bool = False,
-        stage: int = 0,
-        stages: int = 1,
-    ) -> None:
+    chunks: InitVar[list[nn.Module]]
+    _: KW_ONLY
+    linear_gain: float
+    stats_file: JsonLines | None = None
+    interval: int = 0
+    reports: bool = True
+    tracked: bool = False
+    stage: int = 0
+    stages: int = 1
+
+    def __post_init__(self, chunks: list[nn.Module]) -> None:
         self.sites = find_sites(chunks)
         self.scale = find_embedding_scale(chunks)
         self.scale_value: Tensor | None = None
         self._scale_hook: RemovableHandle | None = None
-        self.linear_gain = linear_gain
-        self.stats_file = stats_file
-        self.interval = interval
-        self.reports = reports
-        self.tracked = tracked
-        self.stage = stage
-        self.stages = stages
         self.samples: dict[DyTNorm, Sample] = {}
         self.started = False
 
