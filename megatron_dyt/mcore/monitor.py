@@ -197,7 +197,7 @@ class Monitor:
                     warning(
                         f"DyT {role}: alpha*std(x) = {drive:.3g} is outside {GOOD_RANGE[0]} to "
                         f"{GOOD_RANGE[1]}, where runs train. Change --dyt-alpha-init-{role} or "
-                        "--dyt-embedding-scale, or use --dyt-preset unit."
+                        "--dyt-embedding-scale, or use --dyt-preset auto."
                     )
         if self.scale_value is not None:
             info(f"DyT embedding scale {float(self.scale_value):.4g}")
@@ -205,7 +205,7 @@ class Monitor:
             warning(
                 f"DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
                 f"runs that train have {GOOD_GAIN[0]} to {GOOD_GAIN[1]}. DyT does not rescale: use "
-                "--dyt-preset unit, or --init-method-std near 1/sqrt(hidden)."
+                "--dyt-preset auto, or --init-method-std near 1/sqrt(hidden)."
             )
 
     def record(self, iteration: int) -> StatsRecord:
