@@ -40,8 +40,9 @@ WAYS: list[tuple[str, dict[str, Any] | None, bool]] = [
     ("RMSNorm, as it was", None, False),
     ("DyT, alpha 0.5, RMSNorm's weight", {}, False),
     ("DyT, calibrated each alone", {"sequential": False}, True),
-    ("DyT, calibrated in sequence, no bias", {"bias": False}, True),
-    ("DyT, calibrated in sequence", {}, True),
+    ("DyT, calibrated in sequence, no bias", {"bias": False, "refine": False}, True),
+    ("DyT, calibrated in sequence", {"refine": False}, True),
+    ("DyT, then refined", {}, True),
 ]
 
 

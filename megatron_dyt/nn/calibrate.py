@@ -95,6 +95,12 @@ class Site:
     batch_dim: int = 0
     fit: Fit | None = None
 
+    @property
+    def error(self) -> float:
+        """Of the fit."""
+        assert self.fit is not None
+        return self.fit.error
+
     def norm(self, x: Tensor) -> Tensor:
         assert self.dyt.replaces is not None
         y: Tensor = self.dyt.replaces(x)
@@ -136,7 +142,7 @@ def calibrate(
     batch: Tensor | Mapping[str, Any],
     *,
     sequential: bool,
-) -> dict[str, Fit]:
+) -> list[Site]:
     """Fit the DyTs of `model`, given by name, to the norms that they replace (`DynamicTanh.replaces`).
 
     Args:
@@ -149,21 +155,22 @@ def calibrate(
         ValueError: the batch does not reach every DyT, or values are not finite.
     """
     sites = [Site(name, dyt) for name, dyt in dyts.items()]
-    with _hooks(sites, Site.look):
-        run_doubled(model, batch, rows=1)
-    with _hooks(sites, lambda site, x: site.calibrate(x, sequential)):
-        run_doubled(model, batch)
+    with torch.no_grad():
+        with hooks(sites, Site.look):
+            run_doubled(model, batch, slice(1))
+        with hooks(sites, lambda site, x: site.calibrate(x, sequential)):
+            run_doubled(model, batch)
     missed = [site.name for site in sites if site.fit is None]
     if missed:
         raise ValueError(
             f"the calibration batch does not reach {some(missed)}; give a batch that does, or leave them out "
             "with select=lambda name: ..."
         )
-    return {site.name: site.fit for site in sites if site.fit}
+    return sites
 
 
 @contextlib.contextmanager
-def _hooks(sites: Sequence[Site], forward: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
+def hooks(sites: Sequence[Site], forward: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
     """The sites' DyTs return what `forward` makes of their input. Norms evaluate meanwhile.
 
     Hooks and no modules in their place: blocks such as Mamba's read the dtype of a norm's weight.
@@ -199,14 +206,13 @@ def set_parameters(dyt: DynamicTanh, alpha: float, weight: Tensor | None, bias: 
         dyt.bias.copy_(bias)
 
 
-@torch.no_grad()
-def run_doubled(model: nn.Module, batch: Tensor | Mapping[str, Any], rows: int | None = None) -> None:
+def run_doubled(model: nn.Module, batch: Tensor | Mapping[str, Any], rows: slice = slice(None)) -> None:
     """One forward pass of `batch`, put twice behind itself along the first dimension, in eval mode.
 
     Args:
         batch: what the model is called with: a tensor (sequences, ...), or its keyword arguments, of which
             the tensors that have `sequences` rows are doubled.
-        rows: take so many sequences alone.
+        rows: take these sequences alone.
     """
     with evaluating(model):
         if isinstance(batch, Tensor):
@@ -227,17 +233,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _twice(tensor: Tensor, rows: int | None) -> Tensor:
-    return torch.cat([tensor[:rows], tensor[:rows]])
-
-
-def _doubled(batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
+def sequences_in(batch: Tensor | Mapping[str, Any]) -> int:
+    """Sequences in the batch of `run_doubled`."""
+    if isinstance(batch, Tensor):
+        return len(batch)
     lengths = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     if not lengths:
         raise ValueError(f"calibration has {', '.join(batch) or 'nothing'}, but no tensor of sequences")
+    return lengths[0]
+
+
+def _twice(tensor: Tensor, rows: slice) -> Tensor:
+    return torch.cat([tensor[rows], tensor[rows]])
+
+
+def _doubled(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    length = sequences_in(batch)
     return {
         name: _twice(value, rows)
-        if isinstance(value, Tensor) and value.dim() and len(value) == lengths[0]
+        if isinstance(value, Tensor) and value.dim() and len(value) == length
         else value
         for name, value in batch.items()
     }

@@ -18,6 +18,7 @@ from megatron_dyt.nn.calibrate import calibrate, set_parameters, some
 from megatron_dyt.nn.callers import fused_reads, set_fast_paths
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
 from megatron_dyt.nn.norms import Norm, examine, tensors_of
+from megatron_dyt.nn.refine import refine as refine_sites
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class ConvertedNorm:
     Attributes:
         name: of the module in the model, such as "model.layers.0.input_layernorm".
         alpha: what it starts with.
-        error: of the calibration: squared error over the square of the norm's output; None without one.
+        error: of the calibration's fit: squared error over the norm's squared output; None without one.
     """
 
     name: str
@@ -72,6 +73,7 @@ def convert_norms(
     bias: bool | None = None,
     function: str = "tanh",
     sequential: bool = True,
+    refine: bool = True,
     select: Callable[[str], bool] | None = None,
 ) -> Conversion:
     """Replace every LayerNorm and RMSNorm of `model` by a `DynamicTanh`, in place. Experimental.
@@ -90,6 +92,8 @@ def convert_norms(
         bias: whether DyT has a bias; None: where the norm has one, and everywhere with calibration.
         function: see `DynamicTanh`.
         sequential: calibrate each site behind converted ones, to the output of the unconverted model.
+        refine: then bring the last site nearer to its norm, by gradient steps on all DyTs together. Not
+            without `sequential`.
         select: names of modules to convert; None for all.
 
     Returns:
@@ -114,7 +118,9 @@ def convert_norms(
         dyts[name] = _dyt_like(module, norm, _nearest(model, name), alpha, has_bias, function)
     try:
         _replace(model, {module: dyts[name] for name, (module, _) in norms.items()})
-        fits = {} if calibration is None else calibrate(model, dyts, calibration, sequential=sequential)
+        sites = [] if calibration is None else calibrate(model, dyts, calibration, sequential=sequential)
+        if calibration is not None and sequential and refine:
+            refine_sites(model, sites, calibration)
     except BaseException:
         _restore(model, dyts.values())
         raise
@@ -123,10 +129,8 @@ def convert_norms(
         _log.warning(line)
     return Conversion(
         (
-            ConvertedNorm(name, fits[name].alpha, fits[name].error)
-            if name in fits
-            else ConvertedNorm(name, dyt.alpha_init)
-            for name, dyt in dyts.items()
+            [ConvertedNorm(site.name, float(site.dyt.alpha.detach()), site.error) for site in sites]
+            or [ConvertedNorm(name, dyt.alpha_init) for name, dyt in dyts.items()]
         ),
         left,
     )

@@ -27,7 +27,7 @@ def test_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     batch = convert_llama.batch(train, random.Random(2), convert_llama.CALIBRATION_ROWS)
     convert_llama.convert_norms(model, batch)
     expected = convert_llama.validation_loss(model, valid)
-    assert rows["DyT, calibrated in sequence"]["0"] == pytest.approx(expected)
+    assert rows["DyT, then refined"]["0"] == pytest.approx(expected)
     assert not torch.equal(train[: len(valid)], valid)
 
 

@@ -226,7 +226,7 @@ def inputs() -> Tensor:
 @pytest.mark.parametrize("sequential", [True, False])
 def test_each_site_is_fitted_to_its_norm(blocks: Blocks, sequential: bool) -> None:
     before = copy.deepcopy(blocks).requires_grad_(False)
-    report = convert_norms(blocks, inputs(), sequential=sequential)
+    report = convert_norms(blocks, inputs(), sequential=sequential, refine=False)
     old = new = inputs()
     for index, found in enumerate(report):
         expected = before.norms[index](old)
@@ -317,7 +317,7 @@ def test_the_sequences_are_found_wherever_they_stand(
 ) -> None:
     model = Wrapped(arrange, randomized(nn.RMSNorm(SIZE)))
     expected = model(inputs()).detach()
-    (found,) = convert_norms(model, inputs(), sequential=sequential)
+    (found,) = convert_norms(model, inputs(), sequential=sequential, refine=False)
     best = fit(arrange(inputs()), expected)
     assert (found.alpha, found.error) == pytest.approx((best.alpha, best.error), rel=1e-5)
     torch.testing.assert_close(model.norm.weight.detach(), best.weight)
@@ -327,7 +327,7 @@ def test_channels_first_is_fitted_along_its_channels() -> None:
     norm = randomized(LayerNorm2d(SIZE))
     model = Wrapped(lambda x: x.unflatten(1, (4, 5)).permute(0, 3, 1, 2), norm)
     expected = model(inputs()).detach()
-    (found,) = convert_norms(model, inputs())
+    (found,) = convert_norms(model, inputs(), refine=False)
     best = fit(inputs().unflatten(1, (4, 5)), expected.permute(0, 2, 3, 1))
     assert found.error == pytest.approx(best.error, rel=1e-5)
     torch.testing.assert_close(model.norm.weight.detach(), best.weight)

@@ -1,0 +1,101 @@
+"""The steps behind a calibration's fit: what they gain and leave alone, and when they are taken back."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_dyt import convert_norms, restore_norms
+from megatron_dyt.nn import refine
+
+SIZE = 16
+
+
+class Blocks(nn.Module):
+    """A residual stream through norms, and one at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(SIZE) for _ in range(5))
+        self.linears = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, linear in zip(self.norms, self.linears, strict=False):
+            x = x + 2 * torch.tanh(linear(norm(x)))
+        return self.norms[-1](x)
+
+
+class WithoutGradients(Blocks):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.fixture
+def model() -> Blocks:
+    torch.manual_seed(4)
+    return Blocks()
+
+
+def inputs(seed: int = 9) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(16, 20, SIZE, generator=generator)
+        * torch.rand(16, 20, 1, generator=generator).add(0.3)
+        * 3
+    )
+
+
+def converted(model: Blocks, **arguments: bool) -> Blocks:
+    """A converted copy."""
+    model = copy.deepcopy(model)
+    convert_norms(model, inputs(), **arguments)
+    return model
+
+
+def same(one: Blocks, other: Blocks) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_other_inputs_come_nearer_too(model: Blocks) -> None:
+    target = model(inputs(10))
+    fitted, refined = (
+        float((converted(model, refine=way)(inputs(10)) - target).square().mean()) for way in (False, True)
+    )
+    assert refined < 0.97 * fitted
+
+
+def test_nothing_else_changes(model: Blocks) -> None:
+    model.linears[0].weight.requires_grad_(False)
+    new = converted(model)
+    assert not new.linears[0].weight.requires_grad
+    assert new.linears[1].weight.requires_grad
+    assert all(parameter.grad is None for parameter in new.parameters())
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(new.linears, model.linears, strict=True))
+    assert not any(module._forward_hooks for module in new.modules())
+    restore_norms(new)
+    assert same(new, model)
+
+
+def test_the_report_has_the_alphas_behind_the_steps(model: Blocks) -> None:
+    report = convert_norms(model, inputs())
+    assert [found.alpha for found in report] == [float(norm.alpha.detach()) for norm in model.norms]
+
+
+def test_steps_that_do_not_help_are_taken_back(model: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refine, "RATE", 1.0)
+    assert same(converted(model), converted(model, refine=False))
+
+
+def test_a_model_without_gradients_keeps_the_fit() -> None:
+    torch.manual_seed(4)
+    model = WithoutGradients()
+    assert same(converted(model), converted(model, refine=False))
+
+
+def test_inside_no_grad_it_works_too(model: Blocks) -> None:
+    with torch.no_grad():
+        inside = converted(model)
+    assert same(inside, converted(model))
