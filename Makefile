@@ -20,7 +20,7 @@ VERSIONS ?=
 # A clone of Megatron-LM that has the release tags, for check-patches and test-megatron-lm.
 MEGATRON_LM ?=
 
-.PHONY: help setup quickstart test test-versions test-te test-newest compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench gpu-wheels gpu-rehearsal docs build clean
+.PHONY: help setup quickstart beyond-llm test test-versions test-te test-newest compatibility test-megatron-lm test-slurm check-patches test-layouts lint format bench gpu-wheels gpu-rehearsal docs build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ setup: ## make .venv with everything pinned (PYTHON=..., TORCH_INDEX_URL=... to 
 
 quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT LLaMA
 	@bash examples/quickstart.sh
+
+beyond-llm: setup ## train ViT, MAE and ConvNeXt with LayerNorm and DyT (build/beyond-llm)
+	@OMP_NUM_THREADS=1 $(PY) examples/beyond_llm/run.py vit mae convnext --seeds 3 --output build/beyond-llm
 
 # sysmon is coverage's cheap measurement: no trace function is called for a line already seen.
 test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)

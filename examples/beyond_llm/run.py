@@ -1,0 +1,202 @@
+"""DyT beside LayerNorm in models that are no language models, trained from scratch on real data.
+
+    python examples/beyond_llm/run.py DOMAIN... --seeds 3 --output DIR
+
+Each domain is a file of this folder (vit, mae, convnext). Every norm is trained at every learning rate of the
+domain and every seed, from the same weights over the same batches, and reported on the test data at the rate
+that is best on the validation data. DIR/runs has a file for each finished run, which is not done again;
+DIR/table.csv, DIR/table.md and DIR/DOMAIN.svg are made of them. docs/beyond-llm.md has the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from megatron_dyt import convert_norms
+from megatron_dyt.atomic import read_json, write_json
+from megatron_dyt.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from examples.beyond_llm.domain import Domain, Split
+
+DOMAINS = ("vit", "mae", "convnext")
+NORMS = ("LayerNorm", "DyT")
+ALPHA = 0.5
+# Where what is imported and what is installed have different names.
+PACKAGES = {"sklearn": "scikit-learn"}
+WARM_UP = 0.1
+LOSS_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    domain: str
+    norm: str
+    rate: float
+    seed: int
+
+    def path(self, output: Path) -> Path:
+        return output / "runs" / self.domain / f"{self.norm}-lr{self.rate:g}-seed{self.seed}.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what is not done yet, and write the tables."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    # The sums of several threads differ from machine to machine.
+    torch.set_num_threads(1)
+    domains = {name: load(name) for name in options.domains}
+    if options.steps is not None:
+        domains = {name: replace(domain, steps=options.steps) for name, domain in domains.items()}
+    tables = needed("table", importlib.import_module, "examples.beyond_llm.table")
+    results: dict[Run, dict[str, Any]] = {}
+    for name, domain in domains.items():
+        split = domain.data()
+        for run in runs(name, domain, options.seeds):
+            results[run] = once(run, domain, split, options.output)
+            print(f"{run.path(Path()).with_suffix('')}: {said(results[run])}", flush=True)
+    tables.write(options.output, domains, results)
+    print((options.output / "table.md").read_text())
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("domains", nargs="+", metavar="DOMAIN", choices=DOMAINS, help=", ".join(DOMAINS))
+    add("--seeds", type=int, default=3, help="how many")
+    add("--steps", type=int, help="of each run; default: the domain's")
+    add("--output", type=Path, required=True, metavar="DIR")
+    options = parser.parse_args(argv)
+    for name in ("seeds", "steps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: 1 is the least")
+    return options
+
+
+def load(name: str) -> Domain:
+    """The domain of a file of this folder."""
+    return needed(name, importlib.import_module, f"examples.beyond_llm.{name}").DOMAIN
+
+
+def needed(what: str, make: Any, *arguments: Any) -> Any:
+    """`make(*arguments)`; a package that is missing is a `UserError` that says how to get it."""
+    try:
+        return make(*arguments)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        package = PACKAGES.get(module, module)
+        raise UserError(f"{what} needs {package}, which is not installed: pip install {package}") from error
+
+
+def runs(name: str, domain: Domain, seeds: int) -> list[Run]:
+    """Seed by seed, so that a part of them is a comparison too."""
+    return [
+        Run(name, norm, rate, seed) for seed in range(1, seeds + 1) for rate in domain.rates for norm in NORMS
+    ]
+
+
+def said(result: dict[str, Any]) -> str:
+    if result["status"] == "diverged":
+        return f"diverged after {result['steps']} steps"
+    return ", ".join(f"{name} {value:.4g}" for name, value in result["test"].items())
+
+
+def once(run: Run, domain: Domain, split: Split, output: Path) -> dict[str, Any]:
+    """The result of a run, from its file if that is there."""
+    path = run.path(output)
+    found, asked = read_json(path), settings(run, domain)
+    if found is None:
+        found = {"settings": asked, **train(run, domain, split)}
+        write_json(path, found)
+    elif found["settings"] != asked:
+        raise UserError(f"{path} has the settings {found['settings']}, not {asked}; choose another --output")
+    return found
+
+
+def settings(run: Run, domain: Domain) -> dict[str, Any]:
+    """What a run's result depends on and can be changed without changing a model."""
+    recipe = {"steps": domain.steps, "batch": domain.batch, "weight_decay": domain.weight_decay}
+    return {**vars(run), **recipe, "betas": list(domain.betas), "alpha": ALPHA if run.norm == "DyT" else None}
+
+
+def start(run: Run, domain: Domain) -> nn.Module:
+    """The model with the run's norm; its other weights depend on the seed alone."""
+    torch.manual_seed(run.seed)
+    model = domain.model()
+    if run.norm == "DyT":
+        convert_norms(model, alpha_init=ALPHA, select=domain.select)
+    return model
+
+
+def train(run: Run, domain: Domain, split: Split) -> dict[str, Any]:
+    """Mean losses of each `LOSS_EVERY` steps, and the metrics; or where the loss was no number."""
+    began = time.perf_counter()
+    model = start(run, domain).train()
+    # The dropout's of a model that has one; the batches' and the loss's is a generator of their own.
+    torch.manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(run.seed)
+    optimizer = make_optimizer(model, domain)
+    losses: list[float] = []
+    for step in range(domain.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate * schedule(step, domain.steps)
+        loss = domain.loss(model, split.train.batch(generator, domain.batch), generator)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            return {"status": "diverged", "steps": step + 1, "losses": means(losses[:-1])}
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    valid, test = (domain.evaluate(model, data, split) for data in (split.valid, split.test))
+    if not all(math.isfinite(value) for value in (*valid.values(), *test.values())):
+        return {"status": "diverged", "steps": domain.steps, "losses": means(losses)}
+    seconds = round(time.perf_counter() - began, 1)
+    return {
+        "status": "done",
+        "valid": valid,
+        "test": test,
+        "losses": means(losses),
+        "seconds": seconds,
+        "torch": torch.__version__,
+    }
+
+
+def make_optimizer(model: nn.Module, domain: Domain) -> torch.optim.Optimizer:
+    """AdamW; gains, biases and alpha are not decayed, as in the paper's ImageNet code."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": domain.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=domain.betas)
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of the peak rate: linear warm-up, then a cosine to 0."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def means(losses: Sequence[float]) -> list[float]:
+    parts = [losses[i : i + LOSS_EVERY] for i in range(0, len(losses), LOSS_EVERY)]
+    return [sum(part) / len(part) for part in parts]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    run_main(main)

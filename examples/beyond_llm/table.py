@@ -1,0 +1,146 @@
+"""Tables and pictures of the runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from examples.beyond_llm import run as frame
+from examples.beyond_llm.domain import Domain
+from megatron_dyt.atomic import write_atomically
+from megatron_dyt.report import theme
+from megatron_dyt.sweep.statistics import Interval, interval
+
+type Results = Mapping[frame.Run, dict[str, Any]]
+PAPER = Path(__file__).with_name("paper.yaml")
+COLUMNS = ["domain", "metric", "unit", "norm", "learning rate", "seeds", "diverged", "mean", "half interval"]
+COLUMNS += ["minus LayerNorm", "half interval of the difference"]
+
+
+def write(output: Path, domains: Mapping[str, Domain], results: Results) -> None:
+    """table.csv, a row for each norm and metric; table.md, a row for each metric; pictures."""
+    rows, lines = [], []
+    for name, domain in domains.items():
+        best = {norm: best_rate(name, norm, domain, results) for norm in frame.NORMS}
+        for metric, (unit, _) in domain.metrics.items():
+            base, dyt = (at(name, norm, best[norm], metric, results) for norm in frame.NORMS)
+            found = interval([dyt[seed] - base[seed] for seed in dyt if seed in base])
+            for norm, values in zip(frame.NORMS, (base, dyt), strict=True):
+                lost = diverged(name, norm, best[norm], results)
+                shown = numbers(interval(list(values.values())))
+                difference = numbers(found) if norm != frame.NORMS[0] else ["", ""]
+                rows.append([name, metric, unit, norm, best[norm], len(values), lost, *shown, *difference])
+            cells = [cell(base, unit), best[frame.NORMS[0]], cell(dyt, unit), best[frame.NORMS[1]]]
+            lines.append([domain.title, metric, *cells, text(found, "", sign=True), published(name, metric)])
+        write_atomically(output / f"{name}.svg", picture(name, domain, best, results).encode())
+    write_atomically(output / "table.csv", as_csv([COLUMNS, *rows]))
+    head = [
+        "domain",
+        "metric, on test data",
+        "LayerNorm",
+        "rate",
+        "DyT",
+        "rate",
+        "DyT − LayerNorm",
+        "the paper",
+    ]
+    marked = [head, ["---"] * len(head), *lines]
+    write_atomically(
+        output / "table.md", "".join(f"| {' | '.join(map(str, x))} |\n" for x in marked).encode()
+    )
+
+
+def at(
+    name: str, norm: str, rate: float, metric: str, results: Results, part: str = "test"
+) -> dict[int, float]:
+    """{seed: the metric} of the runs that ended well."""
+    return {
+        run.seed: result[part][metric]
+        for run, result in results.items()
+        if (run.domain, run.norm, run.rate) == (name, norm, rate) and result["status"] == "done"
+    }
+
+
+def diverged(name: str, norm: str, rate: float, results: Results) -> int:
+    same = [r for run, r in results.items() if (run.domain, run.norm, run.rate) == (name, norm, rate)]
+    return sum(result["status"] == "diverged" for result in same)
+
+
+def best_rate(name: str, norm: str, domain: Domain, results: Results) -> float:
+    """Of those at which the fewest runs diverged, the best by the first metric on the validation data."""
+    metric, (_, higher) = next(iter(domain.metrics.items()))
+
+    def badness(rate: float) -> tuple[int, float]:
+        values = at(name, norm, rate, metric, results, "valid").values()
+        mean = statistics.fmean(values) if values else 0.0
+        return diverged(name, norm, rate, results), -mean if higher else mean
+
+    return min(domain.rates, key=badness)
+
+
+def published(name: str, metric: str) -> str:
+    """The paper's rows for the domain; none where ours is another metric."""
+    facts = yaml.safe_load(PAPER.read_text())["domains"][name]
+    if metric != facts["ours"]:
+        return ""
+    rows = [f"{row['model']} {row['LN']} → {row['DyT']}" for row in facts["rows"]]
+    return f"{facts['metric']}, {facts['unit']}: {'; '.join(rows)} ({facts['table']})"
+
+
+def numbers(found: Interval | None) -> list[Any]:
+    return ["", ""] if found is None else [found.mean, "" if found.half_width is None else found.half_width]
+
+
+def cell(values: Mapping[int, float], unit: str) -> str:
+    return text(interval(list(values.values())), unit) if values else "diverged"
+
+
+def text(found: Interval | None, unit: str, *, sign: bool = False) -> str:
+    """Mean ± half of the 95 % interval, in two digits behind the point for per cents and three else."""
+    if found is None:
+        return "none"
+    digits = 2 if abs(found.mean) >= 10 or (found.half_width or 0) >= 1 else 3
+    half = "" if found.half_width is None else f" ± {found.half_width:.{digits}f}"
+    return f"{found.mean:{'+' if sign else ''}.{digits}f}{half} {unit}".strip()
+
+
+def as_csv(rows: list[list[Any]]) -> bytes:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue().encode()
+
+
+def picture(name: str, domain: Domain, best: Mapping[str, float], results: Results) -> str:
+    """The training loss of each norm at its rate: a thin line for a seed, a thick one for their mean."""
+    said = []
+    with theme.applied():
+        figure = Figure(figsize=(5.5, 3.4))
+        axes = figure.subplots()
+        axes.set_title(domain.title)
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+        axes.set_yscale("log")
+        for color, norm in zip((theme.BLUE, theme.ORANGE), frame.NORMS, strict=True):
+            curves = [
+                result["losses"]
+                for run, result in results.items()
+                if (run.domain, run.norm, run.rate) == (name, norm, best[norm]) and result["losses"]
+            ]
+            for curve in curves:
+                axes.plot(steps(curve), curve, color=color, linewidth=0.6, alpha=0.6)
+            mean = [statistics.fmean(column) for column in zip(*curves, strict=False)]
+            axes.plot(steps(mean), mean, color=color, label=f"{norm}, rate {best[norm]:g}")
+            said.append(f"{norm} ends at {mean[-1]:.4g}" if mean else f"{norm} has no losses")
+        axes.legend()
+    return theme.svg(figure, f"{domain.title}: training loss", "; ".join(said))
+
+
+def steps(curve: list[float]) -> list[int]:
+    return [frame.LOSS_EVERY * (i + 1) for i in range(len(curve))]

@@ -1,0 +1,270 @@
+"""The models of other domains: what becomes DyT, that it computes DyT, and how the comparison runs."""
+
+import copy
+import csv
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from examples.beyond_llm import run as frame
+from examples.beyond_llm.domain import Data, Domain, Split
+from megatron_dyt import convert_norms
+from megatron_dyt.errors import UserError
+
+pytest.importorskip("sklearn")
+
+BLOCKS = [f"layers.{i}.layernorm_{place}" for i in range(4) for place in ("before", "after")]
+ENCODER = [f"vit.{name}" for name in (*BLOCKS, "layernorm")]
+SITES = {
+    "vit": ENCODER,
+    "mae": [
+        *ENCODER,
+        *(f"decoder.decoder_layers.0.layernorm_{place}" for place in ("before", "after")),
+        "decoder.decoder_norm",
+    ],
+    "convnext": [
+        "convnext.embeddings.layernorm",
+        *(f"convnext.encoder.stages.0.layers.{i}.layernorm" for i in range(2)),
+        "convnext.encoder.stages.1.downsampling_layer.0",
+        *(f"convnext.encoder.stages.1.layers.{i}.layernorm" for i in range(2)),
+        "convnext.layernorm",
+    ],
+}
+CHANNELS_FIRST = {"convnext.embeddings.layernorm", "convnext.encoder.stages.1.downsampling_layer.0"}
+
+
+class PlainDyT(nn.Module):
+    """weight · tanh(alpha · x) + bias from torch's own operations; `dim` is that of the channels."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.alpha = nn.Parameter(torch.tensor([0.5]))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moved = x.movedim(self.dim, -1)
+        return (self.weight * (self.alpha * moved).tanh() + self.bias).movedim(-1, self.dim)
+
+
+def made(name: str, norm: str, seed: int = 1) -> nn.Module:
+    domain = frame.load(name)
+    return frame.start(frame.Run(name, norm, domain.rates[0], seed), domain)
+
+
+@pytest.mark.parametrize("name", frame.DOMAINS)
+def test_sites_values_and_gradients(name: str) -> None:
+    domain, found = frame.load(name), made(name, "DyT").double()
+    expected = made(name, "LayerNorm").double()
+    dyts = [site for site, module in found.named_modules() if hasattr(module, "alpha")]
+    assert sorted(dyts) == sorted(SITES[name])
+    for site in SITES[name]:
+        channels = len(expected.get_submodule(site).weight)
+        expected.set_submodule(site, PlainDyT(channels, 1 if site in CHANNELS_FIRST else -1).double())
+    # Other values than those of the start, where every gain is 1 and most sites have the same alpha.
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    expected.load_state_dict(found.state_dict())
+    data = domain.data().train
+    batch = Data(data.inputs[:8].double(), data.targets[:8])
+    losses = [domain.loss(m, batch, torch.Generator().manual_seed(5)) for m in (found, expected)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)
+    for loss in losses:
+        loss.backward()
+    reference = dict(expected.named_parameters())
+    assert all(found.get_parameter(f"{site}.alpha").grad.abs().sum() > 0 for site in SITES[name])
+    for parameter_name, parameter in found.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                parameter.grad,
+                reference[parameter_name].grad,
+                rtol=1e-8,
+                atol=1e-12,
+                msg=lambda text, name=parameter_name: f"{name}: {text}",
+            )
+
+
+@pytest.mark.parametrize("name", frame.DOMAINS)
+def test_saved_and_loaded_by_its_library(name: str, tmp_path: Path) -> None:
+    model = made(name, "DyT").eval()
+    with torch.no_grad():
+        for site in SITES[name]:
+            model.get_submodule(site).alpha += 0.25
+
+    class Converted(type(model)):  # type: ignore[misc]
+        def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
+            super().__init__(config)
+            convert_norms(self)
+
+    model.save_pretrained(tmp_path)
+    loaded = Converted.from_pretrained(tmp_path).eval()
+    domain = frame.load(name)
+    batch = domain.data().valid
+    losses = [domain.loss(each, batch, torch.Generator().manual_seed(5)) for each in (model, loaded)]
+    assert torch.equal(*losses)
+
+
+def test_norms_start_alike() -> None:
+    base, dyt, other = made("vit", "LayerNorm"), made("vit", "DyT"), made("vit", "DyT", seed=2)
+    weights = dyt.state_dict()
+    shared = {key: value for key, value in base.state_dict().items() if key in weights}
+    assert set(weights) - set(shared) == {f"{site}.alpha" for site in SITES["vit"]}
+    assert all(torch.equal(value, weights[key]) for key, value in shared.items())
+    assert not torch.equal(weights["classifier.weight"], other.state_dict()["classifier.weight"])
+    assert all(weights[f"{site}.alpha"].item() == 0.5 for site in SITES["vit"])
+
+
+# --- the frame, on a domain of its own --------------------------------------------------------------
+
+
+class Recorder:
+    """A domain whose loss notes the batches that it gets."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[float]] = []
+        self.bad_after = math.inf
+
+    def loss(self, model: nn.Module, batch: Data, generator: torch.Generator) -> torch.Tensor:
+        self.batches.append(batch.inputs[:, 0].tolist())
+        loss = (model(batch.inputs) - batch.targets).square().mean()
+        return loss * math.nan if len(self.batches) > self.bad_after else loss
+
+    def domain(self) -> Domain:
+        inputs = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        data = Data(inputs, inputs[:, :1])
+        return Domain(
+            title="line",
+            metrics={"error": ("", False)},
+            model=lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1)),
+            data=lambda: Split(data, data, data),
+            loss=self.loss,
+            evaluate=lambda model, data, split: {
+                "error": float((model(data.inputs) - data.targets).detach().std())
+            },
+            rates=(1e-3, 1e-2),
+            steps=12,
+            batch=8,
+        )
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
+    from examples.beyond_llm import table
+
+    recorder = Recorder()
+    paper = tmp_path / "paper.yaml"
+    row = {"model": "L", "LN": 1.5, "DyT": 1.25}
+    facts = {"ours": "error", "metric": "err", "unit": "m", "table": "Table 0", "rows": [row]}
+    paper.write_text(yaml.safe_dump({"domains": {"vit": facts}}))
+    monkeypatch.setattr(table, "PAPER", paper)
+    monkeypatch.setattr(frame, "load", lambda name: recorder.domain())
+    return recorder
+
+
+def run(output: Path, *more: str) -> None:
+    frame.main(["vit", "--output", str(output), *more])
+
+
+def test_tables_and_resume(line: Recorder, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(output, "--seeds", "2")
+    # Two seeds, two rates and two norms; the norms see the same batches, the seeds others.
+    each = [line.batches[i : i + 12] for i in range(0, 8 * 12, 12)]
+    assert len(line.batches) == 8 * 12
+    assert each[0] == each[1] == each[2] == each[3] != each[4] == each[5]
+    files = sorted((output / "runs/vit").glob("*.json"))
+    assert len(files) == 8
+    table = (output / "table.md").read_text()
+    assert "err, m: L 1.5 → 1.25 (Table 0)" in table
+    done = {
+        norm: [json.loads((output / f"runs/vit/{norm}-lr0.01-seed{s}.json").read_text()) for s in (1, 2)]
+        for norm in frame.NORMS
+    }
+    differences = [d["test"]["error"] - b["test"]["error"] for b, d in zip(*done.values(), strict=True)]
+    with (output / "table.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["norm"] == "DyT")
+    mean, half = (float(row[key]) for key in ("minus LayerNorm", "half interval of the difference"))
+    assert mean == pytest.approx(sum(differences) / 2)
+    # Of two numbers: Student's t with one degree of freedom is 12.706.
+    assert half == pytest.approx(12.706 * abs(differences[1] - differences[0]) / 2, rel=1e-4)
+    assert "line" in (output / "vit.svg").read_text()
+
+    files[3].unlink()
+    files[5].write_text("{")
+    line.batches.clear()
+    run(output, "--seeds", "2")
+    assert len(line.batches) == 2 * 12
+    assert (output / "table.md").read_text() == table
+    with pytest.raises(UserError, match=r"'steps': 12.*'steps': 5.*choose another --output"):
+        run(output, "--steps", "5")
+
+
+def test_a_run_that_diverges_is_recorded(line: Recorder, tmp_path: Path) -> None:
+    # The first run, LayerNorm's at the lower rate, goes on; DyT's stops at its third step, as all after it.
+    line.bad_after = 14
+    run(tmp_path, "--seeds", "1")
+    result = json.loads((tmp_path / "runs/vit/DyT-lr0.001-seed1.json").read_text())
+    assert (result["status"], result["steps"], len(result["losses"])) == ("diverged", 3, 1)
+    row = (tmp_path / "table.md").read_text().splitlines()[-1]
+    assert re.search(r"\| line \| error \| \S+ \| 0.001 \| diverged \| 0.001 \| none \|", row)
+    assert "vit,error,,DyT,0.001,0,1,,," in (tmp_path / "table.csv").read_text()
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in [name for name in sys.modules if name.startswith("examples.beyond_llm.")]:
+        name = module.rpartition(".")[2]
+        if name not in ("run", "domain"):
+            monkeypatch.delitem(sys.modules, module)
+            monkeypatch.delattr(sys.modules["examples.beyond_llm"], name, raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UserError, match=r"vit needs scikit-learn.*pip install scikit-learn"):
+        run(tmp_path)
+
+
+def test_steps_and_seeds_have_a_least(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--seeds", "0")
+    assert "--seeds 0: 1 is the least" in capsys.readouterr().err
+
+
+def test_the_papers_settings() -> None:
+    paper = yaml.safe_load((Path(frame.__file__).parent / "paper.yaml").read_text())
+    assert paper["alpha0"] == frame.ALPHA
+    assert set(paper["domains"]) == set(frame.DOMAINS)
+    for name in frame.DOMAINS:
+        assert paper["domains"][name]["ours"] in frame.load(name).metrics
+
+
+def test_features_are_of_the_whole_image() -> None:
+    """The linear probe sees every patch: each changes the features."""
+    from examples.beyond_llm import mae
+
+    model = made("mae", "LayerNorm").eval()
+    images = torch.zeros(17, 1, 8, 8)
+    for patch in range(16):
+        images[patch, 0, 2 * (patch // 4), 2 * (patch % 4)] = 1.0
+    found = mae.features(model, images)
+    assert all((found[patch] - found[16]).abs().max() > 1e-4 for patch in range(16))
+    assert model.config.mask_ratio == 0.75
+    reference = copy.deepcopy(model)
+    reference.config.mask_ratio = 0.0
+    noise = torch.rand(17, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        shuffled = reference.vit(images, noise=noise).last_hidden_state[:, 1:].mean(1)
+    torch.testing.assert_close(found, shuffled, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_patches_have_a_place() -> None:
+    places = made("mae", "DyT").decoder.decoder_pos_embed[0, 1:]
+    assert torch.pdist(places).min() > 0.1
