@@ -22,12 +22,17 @@ PATCHES = (digits.IMAGE // 2) ** 2
 
 
 def model() -> ViTMAEForPreTraining:
-    # Of unit variance in the encoder, for both norms (docs/initial-scale.md); the paper's masking. Not its
-    # norm_pix_loss: in four pixels there is little to predict once their mean and variance are taken out.
+    # Of unit variance in the encoder, for both norms (docs/initial-scale.md); the paper's masking,
+    # without its norm_pix_loss.
     start = {"initializer_range": SHAPE["hidden_size"] ** -0.5, "mask_ratio": 0.75}
     image = {"image_size": digits.IMAGE, "patch_size": 2, "num_channels": 1}
     made = ViTMAEForPreTraining(ViTMAEConfig(**SHAPE, **DECODER, **start, **image))
-    # transformers 5.24.0 zeroes these frozen embeddings after it has made them: no patch would have a place.
+    # transformers 5.24.0 zeroes the frozen positions of both: no patch would have a place
+    # (findings/transformers_vitmae_positions.sh).
+    made.vit.embeddings.patch_embeddings.projection._is_hf_initialized = (
+        False  # Else the next line does nothing.
+    )
+    made.vit.embeddings.initialize_weights()
     made.decoder.initialize_weights(PATCHES)
     return made
 

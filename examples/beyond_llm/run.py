@@ -58,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     # The sums of several threads differ from machine to machine.
     torch.set_num_threads(1)
     domains = {name: load(name) for name in options.domains}
-    if options.steps is not None:
-        domains = {name: replace(domain, steps=options.steps) for name, domain in domains.items()}
+    given = {"steps": options.steps, "rates": options.rates and tuple(options.rates)}
+    given = {name: value for name, value in given.items() if value}
+    domains = {name: replace(domain, **given) for name, domain in domains.items()}
     tables = needed("table", importlib.import_module, "examples.beyond_llm.table")
     results: dict[Run, dict[str, Any]] = {}
     for name, domain in domains.items():
@@ -77,6 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("domains", nargs="+", metavar="DOMAIN", choices=DOMAINS, help=", ".join(DOMAINS))
     add("--seeds", type=int, default=3, help="how many")
     add("--steps", type=int, help="of each run; default: the domain's")
+    add("--rates", type=float, nargs="+", help="peaks of the learning rate; default: the domain's")
     add("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(argv)
     for name in ("seeds", "steps"):
