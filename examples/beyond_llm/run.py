@@ -84,6 +84,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("seeds", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: 1 is the least")
+    for rate in options.rates or ():
+        if not 0 < rate < math.inf:
+            parser.error(f"--rates {rate}: a learning rate is finite and above 0")
     return options
 
 

@@ -232,10 +232,27 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         run(tmp_path)
 
 
-def test_steps_and_seeds_have_a_least(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rates_and_steps_of_the_command_line(line: Recorder, tmp_path: Path) -> None:
+    run(tmp_path, "--seeds", "1", "--steps", "3", "--rates", "5e-3")
+    files = sorted(path.name for path in (tmp_path / "runs/vit").iterdir())
+    assert files == ["DyT-lr0.005-seed1.json", "LayerNorm-lr0.005-seed1.json"]
+    assert len(line.batches) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seeds", "0", "--seeds 0: 1 is the least"),
+        ("--steps", "0", "--steps 0: 1 is the least"),
+        ("--rates", "nan", "--rates nan: a learning rate is finite and above 0"),
+    ],
+)
+def test_impossible_values(
+    flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        run(tmp_path, "--seeds", "0")
-    assert "--seeds 0: 1 is the least" in capsys.readouterr().err
+        run(tmp_path, flag, value)
+    assert message in capsys.readouterr().err
 
 
 def test_the_papers_settings() -> None:
