@@ -31,7 +31,9 @@ NORMALIZATION = "DyT"
 Role = Literal["attn", "ffn", "final", "qk"]
 Preset = Literal["paper", "unit", "auto"]
 DEFAULT_PRESET: Preset = "auto"
-Function = Literal["tanh", "erf", "hardtanh", "sigmoid", "isru", "identity"]
+Function = Literal[
+    "tanh", "erf", "hardtanh", "sigmoid", "isru", "arctan", "satursin", "arcsinhclip", "identity"
+]
 WeightInit = Literal["one", "unit"]
 Backend = Literal["auto", "triton", "torch"]
 # What happens when an update makes an alpha <= 0.

@@ -38,6 +38,9 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hardtanh": nn.functional.hardtanh,
     "sigmoid": torch.sigmoid,
     "isru": _isru,
+    "arctan": lambda z: torch.atan(z) * (2 / torch.pi),
+    "satursin": lambda z: torch.sin(z.clamp(-torch.pi / 2, torch.pi / 2)),
+    "arcsinhclip": lambda z: torch.asinh(z).clamp(-1, 1),
     "identity": lambda z: z,
 }
 # Where a DyT stands: before attention, before the MLP, after the last layer, on queries and keys.

@@ -48,6 +48,7 @@ class DyTNorm(DynamicTanh):
     """
 
     log_alpha: nn.Parameter | None
+    function: str  # A flag's value, and no callable.
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
-from megatron_dyt.ops.reference import FUNCTIONS
+from megatron_dyt.ops.reference import Function, by_channel, value_of
 
 # alpha * median|x| from 0.01, where f is a straight line, to 100, where it is a step.
 DECADES = 2
@@ -33,18 +33,22 @@ class Fit(NamedTuple):
     """`weight * f(alpha * x) + bias` nearest to y.
 
     Attributes:
+        alpha: fp32 (groups,).
         weight, bias: fp32 (hidden,); bias is zero where none was asked for.
         error: sum of squared residuals over the sum of squares of y; 0 is exact, 1 as bad as zero.
     """
 
-    alpha: float
+    alpha: Tensor
     weight: Tensor
     bias: Tensor
     error: float
 
 
-def fit(x: Tensor, y: Tensor, *, function: str = "tanh", bias: bool = True) -> Fit:
+def fit(x: Tensor, y: Tensor, *, function: Function = "tanh", bias: bool = True, groups: int = 1) -> Fit:
     """The least-squares fit of DyT to the pairs of x and y, both (..., hidden), any float dtype.
+
+    Args:
+        groups: how many alphas; each is searched for its channels alone, on which no other depends.
 
     Raises:
         ValueError: x or y has values that are not finite, or x is zero everywhere.
@@ -52,29 +56,43 @@ def fit(x: Tensor, y: Tensor, *, function: str = "tanh", bias: bool = True) -> F
     x, y = (tensor.detach().float().flatten(0, -2) for tensor in (x, y))
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("the norm's input or output has values that are not finite")
-    size = float(x.abs().median()) or float(x.abs().mean())
-    if size == 0:
+    size = _sizes(x, groups)
+    if not size.any():
         raise ValueError("the norm's input is zero everywhere")
-    grid, step = torch.linspace(-DECADES, DECADES, COARSE), 2 * DECADES / (COARSE - 1)
+    # A group of zeros tells nothing about its alpha.
+    size = torch.where(size > 0, size, size[size > 0].mean())
+    center, reach, points = torch.zeros(groups, device=x.device), float(DECADES), COARSE
     for _ in range(ROUNDS):
-        fits = [_fit_at(10**exponent / size, x, y, function, bias) for exponent in grid.tolist()]
-        best = min(range(len(fits)), key=lambda index: fits[index].error)
-        grid = torch.linspace(float(grid[best]) - step, float(grid[best]) + step, FINE)
-        step = 2 * step / (FINE - 1)
-    return fits[best]
+        grid = [center + offset for offset in torch.linspace(-reach, reach, points).tolist()]
+        errors = torch.stack([_fit_at(10**each / size, x, y, function, bias)[2] for each in grid])
+        center = torch.stack(grid).gather(0, errors.argmin(0, keepdim=True))[0]
+        reach, points = 2 * reach / (points - 1), FINE
+    alpha = 10**center / size
+    weight, shift, errors = _fit_at(alpha, x, y, function, bias)
+    return Fit(alpha, weight, shift, float(errors.sum() / y.square().sum().clamp_min(1e-30)))
 
 
-def _fit_at(alpha: float, x: Tensor, y: Tensor, function: str, bias: bool) -> Fit:
-    bounded = FUNCTIONS[function].value(alpha * x)
+def _sizes(x: Tensor, groups: int) -> Tensor:
+    """The median of |x| (tokens, hidden) in each group, its mean where that is 0: (groups,)."""
+    values = x.abs().unflatten(-1, (groups, -1)).movedim(-2, 0).flatten(1)
+    median = values.median(1).values
+    return torch.where(median > 0, median, values.mean(1))
+
+
+def _fit_at(
+    alpha: Tensor, x: Tensor, y: Tensor, function: Function, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and bias (hidden,) for these alphas, and the sum of squared residuals of each group."""
+    bounded = value_of(function)(by_channel(alpha, x.shape[-1]) * x)
     center_x = bounded.mean(0) if bias else torch.zeros_like(bounded[0])
     center_y = y.mean(0) if bias else torch.zeros_like(y[0])
-    bounded -= center_x
+    bounded = bounded - center_x
     centered = y - center_y
     squares = bounded.square().sum(0)
     # A channel that never changes tells nothing about its weight.
     weight = torch.where(squares > 0, (bounded * centered).sum(0) / squares, 0.0)
-    error = (centered - weight * bounded).square().sum() / y.square().sum().clamp_min(1e-30)
-    return Fit(alpha, weight, center_y - weight * center_x, float(error))
+    residuals = (centered - weight * bounded).square().sum(0).unflatten(0, (len(alpha), -1)).sum(1)
+    return weight, center_y - weight * center_x, residuals
 
 
 @dataclass
@@ -131,6 +149,7 @@ class Site:
                 expected.movedim(channels, -1),
                 function=self.dyt.function,
                 bias=self.dyt.bias is not None,
+                groups=len(self.dyt.alpha),
             )
             set_parameters(self.dyt, self.fit.alpha, self.fit.weight, self.fit.bias)
         return torch.cat([expected, self.dyt.forward(after)], self.batch_dim)
@@ -197,9 +216,11 @@ def some(names: Sequence[str], most: int = 4) -> str:
 
 
 @torch.no_grad()
-def set_parameters(dyt: DynamicTanh, alpha: float, weight: Tensor | None, bias: Tensor | None) -> None:
+def set_parameters(
+    dyt: DynamicTanh, alpha: Tensor | float, weight: Tensor | None, bias: Tensor | None
+) -> None:
     """Fill in the parameters; what is None keeps its initial value."""
-    dyt.alpha.fill_(alpha)
+    dyt.alpha.copy_(torch.as_tensor(alpha))
     if weight is not None:
         dyt.weight.copy_(weight)
     if dyt.bias is not None and bias is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from megatron_dyt.nn.callers import fused_reads, set_fast_paths
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
 from megatron_dyt.nn.norms import Norm, examine, tensors_of
 from megatron_dyt.nn.refine import refine as refine_sites
+from megatron_dyt.ops.reference import Function
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class ConvertedNorm:
 
     Attributes:
         name: of the module in the model, such as "model.layers.0.input_layernorm".
-        alpha: what it starts with.
+        alpha: what it starts with; of several, their mean.
         error: of the calibration's fit: squared error over the norm's squared output; None without one.
     """
 
@@ -71,7 +72,8 @@ def convert_norms(
     *,
     alpha_init: float | Callable[[str], float] = 0.5,
     bias: bool | None = None,
-    function: str = "tanh",
+    function: Function = "tanh",
+    alpha_groups: int | Literal["channels"] = 1,
     sequential: bool = True,
     refine: bool = True,
     select: Callable[[str], bool] | None = None,
@@ -90,7 +92,7 @@ def convert_norms(
             length), or keyword arguments. It runs with twice as many sequences.
         alpha_init: finite and > 0; or a function of the module's name. Ignored with calibration.
         bias: whether DyT has a bias; None: where the norm has one, and everywhere with calibration.
-        function: see `DynamicTanh`.
+        function, alpha_groups: see `DynamicTanh`; `alpha_groups` has to divide the size of every norm.
         sequential: calibrate each site behind converted ones, to the output of the unconverted model.
         refine: then bring the last site nearer to its norm, by gradient steps on all DyTs together. Not
             without `sequential`.
@@ -100,8 +102,8 @@ def convert_norms(
         What was converted; its attribute `left` is the rest.
 
     Raises:
-        ValueError: no norm can be converted, or the calibration does not reach every norm. The model is then
-            as it was, as after any other error.
+        ValueError: no norm can be converted, an argument is not as above, or the calibration does not reach
+            every norm. The model is then as it was, as after any other error.
     """
     norms, left = find_norms(model, select)
     if not norms:
@@ -115,7 +117,8 @@ def convert_norms(
     for name, (module, norm) in norms.items():
         alpha = alpha_init(name) if callable(alpha_init) else alpha_init
         has_bias = bias if bias is not None else calibration is not None or norm.shift is not None
-        dyts[name] = _dyt_like(module, norm, _nearest(model, name), alpha, has_bias, function)
+        variant: _Variant = {"function": function, "alpha_groups": alpha_groups}
+        dyts[name] = _dyt_like(module, norm, _nearest(model, name), alpha, has_bias, variant)
     try:
         _replace(model, {module: dyts[name] for name, (module, _) in norms.items()})
         sites = [] if calibration is None else calibrate(model, dyts, calibration, sequential=sequential)
@@ -129,7 +132,7 @@ def convert_norms(
         _log.warning(line)
     return Conversion(
         (
-            [ConvertedNorm(site.name, float(site.dyt.alpha.detach()), site.error) for site in sites]
+            [ConvertedNorm(site.name, float(site.dyt.alpha.detach().mean()), site.error) for site in sites]
             or [ConvertedNorm(name, dyt.alpha_init) for name, dyt in dyts.items()]
         ),
         left,
@@ -219,8 +222,15 @@ def _nearest(model: nn.Module, name: str) -> Tensor:
         name = name.rpartition(".")[0]
 
 
+class _Variant(TypedDict):
+    """Of `DynamicTanh`."""
+
+    function: Function
+    alpha_groups: int | Literal["channels"]
+
+
 def _dyt_like(
-    module: nn.Module, norm: Norm, like: Tensor, alpha: float, bias: bool, function: str
+    module: nn.Module, norm: Norm, like: Tensor, alpha: float, bias: bool, variant: _Variant
 ) -> DynamicTanh:
     """A DyT of the norm's weight and bias, with the device and dtype of `like`."""
     dyt = DynamicTanh(
@@ -228,7 +238,7 @@ def _dyt_like(
         alpha_init=alpha,
         bias=bias,
         channel_dim=norm.channel_dim,
-        function=function,
+        **variant,
         device=like.device,
         dtype=like.dtype,
     )

@@ -1,6 +1,7 @@
 """Dynamic Tanh as a torch module."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from megatron_dyt.ops import dyt, dyt_fork, dyt_residual, recompute_dyt
 from megatron_dyt.ops.backends import BACKENDS
 from megatron_dyt.ops.dyt import Options
-from megatron_dyt.ops.reference import FUNCTIONS
+from megatron_dyt.ops.parameters import check_function, check_groups
+from megatron_dyt.ops.reference import Function
 
 
 class DynamicTanh(nn.Module):
@@ -25,18 +27,21 @@ class DynamicTanh(nn.Module):
         bias_init: initial bias of every channel, finite; 0 in the paper.
         channel_dim: the dimension of x that weight and bias belong to: -1, or 1 for images (batch, channels,
             height, width). Of `forward`: the other methods take the last one alone.
-        function: tanh, erf (Derf, arXiv 2512.10938: adds a learnable shift), hardtanh, sigmoid, isru
-            or identity.
+        function: tanh, erf (Derf, arXiv 2512.10938: adds a learnable shift), hardtanh, sigmoid, isru,
+            arctan, satursin, arcsinhclip or identity; or your own, elementwise and of torch operations.
+            It should be bounded.
+        alpha_groups: how many alphas there are, each for its share of neighbouring channels: 1 as in the
+            paper, the number of heads, or "channels" for one each. More than one run without our kernels.
         backend: "auto", "triton" or "torch"; see `megatron_dyt.ops.dyt`.
         device, dtype: of the parameters. x may have another dtype; y has x's.
 
-    Parameters: `alpha` (1,); `weight` (hidden_size,), initially 1; `bias` (hidden_size,), initially 0,
-    or None; `shift` (1,), initially 0, for erf, else None.
+    Parameters: `alpha` (alpha_groups,); `weight` (hidden_size,), initially 1; `bias` (hidden_size,),
+    initially 0, or None; `shift` (1,), initially 0, for erf, else None.
     `replaces` is the norm that `convert_norms` found in its place, None elsewhere; no submodule.
 
     Raises:
         ValueError: hidden_size < 1, alpha_init not finite or not > 0, weight_init or bias_init not finite,
-            unknown function or backend.
+            unknown function or backend, alpha_groups that do not divide hidden_size.
     """
 
     bias: nn.Parameter | None
@@ -52,7 +57,8 @@ class DynamicTanh(nn.Module):
         bias: bool = True,
         bias_init: float = 0.0,
         channel_dim: int = -1,
-        function: str = "tanh",
+        function: Function = "tanh",
+        alpha_groups: int | Literal["channels"] = 1,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,8 +71,8 @@ class DynamicTanh(nn.Module):
         for name, value, papers in (("weight_init", weight_init, 1), ("bias_init", bias_init, 0)):
             if not math.isfinite(value):
                 raise ValueError(f"{name} is {value}; it must be finite (the paper's is {papers})")
-        if function not in FUNCTIONS:
-            raise ValueError(f"function is {function!r}; allowed are {', '.join(FUNCTIONS)}")
+        check_function(function)
+        groups = hidden_size if alpha_groups == "channels" else check_groups(alpha_groups, hidden_size)
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}")
         self.hidden_size = hidden_size
@@ -81,7 +87,7 @@ class DynamicTanh(nn.Module):
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
         # (1,) and not 0-d: what skips weight decay for 1-D parameters then skips it here too.
-        self.alpha = parameter(1)
+        self.alpha = parameter(groups)
         self.weight = parameter(hidden_size)
         self.register_parameter("bias", parameter(hidden_size) if bias else None)
         self.register_parameter("shift", parameter(1) if function == "erf" else None)
@@ -137,8 +143,10 @@ class DynamicTanh(nn.Module):
         return {"function": self.function, "shift": self.shift, "backend": self.backend}
 
     def extra_repr(self) -> str:
+        name = getattr(self.function, "__name__", self.function)
         return (
             f"{self.hidden_size}, alpha_init={self.alpha_init:g}, weight_init={self.weight_init:g}, "
-            f"bias={self.bias is not None}, function={self.function!r}"
+            f"bias={self.bias is not None}, function={name!r}"
+            + (f", alpha_groups={len(self.alpha)}" if len(self.alpha) > 1 else "")
             + (f", channel_dim={self.channel_dim}" if self.channel_dim != -1 else "")
         )

@@ -97,9 +97,9 @@ def _error(model: nn.Module, last: _Last, batch: Tensor | Mapping[str, Any]) -> 
 def _descend(model: nn.Module, sites: Sequence[Site], batch: Tensor | Mapping[str, Any], last: _Last) -> None:
     """Adam, with a rate for each parameter. Raises RuntimeError where no gradient comes."""
     sizes = [
-        (parameter, float((site.dyt.weight if parameter.numel() > 1 else parameter).detach().abs().mean()))
+        (parameter, float((site.dyt.weight if name == "bias" else parameter).detach().abs().mean()))
         for site in sites
-        for parameter in site.dyt.parameters()
+        for name, parameter in site.dyt.named_parameters()
     ]
     optimizer = torch.optim.Adam([{"params": [parameter]} for parameter, _ in sizes], betas=(0.9, 0.95))
     steps = min(sequences_in(batch), MOST)

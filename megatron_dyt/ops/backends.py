@@ -20,7 +20,7 @@ class Implementation(NamedTuple):
 
     Attributes:
         backend: what a caller names to have it.
-        supports: whether it runs for this device, function, and dtype of x.
+        supports: whether it runs for this device, function, dtype of x, and number of alphas.
         forward: (x, parameters, out=None): `reference.dyt_forward`, contiguous; in `out`, which is, if given.
         residual_forward: (x, residual, parameters): forward of x + residual, and x + residual, contiguous.
         backward: (dy, x, parameters, needs, dsum): `reference.dyt_backward`, with `dsum`, if any, added to
@@ -28,7 +28,7 @@ class Implementation(NamedTuple):
     """
 
     backend: str
-    supports: Callable[[torch.device, str, torch.dtype], bool]
+    supports: Callable[[torch.device, str, torch.dtype, int], bool]
     forward: Callable[..., Tensor]
     residual_forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., list[Tensor]]
@@ -66,7 +66,8 @@ def _reference_forward(x: Tensor, parameters: Parameters, out: Tensor | None = N
 def _reference_backward(
     dy: Tensor, x: Tensor, parameters: Parameters, needs: tuple[bool, ...]
 ) -> list[Tensor]:
-    alpha, weight, _, shift, function = parameters
+    alpha, weight, _, shift, _ = parameters
+    function = parameters.name
     dx, *of_parameters = reference.dyt_backward(dy, x, alpha, weight, shift, function, has_bias=needs[3])
     return needed_gradients((dx.contiguous(), *of_parameters), needs)
 
@@ -114,17 +115,18 @@ def _runs_triton(device: torch.device) -> bool:
     return triton_dyt.is_interpreted()
 
 
-def _runs_our_kernels(device: torch.device, function: str, dtype: torch.dtype) -> bool:
-    if not _runs_triton(device):
+def _runs_our_kernels(device: torch.device, function: str, dtype: torch.dtype, groups: int) -> bool:
+    if not _runs_triton(device) or groups != 1:
         return False
     from megatron_dyt.ops import triton_dyt
 
     return function in triton_dyt.FUNCTIONS and dtype in triton_dyt.DTYPES
 
 
-def _runs_cpu_kernels(device: torch.device, function: str, dtype: torch.dtype) -> bool:
+def _runs_cpu_kernels(device: torch.device, function: str, dtype: torch.dtype, groups: int) -> bool:
     return (
         device.type == "cpu"
+        and groups == 1
         and function in cpu_dyt.FUNCTIONS
         and dtype in cpu_dyt.DTYPES
         and cpu_dyt.IS_BUILT
@@ -144,17 +146,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _in_triton("residual_forward"),
         _in_triton("backward"),
     ),
-    # Inductor makes Triton kernels of the functions and dtypes that ours do not have.
+    # Inductor makes Triton kernels of what ours do not have: functions, dtypes, an alpha by channel.
     "compiled": Implementation(
         "triton",
-        lambda device, function, dtype: _runs_triton(device),
+        lambda device, function, dtype, groups: _runs_triton(device),
         _compiled_forward,
         _add_first(_compiled_forward),
         _add_last(_compiled_backward),
     ),
     "reference": Implementation(
         "torch",
-        lambda device, function, dtype: True,
+        lambda device, function, dtype, groups: True,
         _reference_forward,
         _add_first(_reference_forward),
         _add_last(_reference_backward),
@@ -163,9 +165,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def choose_implementation(
-    backend: str, device: torch.device, function: str = "tanh", dtype: torch.dtype = torch.float32
+    backend: str,
+    device: torch.device,
+    function: str = "tanh",
+    dtype: torch.dtype = torch.float32,
+    groups: int = 1,
 ) -> str:
-    """The implementation that runs for this backend, device, function and dtype of x.
+    """The implementation that runs for this backend, device, function, dtype of x and number of alphas.
 
     Raises:
         ValueError: there is none.
@@ -175,7 +181,9 @@ def choose_implementation(
     if backend == "auto":
         _warn_without_kernels(device.type)
     for name, implementation in IMPLEMENTATIONS.items():
-        if backend in ("auto", implementation.backend) and implementation.supports(device, function, dtype):
+        if backend in ("auto", implementation.backend) and implementation.supports(
+            device, function, dtype, groups
+        ):
             return name
     missing = "" if triton_is_installed() else ", and the package triton, which is not installed"
     raise ValueError(

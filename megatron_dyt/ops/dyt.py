@@ -16,12 +16,14 @@ class Options(TypedDict, total=False):
     """What all functions of this file take by name.
 
     Attributes:
-        function: tanh (the default), erf, hardtanh, sigmoid, isru (z / sqrt(1 + z^2)) or identity.
+        function: tanh (the default), erf, hardtanh, sigmoid, isru (z / sqrt(1 + z^2)), arctan, satursin,
+            arcsinhclip or identity; or an elementwise function of torch operations, which is given fp32 (fp64
+            for fp64 x), runs and is differentiated by torch, without kernels.
         shift: (1,), for erf and only for erf.
         backend: "torch", "triton", or "auto" (the default) for the best that runs on x's device.
     """
 
-    function: str
+    function: reference.Function
     shift: Tensor | None
     backend: str
 
@@ -31,15 +33,26 @@ def _prepare(
     residual: Tensor | None,
     tensors: tuple[Tensor, Tensor, Tensor | None],
     *,
-    function: str = "tanh",
+    function: reference.Function = "tanh",
     shift: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Parameters, str]:
-    """The parameters, checked, and the name of the implementation; `tensors` are alpha, weight, bias."""
+) -> tuple[Parameters, str | None]:
+    """The parameters, checked, and the name of the implementation; `tensors` are alpha, weight, bias.
+
+    It is None where plain torch code is to run, and be differentiated by torch.
+    """
     parameters = Parameters(*tensors, shift, function)
     parameters.check(x, residual)
+    if not isinstance(function, str):
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                f"backend is {backend!r}, but a function of your own runs as torch code; "
+                "use backend='auto' or 'torch'"
+            )
+        return parameters, None
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return parameters, choose_implementation(backend, x.device, function, dtype)
+    implementation = choose_implementation(backend, x.device, function, dtype, parameters.alpha.numel())
+    return parameters, None if is_transformed() else implementation
 
 
 def dyt(
@@ -49,7 +62,7 @@ def dyt(
 
     Args:
         x: (..., hidden), fp32, bf16, fp16 or fp64, any strides, any number of rows including none.
-        alpha: (1,).
+        alpha: (1,), or (groups,), where groups divides hidden: one for each group of neighbouring channels.
         weight: (hidden,).
         bias: (hidden,) in weight's dtype, or None.
         options: function, shift, backend: see `Options`.
@@ -63,7 +76,7 @@ def dyt(
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
     parameters, implementation = _prepare(x, None, (alpha, weight, bias), **options)
-    if is_transformed():
+    if implementation is None:
         return reference.dyt_forward(x, *parameters).contiguous()
     call = torch.ops.megatron_dyt.dyt.default if is_observed(x, *parameters) else Dyt.apply
     y: Tensor = call(x, *parameters, implementation)
@@ -96,7 +109,7 @@ def dyt_residual(
         ValueError: a shape, dtype, device, function or backend that is not as above.
     """
     parameters, implementation = _prepare(x, residual, (alpha, weight, bias), **options)
-    if is_transformed():
+    if implementation is None:
         total = (x + residual).contiguous()
         return reference.dyt_forward(total, *parameters), total
     observed = is_observed(x, residual, *parameters)
@@ -115,9 +128,9 @@ def dyt_fork(
 
     Arguments and errors: as for `dyt`.
     """
-    if not torch.is_grad_enabled() or is_transformed():
-        return dyt(x, alpha, weight, bias, **options), x
     parameters, implementation = _prepare(x, None, (alpha, weight, bias), **options)
+    if not torch.is_grad_enabled() or implementation is None:
+        return dyt(x, alpha, weight, bias, **options), x
     y, same = Fork.apply(x, *parameters, implementation)
     return y, same
 
@@ -145,7 +158,7 @@ def recompute_dyt(
     with torch.no_grad():
         # A tensor of its own on the same memory: writing to it is no change of y to autograd.
         alias = torch.empty(0, dtype=y.dtype, device=y.device).set_(storage, 0, y.shape, y.stride())
-        forward = IMPLEMENTATIONS[implementation].forward
+        forward = IMPLEMENTATIONS[implementation or "reference"].forward
         if y.dtype == x.dtype:
             forward(x, parameters, alias)
         else:

@@ -49,7 +49,7 @@ def is_transformed() -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str))
 
 
-def is_observed(*arguments: Tensor | str | None) -> bool:
+def is_observed(*arguments: object) -> bool:
     """Whether operations on these are seen by torch.compile, a dispatch mode or a subclass."""
     return (
         torch.compiler.is_compiling()

@@ -21,29 +21,52 @@ def alpha_of_log(log_alpha: Tensor) -> Tensor:
     return (LOG_ALPHA_RATE * log_alpha.float()).exp()
 
 
+def check_function(function: object) -> None:
+    """Raises ValueError for what is no name of a function, and no function."""
+    if not callable(function) and function not in reference.FUNCTIONS:
+        raise ValueError(
+            f"function is {function!r}; allowed are {', '.join(reference.FUNCTIONS)}, or a callable"
+        )
+
+
+def check_groups(groups: int, hidden: int) -> int:
+    """The number of alphas; raises ValueError where it does not divide the channels."""
+    if groups < 1 or hidden % groups:
+        raise ValueError(
+            f"alpha has {groups} values for {hidden} channels; allowed are 1 and what divides {hidden}, "
+            "one value for each group of neighbouring channels"
+        )
+    return groups
+
+
 class Parameters(NamedTuple):
     """weight * function(alpha * x + shift) + bias, for x of (..., hidden).
 
     Everything below `dyt.py` takes these as one argument, or spread out in this order (`*parameters`).
 
     Attributes:
-        alpha: (1,).
+        alpha: (groups,), one for each group of hidden / groups neighbouring channels; (1,) is one for all.
         weight: (hidden,).
         bias: (hidden,) in weight's dtype, or None. No gradient depends on it: backward always has None.
         shift: (1,) for erf, None for the others.
-        function: a name of `reference.FUNCTIONS`.
+        function: a name of `reference.FUNCTIONS`, or an elementwise function of torch operations.
     """
 
     alpha: Tensor
     weight: Tensor
     bias: Tensor | None = None
     shift: Tensor | None = None
-    function: str = "tanh"
+    function: reference.Function = "tanh"
+
+    @property
+    def name(self) -> str:
+        """Of the function; one of the caller's own does not come to where it is asked for."""
+        assert isinstance(self.function, str)
+        return self.function
 
     def check(self, x: Tensor, residual: Tensor | None = None) -> None:
         """Raises ValueError for a function, shape, dtype or device that does not fit the others."""
-        if self.function not in reference.FUNCTIONS:
-            raise ValueError(f"function is {self.function!r}; allowed are {', '.join(reference.FUNCTIONS)}")
+        check_function(self.function)
         if (self.shift is not None) != (self.function == "erf"):
             given = "no shift was" if self.shift is None else "a shift was"
             raise ValueError(
@@ -56,7 +79,7 @@ class Parameters(NamedTuple):
         expected = (
             ("x", x, x.shape),
             ("residual", residual, x.shape),
-            ("alpha", self.alpha, (1,)),
+            ("alpha", self.alpha, (check_groups(self.alpha.numel(), hidden),)),
             ("weight", self.weight, (hidden,)),
             ("bias", self.bias, (hidden,)),
             ("shift", self.shift, (1,)),

@@ -126,14 +126,14 @@ def _launch_backward(
     dsum: Tensor | None,
     outputs: Sequence[Tensor | None],
 ) -> None:
-    alpha, weight, _, shift, function = parameters
+    alpha, weight, _, shift, _ = parameters
     dx, d_alpha, d_weight, d_bias, d_shift = outputs
     x, dy = _as_rows(x), _as_rows(dy)
     dsum = None if dsum is None or dx is None else _as_rows(dsum)
     rows, hidden = x.shape
     chip = launch.chip_of(x.device)
     unit = _stride_unit(x, dy, dsum)
-    tile = launch.backward_tile(chip, hidden, x.itemsize, unit, function)
+    tile = launch.backward_tile(chip, hidden, x.itemsize, unit, parameters.name)
     tiles = launch.ceil_div(hidden, tile.block_n)
     programs = launch.row_programs(chip, tile, rows, hidden, x.itemsize)
 
@@ -160,7 +160,7 @@ def _launch_backward(
             0 if dsum is None else dsum.stride(0) // unit,
             HIDDEN=hidden,
             STRIDE_UNIT=unit,
-            FUNCTION=function,
+            FUNCTION=parameters.name,
             PRECISION=_PRECISION[x.dtype],
             PTX=chip.ptx,
             NEEDS_ALPHA=d_alpha is not None,

@@ -203,8 +203,9 @@ def _measure_site(site: Site, x: Tensor, points: int) -> SiteMeasurement:
         nearest = fit(x_N[:, None], y_N[:, None], bias=False)
     except ValueError as error:
         raise UserError(f"{site.name}: {error}") from error
-    tanh, line = _regress(torch.tanh(nearest.alpha * x_TC), y_TC), _regress(x_TC, y_TC)
-    alpha = nearest.alpha if site.alpha is None else site.alpha
+    tanh_alpha = float(nearest.alpha)
+    tanh, line = _regress(torch.tanh(tanh_alpha * x_TC), y_TC), _regress(x_TC, y_TC)
+    alpha = tanh_alpha if site.alpha is None else site.alpha
     of_input = input_statistics(x_TC, alpha, site.function or "tanh", site.shift)
     std = float(of_input.std)
     if std == 0:
@@ -223,7 +224,7 @@ def _measure_site(site: Site, x: Tensor, points: int) -> SiteMeasurement:
         kurtosis=float(centered.pow(4).mean() / centered.square().mean().square()),
         largest=float(x_TC.abs().max()) / std,
         alpha=site.alpha,
-        tanh_alpha=nearest.alpha,
+        tanh_alpha=tanh_alpha,
         tanh_gamma=tanh.slope,
         tanh_r2=tanh.r2,
         line_slope=line.slope,

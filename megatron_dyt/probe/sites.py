@@ -1,5 +1,6 @@
 """The norms of any torch model, DyT among them: where they stand, what they compute without their weights."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.nn import DynamicTanh
 from megatron_dyt.nn.norms import Norm, examine, without_weight
 from megatron_dyt.ops.reference import FUNCTIONS
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def find(model: nn.Module) -> list[Site]:
     norms: dict[str, Norm | str] = {}
     for name, module in model.named_modules():
         function = dyt_function(module)
+        if function is None and isinstance(module, DynamicTanh):
+            _log.warning(f"left {name}: it has {module.alpha.numel()} alphas, or a function of your own")
         found = examine(module) if function is None else None
         if function is not None or isinstance(found, Norm):
             modules[name] = module

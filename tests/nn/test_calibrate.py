@@ -27,10 +27,35 @@ def test_what_dyt_made_is_found_again(function: str) -> None:
     x, _ = data(30)
     weight, bias = torch.linspace(-2, 3, 16), torch.linspace(1, 2, 16)
     found = fit(x, weight * FUNCTIONS[function].value(0.04 * x) + bias, function=function)
-    assert found.alpha == pytest.approx(0.04, rel=0.01)
+    assert float(found.alpha) == pytest.approx(0.04, rel=0.01)
     assert torch.allclose(found.weight, weight, atol=0.01)
     assert torch.allclose(found.bias, bias, atol=0.02)
     assert found.error < 1e-5
+
+
+@pytest.mark.parametrize("groups", [4, 16])
+def test_each_group_is_fitted_as_if_alone(groups: int) -> None:
+    x, y = data()
+    x = x * torch.logspace(-1, 1, 16)
+    found = fit(x, y, groups=groups)
+    size = 16 // groups
+    squares = 0.0
+    for group in range(groups):
+        part = slice(size * group, size * (group + 1))
+        alone = fit(x[..., part], y[..., part])
+        torch.testing.assert_close(found.alpha[group], alone.alpha[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.weight[part], alone.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.bias[part], alone.bias, rtol=1e-4, atol=1e-5)
+        squares += alone.error * float(y[..., part].square().sum())
+    assert found.error == pytest.approx(squares / float(y.square().sum()), rel=1e-4)
+
+
+def test_a_channel_of_zeros_has_the_others_alpha() -> None:
+    x, y = data()
+    x[..., 3] = 0
+    found = fit(x, y, groups=16)
+    assert found.alpha.isfinite().all()
+    assert found.weight[3] == 0
 
 
 @pytest.mark.parametrize("bias", [False, True])

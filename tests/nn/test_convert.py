@@ -233,7 +233,7 @@ def test_each_site_is_fitted_to_its_norm(blocks: Blocks, sequential: bool) -> No
         best = fit(new if sequential else old, expected)
         dyt = blocks.norms[index]
         assert found.error == pytest.approx(best.error, rel=1e-3)
-        assert found.alpha == pytest.approx(best.alpha, rel=1e-3)
+        assert found.alpha == pytest.approx(float(best.alpha), rel=1e-3)
         assert torch.allclose(dyt.weight, best.weight, rtol=1e-3)
         assert torch.allclose(dyt.bias, best.bias, atol=1e-4)
         old = old + 2 * torch.tanh(before.linears[index](expected))
@@ -253,6 +253,29 @@ def test_calibration_brings_the_output_near(blocks: Blocks) -> None:
         errors[way] = float((model(inputs()).detach() - target).square().mean())
     assert errors["in sequence"] < 0.2 * errors["none"]
     assert errors["alone"] < 0.2 * errors["none"]
+
+
+def test_alpha_by_channel_and_a_function_of_ones_own(blocks: Blocks) -> None:
+    models: list[Blocks] = []
+    reports = []
+    for groups in (1, "channels"):
+        models.append(copy.deepcopy(blocks))
+        reports.append(
+            convert_norms(models[-1], inputs(), alpha_groups=groups, function=torch.atan, sequential=False)
+        )
+    # Of the same inputs.
+    assert all(many.error < one.error for one, many in zip(*reports, strict=True))
+    for norm, found in zip(models[1].norms, reports[1], strict=True):
+        assert norm.function is torch.atan
+        assert norm.alpha.shape == (SIZE,)
+        assert found.alpha == pytest.approx(float(norm.alpha.mean()))
+
+
+def test_groups_that_do_not_divide_a_norm_change_nothing(blocks: Blocks) -> None:
+    modules = list(blocks.modules())
+    with pytest.raises(ValueError, match=f"alpha has 5 values for {SIZE} channels"):
+        convert_norms(blocks, alpha_groups=5)
+    assert list(blocks.modules()) == modules
 
 
 def test_without_a_bias(blocks: Blocks) -> None:
@@ -319,7 +342,7 @@ def test_the_sequences_are_found_wherever_they_stand(
     expected = model(inputs()).detach()
     (found,) = convert_norms(model, inputs(), sequential=sequential, refine=False)
     best = fit(arrange(inputs()), expected)
-    assert (found.alpha, found.error) == pytest.approx((best.alpha, best.error), rel=1e-5)
+    assert (found.alpha, found.error) == pytest.approx((float(best.alpha), best.error), rel=1e-5)
     torch.testing.assert_close(model.norm.weight.detach(), best.weight)
 
 

@@ -1,6 +1,7 @@
 """The module: its parameters, initial values and agreement with the paper's formula."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,31 @@ def test_channels_first(shape: tuple[int, ...], contiguous: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, right, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("alpha_groups", "groups"), [(1, 1), (2, 2), ("channels", 6)])
+@pytest.mark.parametrize("function", ["tanh", lambda z: z / (1 + z.abs())])
+def test_alpha_by_group(function: Any, alpha_groups: Any, groups: int) -> None:
+    module = DynamicTanh(6, function=function, alpha_groups=alpha_groups, channel_dim=1, dtype=torch.float64)
+    assert module.alpha.tolist() == [0.5] * groups
+    with torch.no_grad():
+        module.alpha *= torch.arange(1, groups + 1)
+    x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    f = torch.tanh if function == "tanh" else torch.nn.functional.softsign
+    # Channel by channel.
+    size = 6 // groups
+    expected = torch.stack(
+        [module.weight[c] * f(module.alpha[c // size] * x[:, c]) + module.bias[c] for c in range(6)], 1
+    )
+    torch.testing.assert_close(module(x), expected)
+    dy = torch.randn_like(x)
+    found = torch.autograd.grad(module(x), inputs, dy)
+    for mine, right in zip(found, torch.autograd.grad(expected, inputs, dy), strict=True):
+        torch.testing.assert_close(mine, right)
+    assert (f"alpha_groups={groups}" in repr(module)) == (groups > 1)
+    module.reset_parameters()
+    assert module.alpha.tolist() == [0.5] * groups
 
 
 def test_only_forward_takes_channels_first() -> None:
@@ -130,6 +156,9 @@ def test_bad_sizes_and_names() -> None:
         DynamicTanh(0)
     with pytest.raises(ValueError, match=r"function is 'relu'; allowed are tanh, .*identity"):
         DynamicTanh(8, function="relu")
+    for groups in (0, 3):
+        with pytest.raises(ValueError, match=f"alpha has {groups} values for 8 channels; allowed are 1 and"):
+            DynamicTanh(8, alpha_groups=groups)
     with pytest.raises(ValueError, match="backend is 'cuda'; allowed are auto, triton, torch"):
         DynamicTanh(8, backend="cuda")
 

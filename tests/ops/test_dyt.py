@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dyt.ops import backends, cpu_dyt, dyt, dyt_residual
+from megatron_dyt.ops import backends, cpu_dyt, dyt, dyt_fork, dyt_residual
 from megatron_dyt.ops.backends import choose_implementation
 from megatron_dyt.ops.reference import FUNCTIONS
 from tests.ops.cases import (
@@ -43,6 +43,64 @@ def test_gradcheck(function: str, bias: bool) -> None:
         return call(dict(zip(inputs, tensors, strict=True)), function)
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+
+
+def plain(function: Any, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The formula for x (..., 12), an alpha for each of its groups, in the dtype of its inputs."""
+    z = (x.unflatten(-1, (len(alpha), -1)) * alpha[:, None]).flatten(-2)
+    return weight * function(z) + bias
+
+
+# As the caller names it, and as torch has it.
+VARIANTS = [("tanh", torch.tanh), ("hardtanh", torch.nn.functional.hardtanh), (torch.sin, torch.sin)]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+@pytest.mark.parametrize(("function", "f"), VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alpha_by_group_and_functions_of_ones_own(
+    function: Any, f: Any, groups: int, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs((5, 7, 12), dtype=dtype)
+    inputs["alpha"] = torch.linspace(0.3, 1.7, groups).to(dtype).requires_grad_()
+    tensors = list(inputs.values())
+    doubles = [each.detach().double().requires_grad_() for each in tensors]
+    x, *parameters = tensors
+    expected = plain(f, *doubles)
+    dy = upstream(x)
+    gradients = torch.autograd.grad(expected, doubles, dy.double())
+    ones, zeros = torch.ones_like(x), torch.zeros_like(x)
+    # dx with the gradient of the second result, if there is one.
+    ways: dict[str, tuple[tuple[Tensor, ...], float]] = {
+        "dyt": ((dyt(x, *parameters, function=function),), 0.0),
+        "compiled": ((torch.compile(dyt, backend="aot_eager")(x, *parameters, function=function),), 0.0),
+        "residual": (dyt_residual(x, zeros, *parameters, function=function), 1.0),
+        "fork": (dyt_fork(x, *parameters, function=function), 1.0),
+    }
+    for way, (results, other) in ways.items():
+        assert_near(results[0], expected, TOLERANCE[dtype], way)
+        found = torch.autograd.grad(results, tensors, (dy, ones)[: len(results)])
+        for name, mine, right in zip(inputs, found, gradients, strict=True):
+            right = right + other if name == "x" else right
+            # Two gradients that are each rounded to x's dtype may cancel in their sum.
+            slack = 2 * TOLERANCE[dtype] if name == "x" else 2e-6
+            assert_near(mine, right, 2 * TOLERANCE[dtype], f"{way}: {name}", slack)
+
+
+@pytest.mark.parametrize("groups", [2, 10])
+@pytest.mark.parametrize("function", ["tanh", "erf", torch.atan])
+def test_gradcheck_of_groups(function: Any, groups: int) -> None:
+    inputs = make_inputs(function=function, dtype=torch.float64)
+    inputs["alpha"] = torch.linspace(0.3, 1.7, groups, dtype=torch.float64).requires_grad_()
+
+    def run(*tensors: Tensor) -> Tensor:
+        return call(dict(zip(inputs, tensors, strict=True)), function)
+
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+
+
+def test_kernels_are_for_one_alpha() -> None:
+    assert choose_implementation("auto", torch.device("cpu"), groups=2) == "reference"
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -261,7 +319,15 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "0-d x": ((torch.ones(()), ONE, ONE), {}, r"x has shape \(\); .* hidden >= 1"),
     "no channels": ((torch.ones(2, 0), ONE, FOUR), {}, r"x has shape \(2, 0\)"),
     "0-d alpha": ((X, torch.tensor(0.5), FOUR), {}, r"alpha has shape \(\); .* must be \(1,\)"),
-    "alpha for each channel": ((X, FOUR, FOUR), {}, r"alpha has shape \(4,\)"),
+    "alphas": ((X, torch.ones(3), FOUR), {}, r"alpha has 3 values for 4 channels; .* divides 4"),
+    "no alpha": ((X, torch.ones(0), FOUR), {}, "alpha has 0 values for 4 channels"),
+    "2-d alpha": ((X, torch.ones(2, 2), FOUR), {}, r"alpha has shape \(2, 2\); .* must be \(4,\)"),
+    "not elementwise": ((X, ONE, FOUR), {"function": lambda z: z.sum(-1)}, "it must keep the shape"),
+    "own function with kernels": (
+        (X, ONE, FOUR),
+        {"function": torch.sin, "backend": "triton"},
+        "backend is 'triton', but a function of your own runs as torch code; use backend='auto' or 'torch'",
+    ),
     "short weight": ((X, ONE, torch.ones(3)), {}, r"weight has shape \(3,\); .* must be \(4,\)"),
     "long bias": ((X, ONE, FOUR, torch.ones(5)), {}, r"bias has shape \(5,\)"),
     "2-d shift": (
@@ -384,7 +450,7 @@ def test_bad_residual(residual: Tensor, message: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["hardtanh", "identity"])
-def test_functions_without_a_kernel_can_be_compiled(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_kernel_can_be_compiled(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced by Dynamo as for CUDA, run without code generation.
     def compile_without_codegen(f: Any) -> Any:
         return torch.compile(f, dynamic=True, fullgraph=True, backend="aot_eager")
@@ -392,5 +458,7 @@ def test_functions_without_a_kernel_can_be_compiled(function: str, monkeypatch: 
     monkeypatch.setattr(backends, "compiled", compile_without_codegen)
     monkeypatch.setattr(dyt_module, "choose_implementation", lambda *args: "compiled")
     for shape in ((6, 10), (9, 10)):
-        check_against_exact(make_inputs(shape, function=function), function)
+        inputs = make_inputs(shape, function=function)
+        check_against_exact(inputs, function)
+        check_against_exact({**inputs, "alpha": torch.linspace(0.3, 1.7, 5).requires_grad_()}, function)
     check_residual_against_exact(add_residual(make_inputs(function=function)), function)

@@ -1,6 +1,7 @@
 """`recompute_dyt`: an output whose memory was freed comes back for those who had saved it."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ def test_an_output_in_another_dtype_comes_back() -> None:
     before = y.clone()
     y.untyped_storage().resize_(0)
     recompute_dyt(y, *inputs.values())
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("function", ["tanh", torch.sin])
+def test_alpha_by_channel(function: Any) -> None:
+    x, weight = torch.randn(5, 8), torch.randn(8)
+    alpha = torch.linspace(0.3, 1.7, 8)
+    y = dyt(x, alpha, weight, function=function)
+    before = y.clone()
+    y.untyped_storage().resize_(0)
+    recompute_dyt(y, x, alpha, weight, function=function)
     assert torch.equal(y, before)
 
 

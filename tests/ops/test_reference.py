@@ -21,6 +21,15 @@ FORMULAS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] =
     "hardtanh": (lambda z: np.clip(z, -1, 1), lambda z: (np.abs(z) < 1).astype(z.dtype)),
     "sigmoid": (lambda z: 1 / (1 + np.exp(-z)), lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2),
     "isru": (lambda z: z / np.sqrt(1 + z**2), lambda z: (1 + z**2) ** -1.5),
+    "arctan": (lambda z: np.arctan(z) / (np.pi / 2), lambda z: 2 / np.pi / (1 + z**2)),
+    "satursin": (
+        lambda z: np.where(np.abs(z) < np.pi / 2, np.sin(z), np.sign(z)),
+        lambda z: np.where(np.abs(z) < np.pi / 2, np.cos(z), 0),
+    ),
+    "arcsinhclip": (
+        lambda z: np.clip(np.log(z + np.sqrt(z**2 + 1)), -1, 1),
+        lambda z: np.where(np.abs(z) < np.sinh(1), 1 / np.sqrt(z**2 + 1), 0),
+    ),
     "identity": (lambda z: z, np.ones_like),
 }
 
@@ -130,6 +139,12 @@ EXTREMES = [
     ("hardtanh", 1.0, 1.0, 0.0),
     ("hardtanh", INF, 1.0, 0.0),
     ("hardtanh", 1e-40, 1e-40, 1.0),
+    ("arctan", INF, 1.0, 0.0),
+    ("arctan", 1e-30, 2 / math.pi * 1e-30, 2 / math.pi),
+    ("satursin", 100.0, 1.0, 0.0),
+    ("satursin", INF, 1.0, 0.0),
+    ("arcsinhclip", 1e30, 1.0, 0.0),
+    ("arcsinhclip", INF, 1.0, 0.0),
     ("isru", 1e30, 1.0, 0.0),
     ("isru", INF, 1.0, 0.0),
     ("isru", 1e-30, 1e-30, 1.0),
@@ -168,7 +183,7 @@ def test_nan_reaches_the_value_and_the_slope(function: str) -> None:
         assert f.slope(nan).isnan().item()
 
 
-@pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "sigmoid", "isru"])
+@pytest.mark.parametrize("function", [name for name in FORMULAS if name != "identity"])
 def test_saturation_is_where_the_slope_has_fallen_to_7_percent(function: str) -> None:
     f = FUNCTIONS[function]
     z = f.saturation + torch.tensor([-0.01, 0.01], dtype=torch.float64)
@@ -181,7 +196,7 @@ def test_the_identity_never_saturates() -> None:
     assert FUNCTIONS["identity"].saturation == math.inf
 
 
-@pytest.mark.parametrize("function", ["tanh", "erf", "hardtanh", "sigmoid", "isru"])
+@pytest.mark.parametrize("function", [name for name in FORMULAS if name != "identity"])
 def test_an_infinite_x_adds_its_limit_to_each_gradient(function: str) -> None:
     shift = torch.zeros(1) if function == "erf" else None
     x = torch.tensor([[INF, 0.5], [-INF, 0.25]])

@@ -1,5 +1,6 @@
 """What is measured at the norms of models whose norms are known."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -179,6 +180,18 @@ def test_alpha_learned_by_its_logarithm(
     assert final.alpha == pytest.approx(0.7)
     assert final.tanh_alpha == pytest.approx(final.alpha, rel=0.01)
     assert all(norm.probe is None for norm in model.modules() if hasattr(norm, "probe"))
+
+
+def test_several_alphas_are_left_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model(DynamicTanh(SIZE, alpha_groups=4), DynamicTanh(SIZE, function=torch.sin))
+    with caplog.at_level("WARNING", "megatron_dyt.probe.sites"):
+        logging.getLogger("megatron_dyt.probe.sites").addHandler(caplog.handler)
+        found = measure(model, batch())
+        logging.getLogger("megatron_dyt.probe.sites").removeHandler(caplog.handler)
+    assert [site.name for site in found.sites] == ["last"]
+    said = " ".join(dict.fromkeys(record.getMessage() for record in caplog.records))
+    assert "left layers.0.norm: it has 4 alphas" in said
+    assert "left layers.1.norm: " in said
 
 
 def test_what_cannot_be_measured() -> None:
