@@ -30,7 +30,7 @@ from megatron_dyt.errors import UserError, run_main
 if TYPE_CHECKING:
     from examples.beyond_llm.domain import Domain, Split
 
-DOMAINS = ("vit", "mae", "convnext")
+DOMAINS = ("vit", "mae", "convnext", "hyena")
 NORMS = ("LayerNorm", "DyT")
 ALPHA = 0.5
 # Where what is imported and what is installed have different names.
@@ -57,14 +57,24 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if argv is None else argv)
     # The sums of several threads differ from machine to machine.
     torch.set_num_threads(1)
-    domains = {name: load(name) for name in options.domains}
     given = {"steps": options.steps, "rates": options.rates and tuple(options.rates)}
     given = {name: value for name, value in given.items() if value}
-    domains = {name: replace(domain, **given) for name, domain in domains.items()}
+    domains, splits = {}, {}
+    for name in options.domains:
+        try:
+            domains[name] = replace(load(name), **given)
+            splits[name] = domains[name].data()
+        except UserError as error:
+            if not options.skip_missing:
+                raise
+            domains.pop(name, None)
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    if not domains:
+        raise UserError(f"nothing is left of {', '.join(options.domains)}")
     tables = needed("table", importlib.import_module, "examples.beyond_llm.table")
     results: dict[Run, dict[str, Any]] = {}
     for name, domain in domains.items():
-        split = domain.data()
+        split = splits[name]
         for run in runs(name, domain, options.seeds):
             results[run] = once(run, domain, split, options.output)
             print(f"{run.path(Path()).with_suffix('')}: {said(results[run])}", flush=True)
@@ -79,6 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="how many")
     add("--steps", type=int, help="of each run; default: the domain's")
     add("--rates", type=float, nargs="+", help="peaks of the learning rate; default: the domain's")
+    add("--skip-missing", action="store_true", help="leave out domains whose package is not installed")
     add("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(argv)
     for name in ("seeds", "steps"):

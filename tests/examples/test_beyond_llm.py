@@ -6,6 +6,8 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from examples.beyond_llm import run as frame
 from examples.beyond_llm.domain import Data, Domain, Split
 from megatron_dyt import convert_norms
 from megatron_dyt.errors import UserError
+from tests.examples import made_up
 
 pytest.importorskip("sklearn")
 
@@ -36,7 +39,10 @@ SITES = {
         *(f"convnext.encoder.stages.1.layers.{i}.layernorm" for i in range(2)),
         "convnext.layernorm",
     ],
+    "hyena": ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
 }
+# Modules of this project, saved as torch saves any (test_beyond_llm_sequence.py).
+NO_LIBRARY = ("hyena",)
 CHANNELS_FIRST = {"convnext.embeddings.layernorm", "convnext.encoder.stages.1.downsampling_layer.0"}
 
 
@@ -53,6 +59,13 @@ class PlainDyT(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         moved = x.movedim(self.dim, -1)
         return (self.weight * (self.alpha * moved).tanh() + self.bias).movedim(-1, self.dim)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        made_up.install(patch, tmp_path_factory.mktemp("made-up"))
+        yield
 
 
 def made(name: str, norm: str, seed: int = 1) -> nn.Module:
@@ -76,7 +89,8 @@ def test_sites_values_and_gradients(name: str) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     expected.load_state_dict(found.state_dict())
     data = domain.data().train
-    batch = Data(data.inputs[:8].double(), data.targets[:8])
+    inputs = data.inputs[:8]
+    batch = Data(inputs.double() if inputs.is_floating_point() else inputs, data.targets[:8])
     losses = [domain.loss(m, batch, torch.Generator().manual_seed(5)) for m in (found, expected)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)
     for loss in losses:
@@ -94,7 +108,7 @@ def test_sites_values_and_gradients(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", frame.DOMAINS)
+@pytest.mark.parametrize("name", [name for name in frame.DOMAINS if name not in NO_LIBRARY])
 def test_saved_and_loaded_by_its_library(name: str, tmp_path: Path) -> None:
     model = made(name, "DyT").eval()
     with torch.no_grad():
@@ -230,6 +244,33 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match=r"vit needs scikit-learn.*pip install scikit-learn"):
         run(tmp_path)
+
+
+def test_missing_domains_are_left_out(
+    line: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(name: str) -> Domain:
+        if name == "mae":
+            raise UserError("mae needs a package")
+        return recorded
+
+    recorded = line.domain()
+    monkeypatch.setattr(frame, "load", load)
+    names, options = ["mae", "vit"], ["--seeds", "1", "--output", str(tmp_path)]
+    with pytest.raises(UserError, match="mae needs a package"):
+        frame.main([*names, *options])
+    frame.main([*names, *options, "--skip-missing"])
+    assert "mae is left out: mae needs a package" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["vit"]
+    monkeypatch.setattr(
+        frame, "load", lambda name: replace(recorded, data=lambda: made_up.missing("no recordings"))
+    )
+    with pytest.raises(UserError, match="nothing is left of vit"):
+        frame.main(["vit", *options, "--skip-missing"])
+    assert "vit is left out: no recordings" in capsys.readouterr().err
 
 
 def test_rates_and_steps_of_the_command_line(line: Recorder, tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""A linear classifier on a model's frozen features."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from examples.beyond_llm.domain import Data, Split
+
+WINDOWS = 512  # of the training data
+
+
+def accuracy(features: Callable[[Tensor], Tensor], data: Data, split: Split) -> float:
+    """Windows of a genome or decoys, in per cent; chance 50. The features are means over the places."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(*examples(features, split.train.inputs[:WINDOWS]))
+    return 100 * float(probe.score(*examples(features, data.inputs)))
+
+
+def examples(
+    features: Callable[[Tensor], Tensor], windows: Tensor
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features and classes (0 the genome's, 1 a decoy) of windows (windows, 2, length)."""
+    found = torch.cat([features(windows[:, i]).mean(1) for i in range(2)])
+    return found.numpy(), np.repeat(np.arange(2), len(windows))
