@@ -39,6 +39,11 @@ SITES = {
         *(f"convnext.encoder.stages.1.layers.{i}.layernorm" for i in range(2)),
         "convnext.layernorm",
     ],
+    "wav2vec2": [
+        "wav2vec2.feature_projection.layer_norm",
+        *(f"wav2vec2.encoder.layers.{i}.{place}layer_norm" for i in range(4) for place in ("", "final_")),
+        "wav2vec2.encoder.layer_norm",
+    ],
     "hyena": ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
 }
 # Modules of this project, saved as torch saves any (test_beyond_llm_sequence.py).
@@ -118,7 +123,7 @@ def test_saved_and_loaded_by_its_library(name: str, tmp_path: Path) -> None:
     class Converted(type(model)):  # type: ignore[misc]
         def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
             super().__init__(config)
-            convert_norms(self)
+            convert_norms(self, select=frame.load(name).select)
 
     model.save_pretrained(tmp_path)
     loaded = Converted.from_pretrained(tmp_path).eval()

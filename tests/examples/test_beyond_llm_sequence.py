@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.beyond_llm import genome
+from examples.beyond_llm import genome, speech
 from examples.beyond_llm import run as frame
 from megatron_dyt.errors import UserError
 from tests.examples import made_up
@@ -82,6 +82,63 @@ def test_a_genome_that_is_missing_or_short(folder: Path) -> None:
 @pytest.mark.skipif(not genome.PATH.exists(), reason="Debian's bowtie-examples is not installed")
 def test_the_packages_genome() -> None:
     assert len(genome.bases(genome.PATH)) == 4_938_920
+
+
+# --- speech ------------------------------------------------------------------------------------------
+
+
+def test_no_recording_is_in_two_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Each is a tone of its own pitch, whole clips long.
+    time = torch.arange(speech.CLIP) / speech.RATE
+    for i in range(20):
+        tone = torch.sin(2 * torch.pi * 100 * (i + 1) * time)
+        made_up.record(tmp_path / f"{i}.wav", tone.repeat(1 + i % 2))
+    monkeypatch.setattr(speech, "FOLDER", tmp_path)
+    split = speech.read()
+    pitches = [
+        sorted((torch.fft.rfft(part.inputs).abs().argmax(1) // 200 - 1).tolist())
+        for part in (split.train, split.valid, split.test)
+    ]
+    expected = sorted([*range(20), *range(1, 20, 2)])
+    assert sorted(pitch for part in pitches for pitch in part) == expected
+    assert [len(set(part)) for part in pitches] == [15, 2, 3]
+    assert len(set().union(*pitches)) == 20
+    every = torch.cat([split.train.inputs, split.valid.inputs, split.test.inputs])
+    torch.testing.assert_close(every.mean(1), torch.zeros(30), rtol=0, atol=1e-4)
+    torch.testing.assert_close(every.std(1), torch.ones(30), rtol=1e-3, atol=0)
+
+
+def test_recordings_that_are_missing_or_other(folder: Path) -> None:
+    made_up.record(folder / "0.wav", torch.zeros(9_000), rate=16_000)
+    with pytest.raises(UserError, match=r"0.wav has 1 channels of 2 bytes at 16000 Hz.* 1 of 2 at 8000"):
+        speech.read()
+    for path in folder.glob("*.wav"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no \*.wav in .*apt-get install .*asterisk-core-sounds-en-wav"):
+        speech.read()
+
+
+def test_silence_stays_silence() -> None:
+    found = speech.clips([torch.full((speech.CLIP + 5,), 0.25)]).inputs
+    assert torch.equal(found, torch.zeros(1, speech.CLIP))
+
+
+def test_all_that_is_drawn_is_the_generators(folder: Path) -> None:
+    from examples.beyond_llm import wav2vec2
+
+    model, batch = made("wav2vec2", "DyT").train(), speech.read().valid
+    losses = [wav2vec2.loss(model, batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_loss_is_of_a_frame(folder: Path) -> None:
+    """With all codes alike there is nothing to choose, and what is left is at most 0.1 for diversity."""
+    from examples.beyond_llm import wav2vec2
+
+    model = made("wav2vec2", "LayerNorm").eval()
+    torch.nn.init.zeros_(model.project_q.weight)
+    batch = speech.read().valid
+    assert 0 < float(wav2vec2.loss(model, batch, torch.Generator().manual_seed(1)).detach()) < 0.1
 
 
 # --- HyenaDNA ----------------------------------------------------------------------------------------
