@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class Domain:
         evaluate: the metrics on `Data`; the split is given for what is fitted to the training data.
         rates: learning rates (the peak of the schedule); each norm is reported at its best one.
         select: names of the norms to replace; None for all.
+        adapt: what the paper changes besides the norm: gets the model with its norms, and their name.
+        samples: pictures (rows, columns, height, width) that a model made, or real ones for None.
     """
 
     title: str
@@ -55,3 +58,5 @@ class Domain:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     select: Callable[[str], bool] | None = None
+    adapt: Callable[[Any, str], None] | None = None
+    samples: Callable[[Any], Tensor] | None = None

@@ -2,10 +2,11 @@
 
     python examples/beyond_llm/run.py DOMAIN... --seeds 3 --output DIR
 
-Each domain is a file of this folder (vit, mae, convnext). Every norm is trained at every learning rate of the
+Each domain is a file of this folder (vit, mae, ...). Every norm is trained at every learning rate of the
 domain and every seed, from the same weights over the same batches, and reported on the test data at the rate
 that is best on the validation data. DIR/runs has a file for each finished run, which is not done again;
-DIR/table.csv, DIR/table.md and DIR/DOMAIN.svg are made of them. docs/beyond-llm.md has the results.
+DIR/table.csv, DIR/table.md, DIR/DOMAIN.svg and DIR/DOMAIN-samples.png are made of them. Results:
+docs/beyond-llm.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from megatron_dyt.errors import UserError, run_main
 if TYPE_CHECKING:
     from examples.beyond_llm.domain import Domain, Split
 
-DOMAINS = ("vit", "mae", "convnext", "wav2vec2", "hyena")
+DOMAINS = ("vit", "mae", "convnext", "dit", "wav2vec2", "hyena")
 NORMS = ("LayerNorm", "DyT")
 ALPHA = 0.5
 # Where what is imported and what is installed have different names.
@@ -153,6 +154,8 @@ def start(run: Run, domain: Domain) -> nn.Module:
     model = domain.model()
     if run.norm == "DyT":
         convert_norms(model, alpha_init=ALPHA, select=domain.select)
+    if domain.adapt is not None:
+        domain.adapt(model, run.norm)
     return model
 
 
@@ -180,6 +183,7 @@ def train(run: Run, domain: Domain, split: Split) -> dict[str, Any]:
     if not all(math.isfinite(value) for value in (*valid.values(), *test.values())):
         return {"status": "diverged", "steps": domain.steps, "losses": means(losses)}
     seconds = round(time.perf_counter() - began, 1)
+    pictures = {} if domain.samples is None else {"samples": rounded(domain.samples(model))}
     return {
         "status": "done",
         "valid": valid,
@@ -187,6 +191,7 @@ def train(run: Run, domain: Domain, split: Split) -> dict[str, Any]:
         "losses": means(losses),
         "seconds": seconds,
         "torch": torch.__version__,
+        **pictures,
     }
 
 
@@ -206,6 +211,10 @@ def schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def rounded(pictures: torch.Tensor) -> list[Any]:
+    return pictures.double().mul(100).round().div(100).tolist()
 
 
 def means(losses: Sequence[float]) -> list[float]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from examples.beyond_llm import run as frame
 from examples.beyond_llm.domain import Domain
@@ -40,6 +42,8 @@ def write(output: Path, domains: Mapping[str, Domain], results: Results) -> None
             cells = [cell(base, unit), best[frame.NORMS[0]], cell(dyt, unit), best[frame.NORMS[1]]]
             lines.append([domain.title, metric, *cells, text(found, "", sign=True), published(name, metric)])
         write_atomically(output / f"{name}.svg", picture(name, domain, best, results).encode())
+        if domain.samples is not None:
+            write_atomically(output / f"{name}-samples.png", gallery(name, domain.samples, best, results))
     write_atomically(output / "table.csv", as_csv([COLUMNS, *rows]))
     head = [
         "domain",
@@ -140,6 +144,32 @@ def picture(name: str, domain: Domain, best: Mapping[str, float], results: Resul
             said.append(f"{norm} ends at {mean[-1]:.4g}" if mean else f"{norm} has no losses")
         axes.legend()
     return theme.svg(figure, f"{domain.title}: training loss", "; ".join(said))
+
+
+def gallery(name: str, samples: Callable[[Any], Any], best: Mapping[str, float], results: Results) -> bytes:
+    """A PNG of test data and of what each norm's first seed made at its rate, in the same shades."""
+    shown = {"test data": np.asarray(samples(None)), **dict.fromkeys(frame.NORMS, np.empty(0))}
+    for run, result in sorted(results.items(), key=lambda item: item[0].seed, reverse=True):
+        if run.domain == name and run.rate == best[run.norm] and result["status"] == "done":
+            shown[run.norm] = np.asarray(result["samples"])
+    low, high = shown["test data"].min(), shown["test data"].max()
+    with theme.applied():
+        figure = Figure(figsize=(3 * len(shown), 4))
+        for axes, (title, pictures) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+            axes.set_title(title)
+            axes.set_axis_off()
+            if pictures.size:
+                axes.imshow(
+                    mosaic(pictures, low), cmap="gray_r", vmin=low, vmax=high, interpolation="nearest"
+                )
+    return theme.png(figure)
+
+
+def mosaic(pictures: NDArray[np.float64], edge: float) -> NDArray[np.float64]:
+    """(rows, columns, height, width) -> one picture; below and right of each is an edge of that value."""
+    rows, columns, height, width = pictures.shape
+    framed = np.pad(pictures, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=edge)
+    return framed.transpose(0, 2, 1, 3).reshape(rows * (height + 1), columns * (width + 1))
 
 
 def steps(curve: list[float]) -> list[int]:

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import functools
+import importlib.util
 import json
 import math
 import re
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +26,9 @@ from tests.examples import made_up
 
 pytest.importorskip("sklearn")
 
+# The one domain with a library of its own, which is no dependency.
+DIFFUSERS = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="no diffusers")
+NAMES = [pytest.param(name, marks=DIFFUSERS) if name == "dit" else name for name in frame.DOMAINS]
 BLOCKS = [f"layers.{i}.layernorm_{place}" for i in range(4) for place in ("before", "after")]
 ENCODER = [f"vit.{name}" for name in (*BLOCKS, "layernorm")]
 SITES = {
@@ -39,6 +45,10 @@ SITES = {
         *(f"convnext.encoder.stages.1.layers.{i}.layernorm" for i in range(2)),
         "convnext.layernorm",
     ],
+    "dit": [
+        *(f"transformer_blocks.{i}.{name}" for i in range(4) for name in ("norm1.norm", "norm3")),
+        "norm_out",
+    ],
     "wav2vec2": [
         "wav2vec2.feature_projection.layer_norm",
         *(f"wav2vec2.encoder.layers.{i}.{place}layer_norm" for i in range(4) for place in ("", "final_")),
@@ -54,16 +64,17 @@ CHANNELS_FIRST = {"convnext.embeddings.layernorm", "convnext.encoder.stages.1.do
 class PlainDyT(nn.Module):
     """weight · tanh(alpha · x) + bias from torch's own operations; `dim` is that of the channels."""
 
-    def __init__(self, channels: int, dim: int) -> None:
+    def __init__(self, channels: int, dim: int, bias: bool) -> None:
         super().__init__()
         self.dim = dim
         self.alpha = nn.Parameter(torch.tensor([0.5]))
         self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         moved = x.movedim(self.dim, -1)
-        return (self.weight * (self.alpha * moved).tanh() + self.bias).movedim(-1, self.dim)
+        bias = 0.0 if self.bias is None else self.bias
+        return (self.weight * (self.alpha * moved).tanh() + bias).movedim(-1, self.dim)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,15 +89,15 @@ def made(name: str, norm: str, seed: int = 1) -> nn.Module:
     return frame.start(frame.Run(name, norm, domain.rates[0], seed), domain)
 
 
-@pytest.mark.parametrize("name", frame.DOMAINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_sites_values_and_gradients(name: str) -> None:
     domain, found = frame.load(name), made(name, "DyT").double()
     expected = made(name, "LayerNorm").double()
     dyts = [site for site, module in found.named_modules() if hasattr(module, "alpha")]
     assert sorted(dyts) == sorted(SITES[name])
     for site in SITES[name]:
-        channels = len(expected.get_submodule(site).weight)
-        expected.set_submodule(site, PlainDyT(channels, 1 if site in CHANNELS_FIRST else -1).double())
+        dyt, dim = found.get_submodule(site), 1 if site in CHANNELS_FIRST else -1
+        expected.set_submodule(site, PlainDyT(len(dyt.weight), dim, dyt.bias is not None).double())
     # Other values than those of the start, where every gain is 1 and most sites have the same alpha.
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -113,7 +124,7 @@ def test_sites_values_and_gradients(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", [name for name in frame.DOMAINS if name not in NO_LIBRARY])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_LIBRARY])
 def test_saved_and_loaded_by_its_library(name: str, tmp_path: Path) -> None:
     model = made(name, "DyT").eval()
     with torch.no_grad():
@@ -121,8 +132,9 @@ def test_saved_and_loaded_by_its_library(name: str, tmp_path: Path) -> None:
             model.get_submodule(site).alpha += 0.25
 
     class Converted(type(model)):  # type: ignore[misc]
-        def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
-            super().__init__(config)
+        @functools.wraps(type(model).__init__)  # diffusers reads the arguments' names.
+        def __init__(self, *args, **config) -> None:  # type: ignore[no-untyped-def]
+            super().__init__(*args, **config)
             convert_norms(self, select=frame.load(name).select)
 
     model.save_pretrained(tmp_path)
@@ -239,16 +251,57 @@ def test_a_run_that_diverges_is_recorded(line: Recorder, tmp_path: Path) -> None
     assert "vit,error,,DyT,0.001,0,1,,," in (tmp_path / "table.csv").read_text()
 
 
-def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "package", "missing"),
+    [("vit", "scikit-learn", ("sklearn", "sklearn.datasets")), ("dit", "diffusers", ("diffusers",))],
+)
+def test_a_missing_package(
+    name: str, package: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for module in [name for name in sys.modules if name.startswith("examples.beyond_llm.")]:
-        name = module.rpartition(".")[2]
-        if name not in ("run", "domain"):
+        file = module.rpartition(".")[2]
+        if file not in ("run", "domain"):
             monkeypatch.delitem(sys.modules, module)
-            monkeypatch.delattr(sys.modules["examples.beyond_llm"], name, raising=False)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(UserError, match=r"vit needs scikit-learn.*pip install scikit-learn"):
-        run(tmp_path)
+            monkeypatch.delattr(sys.modules["examples.beyond_llm"], file, raising=False)
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{name} needs {package}.*pip install {package}"):
+        frame.main([name, "--output", str(tmp_path)])
+
+
+def test_samples_in_a_picture(line: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from examples.beyond_llm import table
+
+    drawn = []
+    monkeypatch.setattr(table, "mosaic", lambda pictures, edge: drawn.append(pictures) or np.ones((2, 2)))
+    made = torch.arange(16.0).reshape(1, 2, 2, 4)
+    domain = replace(line.domain(), samples=lambda model: made if model is None else made + model[0].bias[0])
+    monkeypatch.setattr(frame, "load", lambda name: domain)
+    run(tmp_path, "--seeds", "2")
+    assert (tmp_path / "vit-samples.png").read_bytes().startswith(b"\x89PNG")
+    chosen = [frame.Run("vit", norm, rate, 1) for norm, rate in zip(frame.NORMS, best(tmp_path), strict=True)]
+    stored = [json.loads(each.path(tmp_path).read_text())["samples"] for each in chosen]
+    assert [pictures.tolist() for pictures in drawn] == [made.tolist(), *stored]
+    assert stored[0] != stored[1]
+
+
+def best(output: Path) -> list[float]:
+    with (output / "table.csv").open() as file:
+        return [float(row["learning rate"]) for row in csv.DictReader(file)]
+
+
+def test_a_mosaic_has_each_picture_at_its_place() -> None:
+    from examples.beyond_llm import table
+
+    pictures = np.arange(24.0).reshape(2, 3, 2, 2)
+    found = table.mosaic(pictures, -1.0)
+    assert found.shape == (6, 9)
+    for row in range(2):
+        for column in range(3):
+            part = found[3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
+            assert (part[:2, :2] == pictures[row, column]).all()
+            assert (part[2] == -1).all()
+            assert (part[:, 2] == -1).all()
 
 
 def test_missing_domains_are_left_out(
@@ -301,12 +354,12 @@ def test_impossible_values(
     assert message in capsys.readouterr().err
 
 
-def test_the_papers_settings() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_the_papers_settings(name: str) -> None:
     paper = yaml.safe_load((Path(frame.__file__).parent / "paper.yaml").read_text())
     assert paper["alpha0"] == frame.ALPHA
     assert set(paper["domains"]) == set(frame.DOMAINS)
-    for name in frame.DOMAINS:
-        assert paper["domains"][name]["ours"] in frame.load(name).metrics
+    assert paper["domains"][name]["ours"] in frame.load(name).metrics
 
 
 def test_features_are_of_the_whole_image() -> None:
@@ -332,3 +385,72 @@ def test_masked_patches_have_a_place() -> None:
     model = made("mae", "DyT")
     for places in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         assert torch.pdist(places[0, 1:]).min() > 0.1
+
+
+# --- DiT ---------------------------------------------------------------------------------------------
+
+
+@DIFFUSERS
+def test_frechet_distance() -> None:
+    from examples.beyond_llm import dit
+
+    one = np.random.default_rng(0).normal(size=(300, 5)) @ np.diag([1.0, 2.0, 3.0, 0.5, 0.1])
+    # Of x and 3 x + b: the roots of the covariances differ by twice that of x.
+    shift = np.arange(5.0)
+    expected = ((one.mean(0) - (3 * one + shift).mean(0)) ** 2).sum() + 4 * np.trace(np.cov(one.T))
+    assert dit.frechet(one, 3 * one + shift) == pytest.approx(expected)
+    assert dit.frechet(one, one) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(dit.frechet(one * math.inf, one))
+
+
+@DIFFUSERS
+def test_features_are_what_the_classifier_decides_by() -> None:
+    from examples.beyond_llm import dit
+
+    images = frame.load("dit").data().test.inputs
+    scores = dit.features(images) @ dit.classifier().coefs_[1] + dit.classifier().intercepts_[1]
+    assert (scores.argmax(1) == dit.classifier().predict(images.flatten(1))).all()
+
+
+@DIFFUSERS
+def test_samples_of_a_model_that_knows_the_images() -> None:
+    """With the exact noise of each step, what is sampled is the image of the label."""
+    from types import SimpleNamespace
+
+    from examples.beyond_llm import dit
+
+    known = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    # DiT's 1,000 steps of noise.
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
+
+    def noise(images: torch.Tensor, times: torch.Tensor, class_labels: torch.Tensor) -> SimpleNamespace:
+        share = kept[times].reshape(-1, 1, 1, 1)
+        return SimpleNamespace(sample=(images - share.sqrt() * known[class_labels]) / (1 - share).sqrt())
+
+    labels = torch.tensor([3, 1, 4, 1, 5])
+    torch.testing.assert_close(dit.sample(noise, labels), known[labels], rtol=1e-3, atol=1e-3)
+
+
+@DIFFUSERS
+def test_what_starts_at_zero() -> None:
+    base, dyt = made("dit", "LayerNorm"), made("dit", "DyT")
+    batch = frame.load("dit").data().valid
+    times = torch.arange(len(batch.inputs))
+    outputs = [m(batch.inputs, times, class_labels=batch.targets).sample.detach() for m in (base, dyt)]
+    assert (outputs[0] == 0).all()
+    assert outputs[1].std() > 0.1
+    zero = {
+        name for name, value in base.state_dict().items() if name.endswith("weight") and (value == 0).all()
+    }
+    modulations = {f"transformer_blocks.{i}.norm1.linear.weight" for i in range(4)}
+    assert zero == modulations | {"proj_out_1.weight", "proj_out_2.weight"}
+    weights = dyt.state_dict()
+    rest = {
+        key
+        for key in base.state_dict()
+        if key.removesuffix("bias").removesuffix("weight") + "weight" not in zero
+    }
+    assert all(torch.equal(base.state_dict()[key], weights[key]) for key in rest)
+    trained = {name for name, parameter in dyt.named_parameters() if parameter.requires_grad}
+    assert {f"{site}.alpha" for site in SITES["dit"]} <= trained
+    assert not {f"{site}.weight" for site in SITES["dit"]} & trained
