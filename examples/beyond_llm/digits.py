@@ -32,3 +32,16 @@ def accuracy(model: nn.Module, data: Data, split: Split) -> dict[str, float]:
     """Of the class with the highest logit, in per cent."""
     found = model(data.inputs).logits.argmax(-1)
     return {"accuracy": 100 * float((found == data.targets).double().mean())}
+
+
+@torch.no_grad()
+def unit_variance(embeddings: nn.Module, std: float) -> None:
+    """Let the embeddings of a transformers ViT keep the variance of standardized pixels, at the start.
+
+    transformers gives all weights one deviation, `std`. What is right for the layers, 1/sqrt(hidden), makes
+    of patches of 4 pixels a stream of std 0.25. LayerNorm undoes that, DyT does not (docs/initial-scale.md).
+    """
+    projection = embeddings.patch_embeddings.projection
+    scale = projection.weight[0].numel() ** -0.5 / std
+    for each in (projection.weight, embeddings.cls_token, embeddings.position_embeddings):
+        each.mul_(scale)

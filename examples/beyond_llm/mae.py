@@ -29,10 +29,11 @@ def model() -> ViTMAEForPreTraining:
     made = ViTMAEForPreTraining(ViTMAEConfig(**SHAPE, **DECODER, **start, **image))
     # transformers 5.24.0 zeroes the frozen positions of both: no patch would have a place
     # (findings/transformers_vitmae_positions.sh).
-    made.vit.embeddings.patch_embeddings.projection._is_hf_initialized = (
-        False  # Else the next line does nothing.
-    )
+    projection = made.vit.embeddings.patch_embeddings.projection
+    projection._is_hf_initialized = False  # Else the next line does nothing.
     made.vit.embeddings.initialize_weights()
+    # Their std is that of a matrix of 4 rows and 256 columns, 0.09; this one keeps the pixels' variance.
+    torch.nn.init.normal_(projection.weight, std=0.5)
     made.decoder.initialize_weights(PATCHES)
     return made
 

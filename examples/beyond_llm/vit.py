@@ -12,7 +12,9 @@ def model() -> ViTForImageClassification:
     # A start of unit variance, for both norms: DyT does not rescale its input (docs/initial-scale.md).
     start = {"initializer_range": SHAPE["hidden_size"] ** -0.5}
     image = {"image_size": digits.IMAGE, "patch_size": 2, "num_channels": 1, "num_labels": digits.CLASSES}
-    return ViTForImageClassification(ViTConfig(**SHAPE, **start, **image))
+    made = ViTForImageClassification(ViTConfig(**SHAPE, **start, **image))
+    digits.unit_variance(made.vit.embeddings, start["initializer_range"])
+    return made
 
 
 DOMAIN = Domain(

@@ -155,6 +155,14 @@ def test_norms_start_alike() -> None:
     assert all(weights[f"{site}.alpha"].item() == 0.5 for site in SITES["vit"])
 
 
+@pytest.mark.parametrize("name", ["vit", "mae"])
+def test_patches_start_with_the_variance_of_pixels(name: str) -> None:
+    """Of independent pixels; those of digits are alike, which makes it more."""
+    projection = made(name, "DyT").get_submodule("vit.embeddings.patch_embeddings.projection")
+    pixels = torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert 0.8 < projection(pixels).std() < 1.2
+
+
 # --- the frame, on a domain of its own --------------------------------------------------------------
 
 
