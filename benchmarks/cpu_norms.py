@@ -26,6 +26,8 @@ from megatron_dyt.ops import dyt
 SHAPES = ((4096, 192), (4096, 512), (2048, 1024), (1024, 2048), (1024, 4096), (16, 192))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("forward", "backward", "both")
+# Calls of one sample, where one takes less time than it takes to measure it.
+CALLS, FEW_ELEMENTS = 100, 1 << 13
 # Of the process's threads together, forward and backward: other work on the machine is no part of it.
 CPU_TIME = "CPU time"
 
@@ -49,8 +51,9 @@ def make_layers(
 
 
 def measure(tokens: int, hidden: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Layer -> phase -> quartiles, after a tenth of the rounds as warm-up."""
+    """Layer -> phase -> quartiles of one call, after a tenth of the rounds as warm-up."""
     torch.manual_seed(0)
+    calls = range(CALLS if tokens * hidden < FEW_ELEMENTS else 1)
     x = torch.randn(tokens, hidden, dtype=dtype).requires_grad_()
     dy = torch.randn(tokens, hidden, dtype=dtype)
     layers = make_layers(hidden, dtype)
@@ -61,13 +64,14 @@ def measure(tokens: int, hidden: int, dtype: torch.dtype, rounds: int) -> dict[s
     for name, (layer, parameters), counts in in_turn(layers, rounds, 1 + rounds // 10):
         sample: list[float] = []
         start = time.process_time()
-        y = clock.call(sample, lambda layer=layer: layer(x))
-        clock.call(sample, lambda y=y, leaves=(x, *parameters): torch.autograd.grad(y, leaves, dy))
+        ys = clock.call(sample, lambda layer=layer: [layer(x) for _ in calls])
+        leaves = (x, *parameters)
+        clock.call(sample, lambda ys=ys, leaves=leaves: [torch.autograd.grad(y, leaves, dy) for y in ys])
         cpu_time = time.process_time() - start
-        del y
+        del ys
         if counts:
             for into, value in zip(seconds[name].values(), (*sample, sum(sample), cpu_time), strict=True):
-                into.append(value)
+                into.append(value / len(calls))
     return {
         name: {phase: summary(values) for phase, values in taken.items()} for name, taken in seconds.items()
     }
@@ -118,10 +122,18 @@ def picture(report: dict[str, Any]) -> str:
     return bars_svg("DyT on CPU", "time over RMSNorm's median", groups, reference=1.0)
 
 
+def shape(text: str) -> tuple[int, int]:
+    tokens, hidden = map(int, text.split("x"))
+    return tokens, hidden
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", help="torch threads (default 1 and all cores)")
     parser.add_argument("--rounds", type=int, default=50, help="timed rounds per shape (default 50)")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, default=SHAPES, metavar="TOKENSxHIDDEN", help="default: six"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     add_output(parser)
     args = parser.parse_args(argv)
@@ -132,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{heading(report)}, {args.dtype}, {args.rounds} interleaved rounds, medians")
     cpu.enable()
     try:
-        for tokens, hidden in SHAPES:
+        for tokens, hidden in args.shapes:
             for count in threads:
                 torch.set_num_threads(count)
                 layers = measure(tokens, hidden, DTYPES[args.dtype], args.rounds)

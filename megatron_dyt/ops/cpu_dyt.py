@@ -4,7 +4,7 @@ They are compiled when megatron_dyt is installed (setup.py). Where that was not 
 and the reference runs.
 """
 
-import ctypes
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,23 +28,15 @@ _FORWARD_BLOCKS = 256
 _BACKWARD_BLOCKS, _MIN_BLOCK_ROWS = 64, 32
 _SUMS = 4  # SUMS of the library: for dalpha, dweight, dbias and dshift
 
+# `struct call` of the library, which explains it: numbers, matrices, their strides, other pointers.
+_CALL = struct.Struct("@6q2d 4P 4q 10P")
+_MATRICES = ("x", "residual", "dy", "dsum")
+_OTHERS = ("weight", "bias", "y", "sum", "partials", "dx", "dweight", "dbias", "dalpha", "dshift")
+_NOT_GIVEN: tuple[None, int] = (None, 0)
 
-# Matrices whose rows may be apart, and the field that says how far.
-_STRIDES = {name: f"{name}_stride" for name in ("x", "residual", "dy", "dsum")}
-
-
-class _Call(ctypes.Structure):
-    """`struct call` of the library, which says what each field is."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "hidden", "blocks", "threads", "function", "is_bf16")),
-        *((name, ctypes.c_double) for name in ("alpha", "shift")),
-        *((name, ctypes.c_void_p) for name in _STRIDES),
-        *((stride, ctypes.c_int64) for stride in _STRIDES.values()),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "y", "sum", "partials")),
-        *((name, ctypes.c_void_p) for name in ("dx", "dweight", "dbias", "dalpha", "dshift")),
-    )
-
+# As they are before the CPU runtime wraps them: a wrapper costs as much as they do on a few rows.
+_CPU = torch.device("cpu")
+_empty, _empty_like, _to = torch.empty, torch.empty_like, Tensor.to
 
 _library = open_library(SOURCE, "dyt_source_crc32")
 IS_BUILT = _library is not None  # by itself, as torch.compile traces what reads it
@@ -65,47 +57,68 @@ def _vector(t: Tensor) -> Tensor:
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     """`t.to(dtype)`; asking first is cheaper."""
-    return t if t.dtype == dtype else t.to(dtype)
+    return t if t.dtype == dtype else _to(t, dtype)
 
 
 def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous and uninitialized."""
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return _empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _call(kernel: str, x: Tensor, parameters: Parameters, blocks: int, **tensors: Tensor | None) -> None:
-    """Run a kernel on x and on the tensors of these names in `struct call`."""
-    hidden = x.shape[-1]
+def _call(
+    kernel: str,
+    parameters: Parameters,
+    blocks: int,
+    read: Sequence[Tensor | None],
+    written: Sequence[Tensor | None],
+) -> None:
+    """Run a kernel. `read` are the `_MATRICES`, `written` those of `_OTHERS` from y on."""
+    x = read[0]
+    assert x is not None
+    hidden, elements, dtype = x.shape[-1], x.numel(), x.dtype
     alpha, weight, bias, shift, function = parameters
-    vectors = {"weight": _vector(weight), "bias": None if bias is None else _vector(bias)}
-    held = {"x": x, **vectors, **tensors}  # Until the kernel has run.
-    fields: dict[str, float] = {
-        "rows": x.numel() // hidden,
-        "hidden": hidden,
-        "blocks": blocks,
-        "threads": threads_for(x.numel()),
-        "function": FUNCTIONS.index(function),
-        "is_bf16": x.dtype == torch.bfloat16,
-        "alpha": alpha.item(),
-        "shift": 0.0 if shift is None else shift.item(),
-    }
-    for name, tensor in held.items():
-        if tensor is None:
-            continue
-        if name in _STRIDES:
-            tensor, fields[_STRIDES[name]] = _rows(_as(tensor, x.dtype), hidden)
-            held[name] = tensor
-        fields[name] = address = tensor.data_ptr()
-        if not address and tensor.numel():
-            raise RuntimeError(f"the memory of {name} has been freed; DyT cannot read or write it")
-    getattr(_library, kernel)(ctypes.byref(_Call(**fields)))
+    matrices, strides = zip(
+        *(_NOT_GIVEN if t is None else _rows(_as(t, dtype), hidden) for t in read), strict=True
+    )
+    vectors = _vector(weight), None if bias is None else _vector(bias)
+    held = (*matrices, *vectors, *written)  # Until the kernel has run.
+    addresses = [0 if t is None else t.data_ptr() or _no_address(t, held) for t in held]
+    call = _CALL.pack(
+        elements // hidden,
+        hidden,
+        blocks,
+        threads_for(elements),
+        FUNCTIONS.index(function),
+        dtype == torch.bfloat16,
+        alpha.item(),
+        0.0 if shift is None else shift.item(),
+        *addresses[: len(_MATRICES)],
+        *strides,
+        *addresses[len(_MATRICES) :],
+    )
+    getattr(_library, kernel)(call)
+
+
+def _no_address(t: Tensor, held: Sequence[Tensor | None]) -> int:
+    """0 for a tensor without elements, which has none."""
+    if t.numel():
+        name = next(name for name, each in zip(_MATRICES + _OTHERS, held, strict=True) if each is t)
+        raise RuntimeError(f"the memory of {name} has been freed; DyT cannot read or write it")
+    return 0
 
 
 def forward(x: Tensor, parameters: Parameters, out: Tensor | None = None) -> Tensor:
     """See `backends.Implementation`, as for the others; x has one of these DTYPES."""
     y = _new(x) if out is None else out
-    _call("dyt_forward", x, parameters, _FORWARD_BLOCKS, y=y)
+    _forward(x, None, parameters, y, None)
     return y
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, y: Tensor, total: Tensor | None
+) -> None:
+    blocks = max(1, min(_FORWARD_BLOCKS, x.numel() // x.shape[-1]))
+    _call("dyt_forward", parameters, blocks, (x, residual, None, None), (y, total, *[None] * 6))
 
 
 def residual_forward(x: Tensor, residual: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
@@ -113,7 +126,7 @@ def residual_forward(x: Tensor, residual: Tensor, parameters: Parameters) -> tup
         total = torch.add(x, residual).contiguous()
         return forward(total, parameters), total
     y, total = _new(x), _new(x)
-    _call("dyt_forward", x, parameters, _FORWARD_BLOCKS, residual=residual, y=y, sum=total)
+    _forward(x, residual, parameters, y, total)
     return y, total
 
 
@@ -121,12 +134,16 @@ def backward(
     dy: Tensor, x: Tensor, parameters: Parameters, needs: Sequence[bool], dsum: Tensor | None = None
 ) -> list[Tensor]:
     alpha, weight, _, shift, _ = parameters
-    names = ("dx", "dalpha", "dweight", "dbias", "dshift")
     likes = (x, alpha, weight, weight, alpha if shift is None else shift)
-    wanted = [(name, like) for name, like, needed in zip(names, likes, needs, strict=True) if needed]
-    gradients = {name: _new(like, x.dtype if name == "dx" else torch.float32) for name, like in wanted}
+    dx = _new(x) if needs[0] else None
+    dalpha, dweight, dbias, dshift = [
+        _new(like, torch.float32) if needed else None
+        for like, needed in zip(likes[1:], needs[1:], strict=True)
+    ]
     hidden = x.shape[-1]
     blocks = max(1, min(_BACKWARD_BLOCKS, x.numel() // hidden // _MIN_BLOCK_ROWS))
-    partials = torch.empty((blocks, _SUMS, hidden), dtype=torch.float64, device="cpu")
-    _call("dyt_backward", x, parameters, blocks, dy=dy, dsum=dsum, partials=partials, **gradients)
-    return [_as(gradients[name], like.dtype) for name, like in wanted]
+    partials = _empty(blocks * _SUMS * hidden, dtype=torch.float64, device=_CPU)
+    written = (None, None, partials, dx, dweight, dbias, dalpha, dshift)
+    _call("dyt_backward", parameters, blocks, (x, None, dy, dsum), written)
+    gradients = (dx, dalpha, dweight, dbias, dshift)
+    return [_as(t, like.dtype) for t, like in zip(gradients, likes, strict=True) if t is not None]

@@ -78,8 +78,11 @@ def dyt(
     parameters, implementation = _prepare(x, None, (alpha, weight, bias), **options)
     if implementation is None:
         return reference.dyt_forward(x, *parameters).contiguous()
-    call = torch.ops.megatron_dyt.dyt.default if is_observed(x, *parameters) else Dyt.apply
-    y: Tensor = call(x, *parameters, implementation)
+    if is_observed(x, *parameters):
+        return torch.ops.megatron_dyt.dyt.default(x, *parameters, implementation)
+    if not torch.is_grad_enabled():
+        return IMPLEMENTATIONS[implementation].forward(x, parameters)
+    y: Tensor = Dyt.apply(x, *parameters, implementation)
     return y
 
 

@@ -54,5 +54,5 @@ def is_observed(*arguments: object) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(each) not in _PLAIN for each in arguments)
+        or not _PLAIN.issuperset(map(type, arguments))
     )
