@@ -31,7 +31,7 @@ from megatron_dyt.errors import UserError, run_main
 if TYPE_CHECKING:
     from examples.beyond_llm.domain import Domain, Split
 
-DOMAINS = ("vit", "mae", "convnext", "dit", "wav2vec2", "hyena")
+DOMAINS = ("vit", "mae", "convnext", "dit", "wav2vec2", "hyena", "caduceus")
 NORMS = ("LayerNorm", "DyT")
 ALPHA = 0.5
 # Where what is imported and what is installed have different names.

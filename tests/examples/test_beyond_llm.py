@@ -54,10 +54,11 @@ SITES = {
         *(f"wav2vec2.encoder.layers.{i}.{place}layer_norm" for i in range(4) for place in ("", "final_")),
         "wav2vec2.encoder.layer_norm",
     ],
+    "caduceus": ["mamba.layers.0.norm", "mamba.layers.1.norm", "mamba.norm_f"],
     "hyena": ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
 }
 # Modules of this project, saved as torch saves any (test_beyond_llm_sequence.py).
-NO_LIBRARY = ("hyena",)
+NO_LIBRARY = ("hyena", "caduceus")
 CHANNELS_FIRST = {"convnext.embeddings.layernorm", "convnext.encoder.stages.1.downsampling_layer.0"}
 
 

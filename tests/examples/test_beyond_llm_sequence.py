@@ -177,10 +177,56 @@ def test_a_filter_fades() -> None:
     torch.testing.assert_close(decay[0, -1].item(), 100 ** (-1 / 1.5), rtol=1e-5, atol=0)
 
 
+# --- Caduceus ----------------------------------------------------------------------------------------
+
+
+def test_both_strands_are_read_alike() -> None:
+    """The logits for the reverse complement are those for the complements, from the end to the start."""
+    from examples.beyond_llm import caduceus
+
+    model = made("caduceus", "DyT").double()
+    windows = torch.randint(5, (3, 20), generator=torch.Generator().manual_seed(0))
+    other = caduceus.reverse_complement(windows)
+    assert other[0].tolist() == [4 if base == 4 else 3 - base for base in windows[0].tolist()[::-1]]
+    torch.testing.assert_close(model(other), model(windows).flip(1, 2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.features(other), model.features(windows).flip(1), rtol=0, atol=1e-12)
+    assert not torch.allclose(model(windows), model(windows.flip(1)).flip(1))
+
+
+def test_a_mixer_reads_both_ways() -> None:
+    mixer = made("caduceus", "DyT").double().mamba.layers[0].mixer
+    hidden = torch.randn(1, 12, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    changed = hidden.clone()
+    changed[:, 6] += 1
+    assert ((mixer(hidden) - mixer(changed)).abs().amax(-1) > 1e-9).all()
+    assert mixer.forwards.in_proj is mixer.backwards.in_proj
+    assert mixer.forwards.out_proj is mixer.backwards.out_proj
+    # What goes along the sequence is each direction's own.
+    assert not torch.equal(mixer.forwards.conv1d.weight, mixer.backwards.conv1d.weight)
+
+
+def test_masked_bases_only_are_guessed() -> None:
+    from examples.beyond_llm import caduceus
+
+    seen = []
+
+    def model(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows)
+        return torch.nn.functional.one_hot(windows, 5).float()
+
+    windows = torch.randint(4, (200, 32), generator=torch.Generator().manual_seed(0))
+    logits, bases = caduceus.masked(model, windows, torch.Generator().manual_seed(1))
+    hidden = seen[0] == 4
+    assert torch.equal(logits.argmax(-1), torch.full_like(bases, 4))
+    assert torch.equal(bases, windows[hidden])
+    assert torch.equal(seen[0][~hidden], windows[~hidden])
+    assert float(hidden.float().mean()) == pytest.approx(0.15, abs=0.02)
+
+
 # --- both --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hyena"])
+@pytest.mark.parametrize("name", ["hyena", "caduceus"])
 def test_saved_and_loaded(name: str, folder: Path) -> None:
     model, loaded = made(name, "DyT"), made(name, "DyT", seed=2)
     with torch.no_grad():
