@@ -96,7 +96,7 @@ def evaluate(model: Caduceus, data: Data, split: Split) -> dict[str, float]:
 
 
 DOMAIN = Domain(
-    title="Caduceus (its own norm is RMSNorm), a genome's masked bases",
+    title="Caduceus, a genome's masked bases",
     metrics={
         "masked base loss": ("nats", False),
         "masked base accuracy": ("%", True),
@@ -110,4 +110,5 @@ DOMAIN = Domain(
     steps=100,
     batch=16,
     weight_decay=0.1,
+    norm="RMSNorm",
 )

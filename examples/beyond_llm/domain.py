@@ -44,6 +44,7 @@ class Domain:
         select: names of the norms to replace; None for all.
         adapt: what the paper changes besides the norm: gets the model with its norms, and their name.
         samples: pictures (rows, columns, height, width) that a model made, or real ones for None.
+        norm: the model's own one, LayerNorm, RMSNorm or BatchNorm, which is taken out.
     """
 
     title: str
@@ -60,3 +61,4 @@ class Domain:
     select: Callable[[str], bool] | None = None
     adapt: Callable[[Any, str], None] | None = None
     samples: Callable[[Any], Tensor] | None = None
+    norm: str = "LayerNorm"

@@ -1,12 +1,12 @@
-"""DyT beside LayerNorm in models that are no language models, trained from scratch on real data.
+"""DyT beside the norms of models that are no language models, trained from scratch on real data.
 
     python examples/beyond_llm/run.py DOMAIN... --seeds 3 --output DIR
 
-Each domain is a file of this folder (vit, mae, ...). Every norm is trained at every learning rate of the
-domain and every seed, from the same weights over the same batches, and reported on the test data at the rate
-that is best on the validation data. DIR/runs has a file for each finished run, which is not done again;
-DIR/table.csv, DIR/table.md, DIR/DOMAIN.svg and DIR/DOMAIN-samples.png are made of them. Results:
-docs/beyond-llm.md.
+Each domain is a file of this folder (vit, mae, ...). Its model with its own norm, and without it by each
+method (`--methods`, `--alpha0`), is trained at every learning rate of the domain and every seed, from the
+same weights over the same batches, and reported on the test data at the rate that is best on the validation
+data. DIR/runs has a file for each finished run, which is not done again; DIR/table.csv, DIR/table.md,
+DIR/DOMAIN.svg and DIR/DOMAIN-samples.png are made of them. Results: docs/beyond-llm.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from megatron_dyt.errors import UserError, run_main
 if TYPE_CHECKING:
     from examples.beyond_llm.domain import Domain, Split
 
-DOMAINS = ("vit", "mae", "convnext", "dit", "wav2vec2", "hyena", "caduceus")
-NORMS = ("LayerNorm", "DyT")
+DOMAINS = ("vit", "mae", "convnext", "resnet", "dit", "wav2vec2", "hyena", "caduceus")
+# DyT, and those of methods.py.
+METHODS = ("DyT", "SkipInit", "Fixup", "sigmaReparam")
 ALPHA = 0.5
 # Where what is imported and what is installed have different names.
 PACKAGES = {"sklearn": "scikit-learn"}
@@ -42,7 +43,7 @@ LOSS_EVERY = 10
 
 @dataclass(frozen=True)
 class Run:
-    """One training."""
+    """One training; `norm` is the model's own one, or one that `chosen` names."""
 
     domain: str
     norm: str
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[Run, dict[str, Any]] = {}
     for name, domain in domains.items():
         split = splits[name]
-        for run in runs(name, domain, options.seeds):
+        for run in runs(name, domain, [domain.norm, *chosen(options)], options.seeds):
             results[run] = once(run, domain, split, options.output)
             print(f"{run.path(Path()).with_suffix('')}: {said(results[run])}", flush=True)
     tables.write(options.output, domains, results)
@@ -90,16 +91,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="how many")
     add("--steps", type=int, help="of each run; default: the domain's")
     add("--rates", type=float, nargs="+", help="peaks of the learning rate; default: the domain's")
+    add("--methods", nargs="+", choices=METHODS, default=["DyT"], help="beside the model's own norm")
+    add("--alpha0", type=float, nargs="+", default=[ALPHA], help="of DyT, which is trained with each")
     add("--skip-missing", action="store_true", help="leave out domains whose package is not installed")
     add("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(argv)
     for name in ("seeds", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: 1 is the least")
-    for rate in options.rates or ():
-        if not 0 < rate < math.inf:
-            parser.error(f"--rates {rate}: a learning rate is finite and above 0")
+    for name in ("rates", "alpha0"):
+        for value in getattr(options, name) or ():
+            if not 0 < value < math.inf:
+                parser.error(f"--{name} {value}: it has to be finite and above 0")
     return options
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """What is trained beside the model's own norm: "DyT" and "DyT-alpha2", say."""
+    alphas = ["" if alpha == ALPHA else f"-alpha{alpha:.15g}" for alpha in options.alpha0]
+    names = [f"{each}{alpha}" for each in options.methods for alpha in (alphas if each == "DyT" else [""])]
+    return list(dict.fromkeys(names))
+
+
+def method_of(norm: str) -> tuple[str, float | None]:
+    """One of `METHODS`, or a model's own norm; and the initial alpha of DyT."""
+    method, _, alpha = norm.partition("-alpha")
+    return method, float(alpha or ALPHA) if method == "DyT" else None
 
 
 def load(name: str) -> Domain:
@@ -117,10 +134,10 @@ def needed(what: str, make: Any, *arguments: Any) -> Any:
         raise UserError(f"{what} needs {package}, which is not installed: pip install {package}") from error
 
 
-def runs(name: str, domain: Domain, seeds: int) -> list[Run]:
+def runs(name: str, domain: Domain, norms: Sequence[str], seeds: int) -> list[Run]:
     """Seed by seed, so that a part of them is a comparison too."""
     return [
-        Run(name, norm, rate, seed) for seed in range(1, seeds + 1) for rate in domain.rates for norm in NORMS
+        Run(name, norm, rate, seed) for seed in range(1, seeds + 1) for rate in domain.rates for norm in norms
     ]
 
 
@@ -145,17 +162,20 @@ def once(run: Run, domain: Domain, split: Split, output: Path) -> dict[str, Any]
 def settings(run: Run, domain: Domain) -> dict[str, Any]:
     """What a run's result depends on and can be changed without changing a model."""
     recipe = {"steps": domain.steps, "batch": domain.batch, "weight_decay": domain.weight_decay}
-    return {**vars(run), **recipe, "betas": list(domain.betas), "alpha": ALPHA if run.norm == "DyT" else None}
+    return {**vars(run), **recipe, "betas": list(domain.betas), "alpha": method_of(run.norm)[1]}
 
 
 def start(run: Run, domain: Domain) -> nn.Module:
-    """The model with the run's norm; its other weights depend on the seed alone."""
+    """The model with the run's norm, or without by its method; its other weights depend on the seed alone."""
     torch.manual_seed(run.seed)
     model = domain.model()
-    if run.norm == "DyT":
-        convert_norms(model, alpha_init=ALPHA, select=domain.select)
+    method, alpha = method_of(run.norm)
+    if alpha is not None:
+        convert_norms(model, alpha_init=alpha, select=domain.select, kinds=(domain.norm.lower(),))
+    elif method != domain.norm:
+        importlib.import_module("examples.beyond_llm.methods").METHODS[method](model)
     if domain.adapt is not None:
-        domain.adapt(model, run.norm)
+        domain.adapt(model, method)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,42 +24,36 @@ from megatron_dyt.sweep.statistics import Interval, interval
 type Results = Mapping[frame.Run, dict[str, Any]]
 PAPER = Path(__file__).with_name("paper.yaml")
 COLUMNS = ["domain", "metric", "unit", "norm", "learning rate", "seeds", "diverged", "mean", "half interval"]
-COLUMNS += ["minus LayerNorm", "half interval of the difference"]
+COLUMNS += ["minus own norm", "half interval of the difference"]
+HEAD = ["domain", "metric, on test data", "norm", "rate", "mean", "minus own norm", "diverged", "the paper"]
 
 
 def write(output: Path, domains: Mapping[str, Domain], results: Results) -> None:
-    """table.csv, a row for each norm and metric; table.md, a row for each metric; pictures."""
-    rows, lines = [], []
+    """table.csv and table.md, a row for each metric and norm; pictures."""
+    rows: list[list[Any]] = [COLUMNS]
+    lines: list[list[Any]] = [HEAD, ["---"] * len(HEAD)]
     for name, domain in domains.items():
-        best = {norm: best_rate(name, norm, domain, results) for norm in frame.NORMS}
+        norms = dict.fromkeys(run.norm for run in results if run.domain == name)
+        best = {norm: best_rate(name, norm, domain, results) for norm in norms}
         for metric, (unit, _) in domain.metrics.items():
-            base, dyt = (at(name, norm, best[norm], metric, results) for norm in frame.NORMS)
-            found = interval([dyt[seed] - base[seed] for seed in dyt if seed in base])
-            for norm, values in zip(frame.NORMS, (base, dyt), strict=True):
-                lost = diverged(name, norm, best[norm], results)
+            base = at(name, domain.norm, best[domain.norm], metric, results)
+            for norm, rate in best.items():
+                values = at(name, norm, rate, metric, results)
+                lost = diverged(name, norm, rate, results)
+                other = norm != domain.norm
+                found = interval([values[seed] - base[seed] for seed in values if seed in base and other])
                 shown = numbers(interval(list(values.values())))
-                difference = numbers(found) if norm != frame.NORMS[0] else ["", ""]
-                rows.append([name, metric, unit, norm, best[norm], len(values), lost, *shown, *difference])
-            cells = [cell(base, unit), best[frame.NORMS[0]], cell(dyt, unit), best[frame.NORMS[1]]]
-            lines.append([domain.title, metric, *cells, text(found, "", sign=True), published(name, metric)])
+                rows.append([name, metric, unit, norm, rate, len(values), lost, *shown, *numbers(found)])
+                difference = text(found, "", sign=True) if other else ""
+                paper = published(name, metric, norm, other)
+                lines.append(
+                    [domain.title, metric, norm, rate, cell(values, unit), difference, lost or "", paper]
+                )
         write_atomically(output / f"{name}.svg", picture(name, domain, best, results).encode())
         if domain.samples is not None:
             write_atomically(output / f"{name}-samples.png", gallery(name, domain.samples, best, results))
-    write_atomically(output / "table.csv", as_csv([COLUMNS, *rows]))
-    head = [
-        "domain",
-        "metric, on test data",
-        "LayerNorm",
-        "rate",
-        "DyT",
-        "rate",
-        "DyT − LayerNorm",
-        "the paper",
-    ]
-    marked = [head, ["---"] * len(head), *lines]
-    write_atomically(
-        output / "table.md", "".join(f"| {' | '.join(map(str, x))} |\n" for x in marked).encode()
-    )
+    write_atomically(output / "table.csv", as_csv(rows))
+    write_atomically(output / "table.md", "".join(f"| {' | '.join(map(str, x))} |\n" for x in lines).encode())
 
 
 def at(
@@ -89,13 +84,17 @@ def best_rate(name: str, norm: str, domain: Domain, results: Results) -> float:
     return min(domain.rates, key=badness)
 
 
-def published(name: str, metric: str) -> str:
-    """The paper's rows for the domain; none where ours is another metric."""
+def published(name: str, metric: str, norm: str, other: bool) -> str:
+    """The paper's figures for a norm in the domain; none where ours is another metric, or it has none."""
     facts = yaml.safe_load(PAPER.read_text())["domains"][name]
-    if metric != facts["ours"]:
-        return ""
-    rows = [f"{row['model']} {row['LN']} → {row['DyT']}" for row in facts["rows"]]
-    return f"{facts['metric']}, {facts['unit']}: {'; '.join(rows)} ({facts['table']})"
+    tables = [facts, *facts.get("compared", [])] if metric == facts["ours"] else []
+    key = norm if other else facts.get("own", "LN")
+    found = []
+    for table in tables:
+        values = [f"{row['model']} {row[key]}" for row in table["rows"] if key in row]
+        if values:
+            found.append(f"{', '.join(values)} ({table['table']})")
+    return f"{facts['metric']}, {facts['unit']}: {'; '.join(found)}" if found else ""
 
 
 def numbers(found: Interval | None) -> list[Any]:
@@ -131,7 +130,7 @@ def picture(name: str, domain: Domain, best: Mapping[str, float], results: Resul
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         axes.set_yscale("log")
-        for color, norm in zip((theme.BLUE, theme.ORANGE), frame.NORMS, strict=True):
+        for color, norm in zip(itertools.cycle(theme.SERIES), best, strict=False):
             curves = [
                 result["losses"]
                 for run, result in results.items()
@@ -148,7 +147,7 @@ def picture(name: str, domain: Domain, best: Mapping[str, float], results: Resul
 
 def gallery(name: str, samples: Callable[[Any], Any], best: Mapping[str, float], results: Results) -> bytes:
     """A PNG of test data and of what each norm's first seed made at its rate, in the same shades."""
-    shown = {"test data": np.asarray(samples(None)), **dict.fromkeys(frame.NORMS, np.empty(0))}
+    shown = {"test data": np.asarray(samples(None)), **dict.fromkeys(best, np.empty(0))}
     for run, result in sorted(results.items(), key=lambda item: item[0].seed, reverse=True):
         if run.domain == name and run.rate == best[run.norm] and result["status"] == "done":
             shown[run.norm] = np.asarray(result["samples"])

@@ -7,12 +7,13 @@ without calling it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from megatron_dyt.nn.calibrate import calibrate, set_parameters, some
 from megatron_dyt.nn.callers import fused_reads, set_fast_paths
@@ -22,6 +23,8 @@ from megatron_dyt.nn.refine import refine as refine_sites
 from megatron_dyt.ops.reference import Function
 
 _log = logging.getLogger(__name__)
+
+KINDS = ("layernorm", "rmsnorm")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def convert_norms(
     sequential: bool = True,
     refine: bool = True,
     select: Callable[[str], bool] | None = None,
+    kinds: Collection[str] = KINDS,
 ) -> Conversion:
     """Replace every LayerNorm and RMSNorm of `model` by a `DynamicTanh`, in place. Experimental.
 
@@ -97,6 +101,8 @@ def convert_norms(
         refine: then bring the last site nearer to its norm, by gradient steps on all DyTs together. Not
             without `sequential`.
         select: names of modules to convert; None for all.
+        kinds: of "layernorm", "rmsnorm" and "batchnorm", which to convert. DyT in the place of BatchNorm
+            costs accuracy (docs/beyond-llm.md), so that has to be asked for.
 
     Returns:
         What was converted; its attribute `left` is the rest.
@@ -105,10 +111,15 @@ def convert_norms(
         ValueError: no norm can be converted, an argument is not as above, or the calibration does not reach
             every norm. The model is then as it was, as after any other error.
     """
-    norms, left = find_norms(model, select)
+    if unknown := {*kinds} - {*KINDS, "batchnorm"}:
+        raise ValueError(f"kinds has {sorted(unknown)}; allowed are layernorm, rmsnorm and batchnorm")
+    norms, left = find_norms(model, select, kinds)
     if not norms:
+        named = " or ".join(
+            {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(each, "BatchNorm") for each in kinds
+        )
         raise ValueError(
-            f"{type(model).__name__} has no LayerNorm or RMSNorm"
+            f"{type(model).__name__} has no {named}"
             + (" that `select` takes" if select else "")
             + " to convert; convert_norms replaces the norms inside a model"
             + "".join(f". {line}" for line in _summary(left))
@@ -160,9 +171,12 @@ def restore_norms(model: nn.Module) -> list[str]:
 
 
 def find_norms(
-    model: nn.Module, select: Callable[[str], bool] | None = None
+    model: nn.Module, select: Callable[[str], bool] | None = None, kinds: Collection[str] = KINDS
 ) -> tuple[dict[str, tuple[nn.Module, Norm]], list[LeftNorm]]:
-    """The norms inside a model by name, and those that have to stay; one that is used twice comes once."""
+    """The norms inside a model by name, and those that have to stay; one that is used twice comes once.
+
+    What is a norm of another kind than `kinds` is in neither.
+    """
     norms: dict[str, tuple[nn.Module, Norm]] = {}
     left: list[LeftNorm] = []
     callers, owners = _callers(model), _owners(model)
@@ -170,7 +184,9 @@ def find_norms(
         # Weight norm and spectral norm are parametrizations of weights.
         if not name or "parametrizations" in name.split(".") or (select and not select(name)):
             continue
-        found = examine(module)
+        found = examine(module, batch_norms="batchnorm" in kinds)
+        if isinstance(found, Norm) and _kind(module, found) not in kinds:
+            continue
         if isinstance(found, Norm):
             shared = {owner for each in tensors_of(module).values() for owner in owners[id(each)]} - {name}
             if shared:
@@ -182,6 +198,12 @@ def find_norms(
         elif found is not None:
             norms[name] = (module, found)
     return norms, left
+
+
+def _kind(module: nn.Module, norm: Norm) -> str:
+    if isinstance(module, _BatchNorm):
+        return "batchnorm"
+    return "layernorm" if norm.formula.centered else "rmsnorm"
 
 
 def _callers(model: nn.Module) -> dict[nn.Module, str]:

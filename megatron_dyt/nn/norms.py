@@ -90,14 +90,17 @@ def without_weight(module: nn.Module, norm: Norm) -> nn.Module:
     return twin
 
 
-def examine(module: nn.Module) -> Norm | str | None:
-    """The norm that a module is, why DyT cannot take its place, or None for what is no norm."""
+def examine(module: nn.Module, *, batch_norms: bool = False) -> Norm | str | None:
+    """The norm that a module is, why DyT cannot take its place, or None for what is no norm.
+
+    batch_norms: whether PyTorch's BatchNorm counts as one, of dimension 1.
+    """
     is_torchs = isinstance(module, (nn.LayerNorm, nn.RMSNorm, _BatchNorm, nn.GroupNorm, _InstanceNorm))
     # A container called a norm, such as an adaptive one with a linear layer; the norm inside comes by itself.
     has_layers = any(True for child in module.children() for _ in child.parameters())
     if isinstance(module, DynamicTanh) or (has_layers and not is_torchs):
         return None
-    found = _examine(module)
+    found = _examine(module, batch_norms)
     is_called_norm = is_torchs or "norm" in type(module).__name__.lower()
     return None if isinstance(found, str) and not is_called_norm else found
 
@@ -108,16 +111,15 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
 
 
-def _examine(module: nn.Module) -> Norm | str:
+def _examine(module: nn.Module, batch_norms: bool) -> Norm | str:
+    if batch_norms and isinstance(module, _BatchNorm) and not _bars(module):
+        return _batch_norm(module)
     for kinds, reason in _OTHER_NORMS:
         # FrozenBatchNorm2d of detection models is a module of its own.
         if isinstance(module, kinds) or (kinds is _BatchNorm and "BatchNorm" in type(module).__name__):
             return reason
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    if "forward" in vars(module) or any(hooks):
-        return (
-            "it has hooks, or a forward put over its class's, which DyT would lose; convert before they come"
-        )
+    if barred := _bars(module):
+        return barred
     if inputs := _further_inputs(module):
         return f"its forward takes {', '.join(inputs)} too, and DyT takes x alone"
     tensors = tensors_of(module)
@@ -137,6 +139,22 @@ def _examine(module: nn.Module) -> Norm | str:
     )
     gain = gain + 1 if gain is not None and formula.zero_centered else gain
     return Norm(size, channel_dim, gain, shift, formula)
+
+
+def _bars(module: nn.Module) -> str | None:
+    """Why nothing can be put in the place of a module, whatever it computes."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if "forward" not in vars(module) and not any(hooks):
+        return None
+    return "it has hooks, or a forward put over its class's, which DyT would lose; convert before they come"
+
+
+def _batch_norm(module: _BatchNorm) -> Norm | str:
+    if module.num_features < 1:
+        return "it does not know its size before a forward pass (LazyBatchNorm)"
+    gain, shift = (None if each is None else each.detach().float() for each in (module.weight, module.bias))
+    formula = Formula(True, None if gain is None else "weight", False, None if shift is None else "bias")
+    return Norm(module.num_features, 1, gain, shift, formula)
 
 
 def _further_inputs(module: nn.Module) -> list[str]:

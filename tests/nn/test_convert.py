@@ -81,6 +81,59 @@ def test_what_was_left_is_said_with_its_reason(caplog: pytest.LogCaptureFixture)
     assert lines[1].startswith("left 6 (GroupNorm): ")
 
 
+# --- kinds ----------------------------------------------------------------------------------------
+
+
+def test_kinds_are_converted_as_asked() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(
+            nn.BatchNorm1d(SIZE), nn.LayerNorm(SIZE), nn.RMSNorm(SIZE), nn.GroupNorm(2, SIZE)
+        )
+
+    for kinds, names in (
+        (("layernorm",), ["1"]),
+        (["rmsnorm"], ["2"]),
+        ({"batchnorm"}, ["0"]),
+        (("layernorm", "rmsnorm", "batchnorm"), ["0", "1", "2"]),
+    ):
+        converted = model()
+        report = convert_norms(converted, kinds=kinds)
+        assert [each.name for each in report] == names
+        assert [isinstance(each, DynamicTanh) for each in converted] == [str(i) in names for i in range(4)]
+        # A BatchNorm that was not asked for is named, as ever.
+        assert [each.name for each in report.left] == (["3"] if "batchnorm" in kinds else ["0", "3"])
+    with pytest.raises(ValueError, match=r"kinds has \['groupnorm'\]; allowed are layernorm, rmsnorm and"):
+        convert_norms(model(), kinds=("groupnorm",))
+    with pytest.raises(ValueError, match="Sequential has no RMSNorm or BatchNorm to convert"):
+        convert_norms(nn.Sequential(nn.LayerNorm(4)), kinds=("rmsnorm", "batchnorm"))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("norm", "shape"), [(nn.BatchNorm1d, ()), (nn.BatchNorm1d, (7,)), (nn.BatchNorm2d, (5, 3))]
+)
+def test_batch_norm(norm: Any, shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Identity(), randomized(norm(SIZE, affine=affine)))
+    x = torch.randn(8, SIZE, *shape) * torch.linspace(0.5, 2, SIZE).view(SIZE, *[1] * len(shape)) + 0.3
+    model(x)  # It has seen something now.
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target = model.eval()(x).detach()
+    gain, shift = (model[1].weight, model[1].bias) if affine else (torch.ones(SIZE), torch.zeros(SIZE))
+    convert_norms(model, kinds=("batchnorm",), alpha_init=0.7)
+    channels = [SIZE, *[1] * len(shape)]
+    assert model[1].bias is not None or not affine
+    bias = shift.view(channels)
+    torch.testing.assert_close(model(x), gain.view(channels) * torch.tanh(0.7 * x) + bias)
+    restore_norms(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (found,) = convert_norms(model, x, kinds=("batchnorm",))
+    # In evaluation BatchNorm is a line for each channel; the fit has one alpha for all.
+    assert found.error is not None
+    assert found.error < 0.01
+    torch.testing.assert_close(model(x), target, rtol=0, atol=0.2 * float(target.abs().max()))
+
+
 def test_what_select_leaves_out_is_not_mentioned() -> None:
     model = nn.Sequential(nn.BatchNorm1d(SIZE), nn.RMSNorm(SIZE))
     assert convert_norms(model, select=lambda name: name == "1").left == []
