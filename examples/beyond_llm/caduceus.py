@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaModel
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from examples.beyond_llm import genome, probe
+from examples.beyond_llm import genome, genome_metrics
 from examples.beyond_llm.domain import Data, Domain, Split
 
 SHAPE = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
@@ -87,21 +87,13 @@ def masked(model: Caduceus, windows: Tensor, generator: torch.Generator) -> tupl
 
 @torch.no_grad()
 def evaluate(model: Caduceus, data: Data, split: Split) -> dict[str, float]:
-    logits, found = masked(model, data.inputs[:, 0], torch.Generator().manual_seed(0))
-    return {
-        "masked base loss": float(nn.functional.cross_entropy(logits, found)),
-        "masked base accuracy": 100 * float((logits.argmax(-1) == found).double().mean()),
-        genome.CLASSIFIED: probe.accuracy(model.features, data, split),
-    }
+    predicted = masked(model, data.inputs[:, 0], torch.Generator().manual_seed(0))
+    return genome_metrics.measure("masked base", *predicted, model.features, data, split)
 
 
 DOMAIN = Domain(
     title="Caduceus, a genome's masked bases",
-    metrics={
-        "masked base loss": ("nats", False),
-        "masked base accuracy": ("%", True),
-        genome.CLASSIFIED: ("%", True),
-    },
+    metrics=genome_metrics.of("masked base"),
     model=Caduceus,
     data=lambda: genome.read(LENGTH, 8192),
     loss=loss,

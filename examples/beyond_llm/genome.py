@@ -17,7 +17,6 @@ from megatron_dyt.errors import UserError
 PATH = Path("/usr/share/doc/bowtie/examples/genomes/NC_008253.fna.gz")
 PACKAGE = "bowtie-examples"
 BASES = "ACGT"  # a base is its place here, so that its complement is 3 minus it
-CLASSIFIED = "genome or decoy, accuracy of a linear probe"
 VALID, TEST = 128, 256  # windows; further ones are trained on
 
 

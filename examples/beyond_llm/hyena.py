@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from examples.beyond_llm import genome, probe
+from examples.beyond_llm import genome, genome_metrics
 from examples.beyond_llm.domain import Data, Domain, Split
 
 HIDDEN, LAYERS, LENGTH = 64, 2, 128
@@ -103,30 +103,23 @@ class HyenaDNA(nn.Module):
 
 def loss(model: HyenaDNA, batch: Data, generator: torch.Generator) -> Tensor:
     """Cross-entropy of the next base in the genome's windows, in nats."""
-    return next_base(model, batch.inputs[:, 0])
+    return nn.functional.cross_entropy(*next_bases(model, batch.inputs[:, 0]))
 
 
-def next_base(model: HyenaDNA, windows: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(windows)[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+def next_bases(model: HyenaDNA, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (places, 4) and bases (places,) of all places but each window's first."""
+    return model(windows)[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
 
 
 @torch.no_grad()
 def evaluate(model: HyenaDNA, data: Data, split: Split) -> dict[str, float]:
-    right = model(data.inputs[:, 0])[:, :-1].argmax(-1) == data.inputs[:, 0, 1:]
-    return {
-        "next base loss": float(next_base(model, data.inputs[:, 0])),
-        "next base accuracy": 100 * float(right.double().mean()),
-        genome.CLASSIFIED: probe.accuracy(model.features, data, split),
-    }
+    predicted = next_bases(model, data.inputs[:, 0])
+    return genome_metrics.measure("next base", *predicted, model.features, data, split)
 
 
 DOMAIN = Domain(
     title="HyenaDNA, a genome's next base",
-    metrics={
-        "next base loss": ("nats", False),
-        "next base accuracy": ("%", True),
-        genome.CLASSIFIED: ("%", True),
-    },
+    metrics=genome_metrics.of("next base"),
     model=HyenaDNA,
     data=lambda: genome.read(LENGTH, 4096),
     loss=loss,

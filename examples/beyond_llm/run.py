@@ -103,6 +103,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for value in getattr(options, name) or ():
             if not 0 < value < math.inf:
                 parser.error(f"--{name} {value}: it has to be finite and above 0")
+    if options.alpha0 != [ALPHA] and "DyT" not in options.methods:
+        parser.error(f"--alpha0 is DyT's, which is not among --methods {' '.join(options.methods)}; add it")
     return options
 
 

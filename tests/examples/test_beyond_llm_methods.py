@@ -1,7 +1,7 @@
 """The compared methods: what they compute, how they start, and that the norms are gone."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -79,19 +79,20 @@ def scaled(layer: nn.Module, x: Tensor) -> Tensor:
     return y if layer.factor is None else layer.factor * y
 
 
+def gradients(model: nn.Module, *outputs: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Of each parameter, from each of the outputs with the same gradient."""
+    parameters = [p for name, p in model.named_parameters() if "mask_token" not in name]
+    dy = torch.randn_like(outputs[0])
+    return zip(*(torch.autograd.grad(each, parameters, dy) for each in outputs), strict=True)
+
+
 @pytest.mark.parametrize("method", ["SkipInit", "Fixup"])
 def test_values_and_gradients(method: str) -> None:
     model = shaken(made("vit", method))
     found = model(images()).logits
     expected = vit_by_hand(model, images(), scaled, lambda layer: layer.weight)
     torch.testing.assert_close(found, expected)
-    parameters = [p for name, p in model.named_parameters() if "mask_token" not in name]
-    dy = torch.randn_like(found)
-    for mine, right in zip(
-        torch.autograd.grad(found, parameters, dy),
-        torch.autograd.grad(expected, parameters, dy),
-        strict=True,
-    ):
+    for mine, right in gradients(model, found, expected):
         torch.testing.assert_close(mine, right)
 
 
@@ -113,13 +114,7 @@ def test_sigma_reparam_divides_by_the_largest_singular_value() -> None:
 
     found, expected = model(images()).logits, vit_by_hand(model, images(), apply, weight)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    parameters = [p for name, p in model.named_parameters() if "mask_token" not in name]
-    dy = torch.randn_like(found)
-    for mine, right in zip(
-        torch.autograd.grad(found, parameters, dy),
-        torch.autograd.grad(expected, parameters, dy),
-        strict=True,
-    ):
+    for mine, right in gradients(model, found, expected):
         torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-7 + 1e-3 * float(right.abs().max()))
 
 
@@ -190,3 +185,9 @@ def test_other_layers_are_refused(method: str) -> None:
     with pytest.raises(UserError, match="Sequential has no layers like transformers' ViT"):
         methods.METHODS[method](model)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_an_alpha_without_dyt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        frame.parse(["vit", "--methods", "Fixup", "--alpha0", "1", "--output", "x"])
+    assert "--alpha0 is DyT's, which is not among --methods Fixup; add it" in capsys.readouterr().err

@@ -239,7 +239,7 @@ def test_saved_and_loaded(name: str, folder: Path) -> None:
 
 
 def test_a_probe_tells_a_genome_from_decoys() -> None:
-    from examples.beyond_llm import probe
+    from examples.beyond_llm import genome_metrics
     from examples.beyond_llm.domain import Data, Split
 
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +248,7 @@ def test_a_probe_tells_a_genome_from_decoys() -> None:
     data = Data(inputs, inputs[:, 0])
     split = Split(data, data, data)
     one_hot = torch.nn.functional.one_hot
-    assert probe.accuracy(lambda x: one_hot(x, 4).float(), data, split) > 99
+    assert genome_metrics.accuracy(lambda x: one_hot(x, 4).float(), data, split) > 99
     held_out = Data(inputs[512:], inputs[512:, 0])
-    noise = probe.accuracy(lambda x: torch.randn(*x.shape, 4, generator=generator), held_out, split)
+    noise = genome_metrics.accuracy(lambda x: torch.randn(*x.shape, 4, generator=generator), held_out, split)
     assert 25 < noise < 75

@@ -1,4 +1,4 @@
-"""A linear classifier on a model's frozen features."""
+"""What a model of a genome is measured by: the bases it predicts, and a linear classifier on its features."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,34 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.beyond_llm.domain import Data, Split
 
+CLASSIFIED = "genome or decoy, accuracy of a linear probe"
 WINDOWS = 512  # of the training data
+
+
+def of(what: str) -> dict[str, tuple[str, bool]]:
+    """`Domain.metrics` of a model that predicts `what`, such as "next base"."""
+    return {f"{what} loss": ("nats", False), f"{what} accuracy": ("%", True), CLASSIFIED: ("%", True)}
+
+
+def measure(
+    what: str,
+    logits: Tensor,
+    bases: Tensor,
+    features: Callable[[Tensor], Tensor],
+    data: Data,
+    split: Split,
+) -> dict[str, float]:
+    """The metrics of `of(what)`, of logits (places, 4) for the bases (places,) that stand there."""
+    values = (
+        float(nn.functional.cross_entropy(logits, bases)),
+        100 * float((logits.argmax(-1) == bases).double().mean()),
+        accuracy(features, data, split),
+    )
+    return dict(zip(of(what), values, strict=True))
 
 
 def accuracy(features: Callable[[Tensor], Tensor], data: Data, split: Split) -> float:
