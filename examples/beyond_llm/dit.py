@@ -61,11 +61,17 @@ def scheduler() -> DDIMScheduler:
 
 def loss(model: DiTTransformer2DModel, batch: Data, generator: torch.Generator) -> Tensor:
     """Mean squared error of the noise, at times and with noise of the generator."""
+    noise, noisy = noised(batch, generator)
+    return nn.functional.mse_loss(model(**noisy).sample, noise)
+
+
+def noised(batch: Data, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """The noise, and what the model is called with to find it."""
     images = batch.inputs
     times = torch.randint(scheduler().config.num_train_timesteps, (len(images),), generator=generator)
     noise = torch.randn(images.shape, generator=generator).to(images)
     noisy = scheduler().add_noise(images, noise, times)
-    return nn.functional.mse_loss(model(noisy, times, class_labels=batch.targets).sample, noise)
+    return noise, {"hidden_states": noisy, "timestep": times, "class_labels": batch.targets}
 
 
 @torch.no_grad()
@@ -134,6 +140,7 @@ DOMAIN = Domain(
     data=digits.read,
     loss=loss,
     evaluate=evaluate,
+    call=lambda batch, generator: noised(batch, generator)[1],
     adapt=adapt,
     samples=samples,
     rates=(3e-3, 1e-2),

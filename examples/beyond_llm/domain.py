@@ -44,6 +44,8 @@ class Domain:
         select: names of the norms to replace; None for all.
         adapt: what the paper changes besides the norm: gets the model with its norms, and their name.
         samples: pictures (rows, columns, height, width) that a model made, or real ones for None.
+        call: what the model can be called with, of a batch, for a calibration: a tensor, or keyword
+            arguments; None: the batch's inputs.
         norm: the model's own one, LayerNorm, RMSNorm or BatchNorm, which is taken out.
     """
 
@@ -61,4 +63,5 @@ class Domain:
     select: Callable[[str], bool] | None = None
     adapt: Callable[[Any, str], None] | None = None
     samples: Callable[[Any], Tensor] | None = None
+    call: Callable[[Data, torch.Generator], Tensor | dict[str, Any]] | None = None
     norm: str = "LayerNorm"

@@ -124,6 +124,7 @@ DOMAIN = Domain(
     data=lambda: genome.read(LENGTH, 4096),
     loss=loss,
     evaluate=evaluate,
+    call=lambda batch, generator: batch.inputs[:, 0],
     rates=(3e-3, 1e-2),
     steps=100,
     batch=16,

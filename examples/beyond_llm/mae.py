@@ -40,8 +40,12 @@ def model() -> ViTMAEForPreTraining:
 
 def loss(model: ViTMAEForPreTraining, batch: Data, generator: torch.Generator) -> Tensor:
     """Mean squared error of the masked patches; the generator chooses these."""
+    return model(**call(batch, generator)).loss
+
+
+def call(batch: Data, generator: torch.Generator) -> dict[str, Tensor]:
     noise = torch.rand(len(batch.inputs), PATCHES, generator=generator)
-    return model(batch.inputs, noise=noise).loss
+    return {"pixel_values": batch.inputs, "noise": noise}
 
 
 @torch.no_grad()
@@ -73,5 +77,6 @@ DOMAIN = Domain(
     data=digits.read,
     loss=loss,
     evaluate=evaluate,
+    call=call,
     betas=(0.9, 0.95),
 )

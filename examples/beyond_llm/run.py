@@ -12,28 +12,30 @@ DIR/DOMAIN.svg and DIR/DOMAIN-samples.png are made of them. Results: docs/beyond
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_dyt import convert_norms
 from megatron_dyt.atomic import read_json, write_json
 from megatron_dyt.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from examples.beyond_llm.domain import Domain, Split
+    from examples.beyond_llm.domain import Data, Domain, Split
 
 DOMAINS = ("vit", "mae", "convnext", "resnet", "dit", "wav2vec2", "hyena", "caduceus")
-# DyT, and those of methods.py.
-METHODS = ("DyT", "SkipInit", "Fixup", "sigmaReparam")
+# DyT; DyT that starts as what is nearest to the norms, on a batch of the training data; those of methods.py.
+FITTED = "DyT-fitted"
+METHODS = ("DyT", FITTED, "SkipInit", "Fixup", "sigmaReparam")
 ALPHA = 0.5
 # Where what is imported and what is installed have different names.
 PACKAGES = {"sklearn": "scikit-learn"}
@@ -59,6 +61,21 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if argv is None else argv)
     # The sums of several threads differ from machine to machine.
     torch.set_num_threads(1)
+    domains, splits = read(options)
+    tables = needed("table", importlib.import_module, "examples.beyond_llm.table")
+    results: dict[Run, dict[str, Any]] = {}
+    for name, domain in domains.items():
+        split = splits[name]
+        for run in runs(name, domain, [domain.norm, *chosen(options)], options.seeds):
+            make = functools.partial(train, run, domain, split)
+            results[run] = once(run.path(options.output), settings(run, domain), make)
+            print(f"{run.path(Path()).with_suffix('')}: {said(results[run])}", flush=True)
+    tables.write(options.output, domains, results)
+    print((options.output / "table.md").read_text())
+
+
+def read(options: argparse.Namespace) -> tuple[dict[str, Domain], dict[str, Split]]:
+    """The domains asked for, with `--steps` and `--rates` if given, and their data."""
     given = {"steps": options.steps, "rates": options.rates and tuple(options.rates)}
     given = {name: value for name, value in given.items() if value}
     domains, splits = {}, {}
@@ -73,38 +90,46 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not domains:
         raise UserError(f"nothing is left of {', '.join(options.domains)}")
-    tables = needed("table", importlib.import_module, "examples.beyond_llm.table")
-    results: dict[Run, dict[str, Any]] = {}
-    for name, domain in domains.items():
-        split = splits[name]
-        for run in runs(name, domain, [domain.norm, *chosen(options)], options.seeds):
-            results[run] = once(run, domain, split, options.output)
-            print(f"{run.path(Path()).with_suffix('')}: {said(results[run])}", flush=True)
-    tables.write(options.output, domains, results)
-    print((options.output / "table.md").read_text())
+    return domains, splits
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common(__doc__)
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=["DyT"], help="beside the model's own norm")
+    add("--alpha0", type=float, nargs="+", default=[ALPHA], help="of DyT, which is trained with each")
+    options = checked(parser, argv, counts=("seeds", "steps"), sizes=("rates", "alpha0"))
+    if options.alpha0 != [ALPHA] and "DyT" not in options.methods:
+        parser.error(f"--alpha0 is DyT's, which is not among --methods {' '.join(options.methods)}; add it")
+    return options
+
+
+def common(description: str) -> argparse.ArgumentParser:
+    """The flags that `read` needs."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     add = parser.add_argument
     add("domains", nargs="+", metavar="DOMAIN", choices=DOMAINS, help=", ".join(DOMAINS))
     add("--seeds", type=int, default=3, help="how many")
     add("--steps", type=int, help="of each run; default: the domain's")
     add("--rates", type=float, nargs="+", help="peaks of the learning rate; default: the domain's")
-    add("--methods", nargs="+", choices=METHODS, default=["DyT"], help="beside the model's own norm")
-    add("--alpha0", type=float, nargs="+", default=[ALPHA], help="of DyT, which is trained with each")
     add("--skip-missing", action="store_true", help="leave out domains whose package is not installed")
     add("--output", type=Path, required=True, metavar="DIR")
+    return parser
+
+
+def checked(
+    parser: argparse.ArgumentParser, argv: list[str], counts: Sequence[str], sizes: Sequence[str]
+) -> argparse.Namespace:
+    """The flags given; `counts` have to be 1 at least, `sizes` finite and above 0."""
     options = parser.parse_args(argv)
-    for name in ("seeds", "steps"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: 1 is the least")
-    for name in ("rates", "alpha0"):
-        for value in getattr(options, name) or ():
+    for name in (*counts, *sizes):
+        given = getattr(options, name)
+        flag = f"--{name.replace('_', '-')}"
+        for value in given if isinstance(given, list) else [given] * (given is not None):
+            if name in counts and value < 1:
+                parser.error(f"{flag} {value}: 1 is the least")
             if not 0 < value < math.inf:
-                parser.error(f"--{name} {value}: it has to be finite and above 0")
-    if options.alpha0 != [ALPHA] and "DyT" not in options.methods:
-        parser.error(f"--alpha0 is DyT's, which is not among --methods {' '.join(options.methods)}; add it")
+                parser.error(f"{flag} {value}: it has to be finite and above 0")
     return options
 
 
@@ -149,12 +174,11 @@ def said(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in result["test"].items())
 
 
-def once(run: Run, domain: Domain, split: Split, output: Path) -> dict[str, Any]:
-    """The result of a run, from its file if that is there."""
-    path = run.path(output)
-    found, asked = read_json(path), settings(run, domain)
+def once(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives with the settings `asked`, from its file if that is there."""
+    found = read_json(path)
     if found is None:
-        found = {"settings": asked, **train(run, domain, split)}
+        found = {"settings": asked, **make()}
         write_json(path, found)
     elif found["settings"] != asked:
         raise UserError(f"{path} has the settings {found['settings']}, not {asked}; choose another --output")
@@ -167,12 +191,19 @@ def settings(run: Run, domain: Domain) -> dict[str, Any]:
     return {**vars(run), **recipe, "betas": list(domain.betas), "alpha": method_of(run.norm)[1]}
 
 
-def start(run: Run, domain: Domain) -> nn.Module:
-    """The model with the run's norm, or without by its method; its other weights depend on the seed alone."""
+def start(run: Run, domain: Domain, data: Data | None = None) -> nn.Module:
+    """The model with the run's norm, or without by its method; its other weights depend on the seed alone.
+
+    Args:
+        data: to train on; for what is fitted to it.
+    """
     torch.manual_seed(run.seed)
     model = domain.model()
     method, alpha = method_of(run.norm)
-    if alpha is not None:
+    if method == FITTED:
+        batch = calibration(domain, data or domain.data().train, domain.batch, run.seed)
+        convert_norms(model, batch, refine=False, select=domain.select, kinds=(domain.norm.lower(),))
+    elif alpha is not None:
         convert_norms(model, alpha_init=alpha, select=domain.select, kinds=(domain.norm.lower(),))
     elif method != domain.norm:
         importlib.import_module("examples.beyond_llm.methods").METHODS[method](model)
@@ -181,26 +212,20 @@ def start(run: Run, domain: Domain) -> nn.Module:
     return model
 
 
+def calibration(domain: Domain, data: Data, count: int, seed: int) -> Tensor | dict[str, Any]:
+    """What a model is called with, of `count` examples that the seed chooses."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = data.batch(generator, count)
+    return batch.inputs if domain.call is None else domain.call(batch, generator)
+
+
 def train(run: Run, domain: Domain, split: Split) -> dict[str, Any]:
     """Mean losses of each `LOSS_EVERY` steps, and the metrics; or where the loss was no number."""
     began = time.perf_counter()
-    model = start(run, domain).train()
-    # The dropout's of a model that has one; the batches' and the loss's is a generator of their own.
-    torch.manual_seed(run.seed)
-    generator = torch.Generator().manual_seed(run.seed)
-    optimizer = make_optimizer(model, domain)
-    losses: list[float] = []
-    for step in range(domain.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate * schedule(step, domain.steps)
-        loss = domain.loss(model, split.train.batch(generator, domain.batch), generator)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            return {"status": "diverged", "steps": step + 1, "losses": means(losses[:-1])}
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
+    model = start(run, domain, split.train)
+    losses = fit(model, domain, split, run.rate, run.seed)
+    if not math.isfinite(losses[-1]):
+        return {"status": "diverged", "steps": len(losses), "losses": means(losses[:-1])}
     valid, test = (domain.evaluate(model, data, split) for data in (split.valid, split.test))
     if not all(math.isfinite(value) for value in (*valid.values(), *test.values())):
         return {"status": "diverged", "steps": domain.steps, "losses": means(losses)}
@@ -215,6 +240,31 @@ def train(run: Run, domain: Domain, split: Split) -> dict[str, Any]:
         "torch": torch.__version__,
         **pictures,
     }
+
+
+def fit(model: nn.Module, domain: Domain, split: Split, rate: float, seed: int) -> list[float]:
+    """Train for the domain's steps, and leave the model in eval mode; each step's loss.
+
+    It ends with the first loss that is no number.
+    """
+    model.train()
+    # The dropout's of a model that has one; the batches' and the loss's is a generator of their own.
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = make_optimizer(model, domain)
+    losses: list[float] = []
+    for step in range(domain.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * schedule(step, domain.steps)
+        loss = domain.loss(model, split.train.batch(generator, domain.batch), generator)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    return losses
 
 
 def make_optimizer(model: nn.Module, domain: Domain) -> torch.optim.Optimizer:
@@ -235,7 +285,7 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def rounded(pictures: torch.Tensor) -> list[Any]:
+def rounded(pictures: Tensor) -> list[Any]:
     return pictures.double().mul(100).round().div(100).tolist()
 
 

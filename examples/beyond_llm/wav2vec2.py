@@ -45,15 +45,24 @@ def model() -> Wav2Vec2ForPreTraining:
 
 def losses(model: Wav2Vec2ForPreTraining, clips: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Contrastive loss + 0.1 × diversity loss, in nats per masked frame; and the number of codes in use."""
+    asked = masked(clips, generator)
+    places = asked["mask_time_indices"]
+    negatives = torch.from_numpy(_sample_negative_indices(tuple(places.shape), DISTRACTORS, places.numpy()))
+    found = model(**asked, sampled_negative_indices=negatives)
+    return found.loss / int(places.sum()), found.codevector_perplexity
+
+
+def masked(clips: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """What the model is called with, but for the distractors. Seeds numpy and torch by the generator."""
     # transformers' masks come from numpy, the quantizer's noise from torch's global state.
     seed = int(torch.randint(2**31, (), generator=generator))
     np.random.seed(seed)
     torch.manual_seed(seed)
-    frames = (len(clips), int(model._get_feat_extract_output_lengths(clips.shape[1])))
-    masked = _compute_mask_indices(frames, MASKED, SPAN, min_masks=2)
-    negatives = torch.from_numpy(_sample_negative_indices(frames, DISTRACTORS, masked))
-    found = model(clips, mask_time_indices=torch.from_numpy(masked), sampled_negative_indices=negatives)
-    return found.loss / int(masked.sum()), found.codevector_perplexity
+    frames = clips.shape[1]
+    for kernel, stride in zip(EXTRACTOR["conv_kernel"], EXTRACTOR["conv_stride"], strict=True):
+        frames = (frames - kernel) // stride + 1
+    places = _compute_mask_indices((len(clips), frames), MASKED, SPAN, min_masks=2)
+    return {"input_values": clips, "mask_time_indices": torch.from_numpy(places)}
 
 
 def loss(model: Wav2Vec2ForPreTraining, batch: Data, generator: torch.Generator) -> Tensor:
@@ -75,6 +84,7 @@ DOMAIN = Domain(
     data=speech.read,
     loss=loss,
     evaluate=evaluate,
+    call=lambda batch, generator: masked(batch.inputs, generator),
     rates=(1e-3, 3e-3),
     steps=250,
     batch=8,

@@ -168,6 +168,26 @@ def test_norms_start_alike() -> None:
     assert all(weights[f"{site}.alpha"].item() == 0.5 for site in SITES["vit"])
 
 
+@pytest.mark.parametrize("name", ["vit", "wav2vec2"])
+def test_a_fitted_start_does_what_the_norms_do(name: str) -> None:
+    domain = frame.load(name)
+    split, run = domain.data(), frame.Run(name, frame.FITTED, 1e-3, 1)
+    batch = frame.calibration(domain, split.valid, 8, seed=3)
+    last = []
+    models = [made(name, norm) for norm in (domain.norm, "DyT")]
+    models += [frame.start(run, domain, split.train) for _ in range(2)]
+    for model in models:
+        site = model.eval().get_submodule(SITES[name][-1])
+        site.register_forward_hook(lambda _, __, output: last.append(output.detach()))
+        model(**batch) if isinstance(batch, dict) else model(batch)
+    norms, plain, fitted, again = last
+    assert torch.equal(fitted, again)
+    assert (fitted - norms).square().mean() < 0.5 * (plain - norms).square().mean()
+    weights = models[2].state_dict()
+    rest = [key for key in weights if key.rpartition(".")[0] not in SITES[name]]
+    assert all(torch.equal(weights[key], models[0].state_dict()[key]) for key in rest)
+
+
 @pytest.mark.parametrize("name", ["vit", "mae"])
 def test_patches_start_with_the_variance_of_pixels(name: str) -> None:
     """Of independent pixels; those of digits are alike, which makes it more."""
