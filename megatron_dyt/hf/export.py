@@ -87,6 +87,12 @@ def export(job: Export) -> None:
     _log.info(
         f"exported {job.checkpoint.directory} to {job.output}: {plan.bytes / 1e9:.2f} GB in {seconds:.0f} s"
     )
+    if model.embedding_scale is not None and not model.scale_is_folded(folded):
+        # Of the conditions in docs/serving.md the only one that not every export fulfils.
+        _log.warning(
+            "SGLang cannot serve this export: it puts a plain embedding in the place of one with a scale "
+            "(docs/serving.md). For SGLang, export with --fold-weight"
+        )
 
 
 class Plan:

@@ -119,6 +119,22 @@ def test_folding_takes_the_embedding_scale(save_gpt: Save, tmp_path: Path, tied:
     assert not config["tie_word_embeddings"]
 
 
+def test_an_export_that_a_backend_cannot_serve_says_so(
+    save_gpt: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(name: str, dyt: DyTConfig, **options: Any) -> str:
+        caplog.clear()
+        save_gpt("DyT", dyt=dyt).export(tmp_path / name, **options)
+        return " ".join(record.message for record in caplog.records if record.levelname == "WARNING")
+
+    scaled = DyTConfig.paper(32)
+    said = warnings("scaled", scaled)
+    assert "SGLang cannot serve this export" in said
+    assert "export with --fold-weight" in said
+    assert "SGLang" not in warnings("folded", scaled, fold_weight=True)
+    assert "SGLang" not in warnings("no scale", DyTConfig.paper(32, embedding_scale="none"))
+
+
 def tensor_names(output: Path) -> set[str]:
     return set(SafetensorsReader(output).shapes)
 
