@@ -33,6 +33,30 @@ def _with_sign_of(magnitude: tl.tensor, z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _widened(v: tl.tensor, PTX: tl.constexpr) -> tl.tensor:
+    """v in fp32. For bf16 the compiler takes three instructions to widen a pair; these are two."""
+    if PTX and v.dtype == tl.bfloat16:
+        # Out as floats: of a bit pattern, |x| would be an instruction of its own.
+        asm: tl.constexpr = """
+        { .reg .b32 low, high;
+          shl.b32 low, $2, 16; and.b32 high, $2, 0xffff0000;
+          mov.b32 $0, low; mov.b32 $1, high; }"""
+        return tl.inline_asm_elementwise(asm, "=f,=f,r", [v], tl.float32, True, 2)
+    else:
+        return v.to(tl.float32)
+
+
+@triton.jit
+def _finite(v: tl.tensor) -> tl.tensor:
+    """bf16 v with the largest numbers in place of infinities, two elements at a time; NaN stays."""
+    asm: tl.constexpr = """
+    { .reg .b32 least, most, v;
+      mov.b32 least, 0xff7fff7f; mov.b32 most, 0x7f7f7f7f;
+      max.NaN.bf16x2 v, $1, least; min.NaN.bf16x2 $0, v, most; }"""
+    return tl.inline_asm_elementwise(asm, "=r,r", [v], tl.bfloat16, True, 2)
+
+
+@triton.jit
 def _tanh(z: tl.tensor, PRECISION: tl.constexpr, PTX: tl.constexpr) -> tl.tensor:
     """tanh(z) with a relative error, for small z too, of 3e-7 (PRECISION 24), 2e-5 (11) or 2^-11 (8)."""
     if PTX and PRECISION == 8:
@@ -223,6 +247,7 @@ def backward_kernel(
     scale = (weight * (alpha * _slope_factor(FUNCTION)))[None, :]
     if shift_ptr is not None:
         shift = tl.load(shift_ptr).to(tl.float32)
+    IS_FINITE: tl.constexpr = NEEDS_ALPHA and PTX and x_ptr.dtype.element_ty == tl.bfloat16
 
     position = tl.arange(0, UNROLL * BLOCK_M)
     d_alpha = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -240,8 +265,10 @@ def backward_kernel(
         x = tl.load(x_ptr + row * (x_stride * STRIDE_UNIT) + column, mask=inside, other=0.0)
         if dsum_ptr is not None:
             dsum = tl.load(dsum_ptr + row * (dsum_stride * STRIDE_UNIT) + column, mask=inside, other=0.0)
-        dy = dy.to(tl.float32)
-        x = x.to(tl.float32)
+        if IS_FINITE:
+            x = _finite(x)
+        dy = _widened(dy, PTX)
+        x = _widened(x, PTX)
         z = x * alpha
         if shift_ptr is not None:
             z = z + shift
@@ -250,11 +277,12 @@ def backward_kernel(
         if dx_ptr is not None:
             dx = g * scale
             if dsum_ptr is not None:
-                dx = dx + dsum.to(tl.float32)
+                dx = dx + _widened(dsum, PTX)
             tl.store(dx_ptr + row * HIDDEN + column, dx, mask=inside)
         if NEEDS_ALPHA:
             # Where f is flat, an infinite x adds 0, which is the limit, and not 0 * inf.
-            d_alpha += _sum_of_slices(dy * tl.where(slope == 0.0, 0.0, slope * x), UNROLL)
+            gx = g * x if IS_FINITE else dy * tl.where(slope == 0.0, 0.0, slope * x)
+            d_alpha += _sum_of_slices(gx, UNROLL)
         if NEEDS_WEIGHT:
             d_weight += _sum_of_slices(dy * value, UNROLL)
         if NEEDS_BIAS:
