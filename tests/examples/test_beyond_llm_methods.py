@@ -40,7 +40,7 @@ def images() -> Tensor:
 
 
 def test_the_command_line_has_them_all() -> None:
-    assert list(frame.METHODS) == ["DyT", *methods.METHODS]
+    assert list(frame.METHODS) == ["DyT", frame.FITTED, *methods.METHODS]
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
