@@ -209,6 +209,14 @@ class DyTConfig:
     )
     """Whether the parameter is `log_alpha`, and alpha = exp(10 log_alpha) (`ops.parameters.alpha_of_log`)."""
 
+    running_scale: bool = _setting(
+        "dyt_running_scale",
+        "Divide alpha by a running average of the rms of DyT's input, of past steps. Default: no.",
+        default=False,
+    )
+    """Whether alpha is divided by a running average of the rms of its input (`mcore.running_scale`): a state
+    of the model, which is no parameter. alpha is then per unit of that rms."""
+
     freeze_alpha: bool = _setting(
         "dyt_freeze_alpha",
         "Leave every alpha at its initial value. With --dyt-alpha-init-* 1 that is the paper's DyT without "

@@ -110,6 +110,8 @@ def _norm(model: Model, size: int) -> Sizes:
     if model.dyt is None:
         return {"weight": (size,)}
     sizes: Sizes = {"log_alpha" if model.dyt.log_alpha else "alpha": (1,), "weight": (size,)}
+    if model.dyt.running_scale:
+        sizes["input_rms"] = (1,)
     if model.dyt.bias:
         sizes["bias"] = (size,)
     if model.dyt.function == "erf":
@@ -121,6 +123,7 @@ def _hf_sizes(model: Model, folded: Collection[str]) -> dict[str, Sizes]:
     """The tensors of every row of NAMES in the export, before they are split."""
     sizes, shape = megatron_sizes(model), model.hf_shape(folded)
     for row in sizes:
+        sizes[row].pop("input_rms", None)
         sizes[row] = {"alpha" if name == "log_alpha" else name: size for name, size in sizes[row].items()}
     if model.scale_is_folded(folded):
         sizes[EMBEDDING_SCALE] = {}
@@ -176,6 +179,9 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     if "log_alpha" in sizes[source]:
         log_alpha = read(f"{source}log_alpha", layer)
         tensors["alpha"] = alpha_of_log(log_alpha).to(log_alpha.dtype)
+    if "input_rms" in sizes[source]:
+        alpha = tensors["alpha"]
+        tensors["alpha"] = (alpha.float() / read(f"{source}input_rms", layer)).to(alpha.dtype)
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
     if row == EMBEDDING and model.scale_is_folded(folded):

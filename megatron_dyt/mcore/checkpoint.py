@@ -210,7 +210,7 @@ def _is_norm(key: str) -> bool:
 
 
 def _is_dyt(key: str) -> bool:
-    return key.endswith(("alpha", "shift", "embedding_scale.scale"))
+    return key.endswith(("alpha", "shift", "input_rms", "embedding_scale.scale"))
 
 
 def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
@@ -227,8 +227,8 @@ def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
         )
     if any(_is_dyt(key) or _is_norm(key) for key in missing | unexpected):
         return (
-            "The DyT settings differ (bias, function, embedding scale, log alpha); --use-checkpoint-args "
-            "restores those it was saved with."
+            "The DyT settings differ (bias, function, embedding scale, log alpha, running scale); "
+            "--use-checkpoint-args restores those it was saved with."
         )
     return "Check the architecture flags against those it was saved with (--use-checkpoint-args)."
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Self, get_args
 
+import torch
 from torch import Tensor, nn
 
 from megatron_dyt.config import DyTConfig, Role, check_choice
@@ -17,6 +18,9 @@ from megatron_dyt.patching import wrapper
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Positions of a sequence that a running scale looks at: enough for the rms of all.
+_SAMPLES = 64
 
 # One tensor, or (output, residual): what a norm of Megatron's layers returns.
 type NormOutput = Tensor | tuple[Tensor, Tensor]
@@ -45,9 +49,14 @@ class DyTNorm(DynamicTanh):
             layer behind takes what Transformer Engine's norms return; else None, the input's.
         probe: called with (module, input) at each forward while a monitor is looking, else None.
         log_alpha: the parameter (1,) in place of `alpha` with `dyt_log_alpha`, else None.
+        input_rms: with `dyt_running_scale` the average (1,) by which alpha is divided, fp32, saved with the
+            parameters; else None (`running_scale`).
+        seen: with it (sum of squares, count) of inputs since the average was updated, (2,) fp32; else None.
     """
 
     log_alpha: nn.Parameter | None
+    input_rms: Tensor | None
+    seen: Tensor | None
     function: str  # A flag's value, and no callable.
 
     def __init__(
@@ -86,6 +95,9 @@ class DyTNorm(DynamicTanh):
             self.log_alpha = self.alpha
             del self.alpha
             self._reset_alpha()
+        self.register_buffer("input_rms", torch.ones(1) if dyt.running_scale else None)
+        self.register_buffer("seen", torch.zeros(2) if dyt.running_scale else None, persistent=False)
+        self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # Megatron's gradient buffers and optimizers leave out what needs no gradient.
         self.alpha_parameter.requires_grad_(not dyt.freeze_alpha)
         if not dyt.alpha_in_grad_norm:
@@ -109,6 +121,8 @@ class DyTNorm(DynamicTanh):
         gradients backward adds in one kernel.
         """
         gives_both = self.returns_residual
+        if self.seen is not None and self.training and torch.is_grad_enabled():
+            self._see(x)
         if isinstance(x, DeferredSum):
             y, x = self.forward_residual(*x.take())
             gives_both = True
@@ -133,9 +147,34 @@ class DyTNorm(DynamicTanh):
         parameter: another value of `alpha_parameter`, for the alpha that belongs to it.
         """
         parameter = self.alpha_parameter if parameter is None else parameter
-        return parameter if self.log_alpha is None else alpha_of_log(parameter)
+        alpha = parameter if self.log_alpha is None else alpha_of_log(parameter)
+        return alpha if self.input_rms is None else alpha / self.input_rms
+
+    @torch.no_grad()
+    def _see(self, x: Tensor | DeferredSum) -> None:
+        """Add a sample of an input to `seen`. A pass that is recomputed counts once: only with gradients."""
+        assert self.seen is not None
+        terms = x.peek() if isinstance(x, DeferredSum) else (x,)
+        # Positions of the whole sequence, of which this rank may have a part. Not the first token, which is
+        # unlike all others.
+        stride = max(1, len(terms[0]) * self.sequence_shards // _SAMPLES)
+        first, *rest = (term.detach()[stride // 2 :: stride].float() for term in terms)
+        sample = first + rest[0] if rest else first
+        # In place, as CUDA graphs need it.
+        self.seen += torch.stack([sample.square().sum(), sample.new_tensor(float(sample.numel()))])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module's; the average stays fp32 in a model that is cast, as 16 bits lose its small steps."""
+        super()._apply(fn, recurse)
+        for name in ("input_rms", "seen"):
+            if (buffer := getattr(self, name, None)) is not None:
+                setattr(self, name, buffer.float())
+        return self
 
     def _reset_alpha(self) -> None:
+        for name, value in (("input_rms", 1.0), ("seen", 0.0)):
+            if (buffer := getattr(self, name, None)) is not None:
+                nn.init.constant_(buffer, value)
         # Absent while the base class builds its parameters.
         if getattr(self, "log_alpha", None) is None:
             super()._reset_alpha()

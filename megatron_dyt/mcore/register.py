@@ -18,6 +18,7 @@ from megatron_dyt.mcore import (
     norm,
     norm_sites,
     recipe_flags,
+    running_scale,
     spec,
     trackers,
 )
@@ -65,6 +66,11 @@ CORE = (
         "megatron.core.distributed.finalize_model_grads",
         "_allreduce_word_embedding_grads",
         embedding.wrap_allreduce,
+    ),
+    Replacement(
+        "megatron.core.distributed.finalize_model_grads",
+        "_allreduce_word_embedding_grads",
+        running_scale.wrap_allreduce,
     ),
     Replacement("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm_sites.wrap_norm_new),
     Replacement(

@@ -61,6 +61,16 @@ class DeferredSum:
         terms, self._terms = self._terms, None
         return terms
 
+    def peek(self) -> tuple[Tensor, Tensor]:
+        """The two terms, left where they are.
+
+        Raises:
+            RuntimeError: they have been taken.
+        """
+        terms = self.take()
+        self._terms = terms
+        return terms
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"{name!r} is asked of a residual sum that is still to be made by the DyTNorm behind it. {_HELP}"

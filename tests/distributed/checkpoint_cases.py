@@ -19,6 +19,7 @@ TP2_SP_EP2 = f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1"
 # Model and flags of two processes that save.
 SAVERS = {
     "tp2_sp": ("dense", f"{TP2_SP} {NOT_PARALLEL}"),
+    "running_tp2_sp": ("running", TP2_SP),
     "pp2": ("dense", f"{PP2} {ASYNC}"),
     "pp2_virtual": ("dense", VPP2),
     "dp2_distributed": ("dense", f"{DIST_OPT} {ASYNC}"),
@@ -43,6 +44,7 @@ class Load(NamedTuple):
 
 BY_ONE = [
     Load("tp2_sp", "one"),
+    Load("running_tp2_sp", "one"),
     Load("pp2", "one"),
     Load("pp2_virtual", "one"),
     # Megatron's default format keeps the optimizer in the buckets of gradients, whose size must be the same.
@@ -54,6 +56,7 @@ BY_ONE = [
 
 BY_TWO = [
     Load("tp2_sp", "pp2", PP2),
+    Load("running_tp2_sp", "pp2", PP2),
     Load("pp2", "pp2_virtual", VPP2),
     Load("pp2_virtual", "tp2_sp", f"{TP2_SP} {PARALLEL_LOAD}"),
     Load("tp2_sp", "dp2", PARALLEL_LOAD),

@@ -22,6 +22,8 @@ class Allowed:
 TOLERANCE = 1e-5
 ALLOWED = {
     "fp32": Allowed(TOLERANCE, TOLERANCE, TOLERANCE),
+    # A log_alpha of about 0.01, moved by three steps of 1e-3 each: 2e-5 of it is rounding.
+    "fp32_running": Allowed(TOLERANCE, TOLERANCE, 10 * TOLERANCE),
     # Tensor parallel ranks round each layer's partial sums to bf16 (2^-9), and an alpha's gradient is the
     # small sum of large terms of both signs: 0.03 was measured, 1e-3 for losses, 6e-3 at the end. Without
     # the marks of sequence parallelism the same case is off by 1.4, 0.07 and 0.3.

@@ -50,7 +50,7 @@ def norm_sites(model: str) -> list[str]:
         attn = "{}input_layernorm.{{}}"
     layer = [attn, "{}mlp.linear_fc1.layer_norm_{{}}"]
     heads = ("q_layernorm", "k_layernorm")
-    qk = {"qk": heads, "auto": heads, "latent": ("q_layernorm", "kv_layernorm")}
+    qk = {"qk": heads, "auto": heads, "running": heads, "latent": ("q_layernorm", "kv_layernorm")}
     layer += [f"{{}}self_attention.{norm}.{{{{}}}}" for norm in qk.get(model, ())]
     sites = [f"{site.format('decoder.layers.')}[{i}]" for site in layer for i in range(layers)]
     sites += ["decoder.final_layernorm.{}"]
@@ -67,7 +67,7 @@ def test_a_reference_has_every_dyt_parameter_and_trains(model: str, run_of: Call
     reference = run_of(model)
     gradients = reference.full("gradient")
     sites = norm_sites(model)
-    alpha = {"frozen": (), "auto": ("log_alpha",)}.get(model, ("alpha",))
+    alpha = {"frozen": (), "auto": ("log_alpha",), "running": ("log_alpha",)}.get(model, ("alpha",))
     learned = (*alpha, "weight", "bias")
     expected = {site.format(name) for site in sites for name in learned}
     found = {key for key in gradients if any(part in key for part in ("norm.", "layer_norm_"))}

@@ -130,6 +130,9 @@ def randomize(model: torch.nn.Module) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             around_zero = parameter.dim() > 1 or name.endswith(("bias", "shift", "log_alpha"))
             parameter.copy_(noise * 0.2 if around_zero else 1 + 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("input_rms"):
+                buffer.copy_(1 + torch.rand(buffer.shape, generator=generator))
 
 
 def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> Namespace:
@@ -158,12 +161,7 @@ def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> N
     }
     dyt = getattr(config, "dyt", None)
     if dyt is not None:
-        args |= {f"dyt_alpha_init_{role}": dyt.alpha(role) for role in ("attn", "ffn", "final", "qk")}
-        args |= {
-            f"dyt_{name}": getattr(dyt, name)
-            for name in ("bias", "embedding_scale", "function", "weight_init", "backend")
-        }
-        args |= {"dyt_preset": dyt.name, "embedding_scale": dyt.embedding_scale}
+        args |= dyt.to_args() | {"embedding_scale": dyt.embedding_scale}
     return Namespace(**(args | more))
 
 

@@ -49,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "add_qkv_bias": True,
     },
     "log alpha, queries and keys": {"dyt": DyTConfig.auto(32), "qk_layernorm": True},
+    "running scale, log alpha": {"dyt": DyTConfig.auto(32, running_scale=True), "qk_layernorm": True},
+    "running scale, alpha": {"dyt": DyTConfig.unit(32, running_scale=True)},
     "wide heads, other rotary base": {"kv_channels": 16, "model": {"rotary_base": 500}},
     "LLaMA 3's rotary scaling": {"model": {"rope_scaling": True}},
     "interpolated positions": {"model": {"seq_len_interpolation_factor": 2}},

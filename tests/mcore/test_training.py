@@ -83,6 +83,31 @@ def test_a_log_alpha_is_resumed_too(megatron_run: Run, tiny_llama: list[str], tm
     assert unit.losses[7] != whole.losses[7]
 
 
+def test_a_running_scale_is_trained_and_resumed_too(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
+) -> None:
+    flags = [*tiny_llama, *AUTO, "--dyt-running-scale", "--train-iters", "8"]
+    whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
+    resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
+    assert resumed.losses == whole.losses[4:]
+    sites = [module for module in whole.model[0].modules() if isinstance(module, DyTNorm)]
+    assert len(sites) == 5
+    assert all(site.input_rms is not None and site.input_rms != 1 for site in sites)
+
+
+RUNNING = [*AUTO, "--dyt-running-scale"]
+
+
+@pytest.mark.parametrize(("saved", "given"), [(RUNNING, AUTO), (AUTO, RUNNING)])
+def test_a_running_scale_does_not_come_or_go_unnoticed(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], given: list[str]
+) -> None:
+    saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
+    megatron_run([*tiny_llama, *saved, *saving])
+    with pytest.raises(UserError, match=r"The DyT settings differ .*running scale"):
+        megatron_run([*tiny_llama, *given, "--load", str(tmp_path)])
+
+
 @pytest.mark.parametrize(("saved", "given"), [(DYT, AUTO), (AUTO, DYT)])
 def test_alpha_and_its_logarithm_do_not_load_as_each_other(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], given: list[str]
@@ -105,6 +130,7 @@ SETTINGS = {
     "dyt_function": "erf",
     "dyt_weight_init": "one",
     "dyt_log_alpha": True,
+    "dyt_running_scale": True,
     "dyt_freeze_alpha": True,
     "embedding_scale": 2.5,
 }

@@ -1,0 +1,142 @@
+"""alpha over a running average of the input's rms: what is averaged, when, and what is done with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_dyt.config import DyTConfig
+from megatron_dyt.mcore import running_scale
+from megatron_dyt.mcore.norm import DyTNorm
+from megatron_dyt.mcore.residual import DeferredSum
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make_norm(make_config: Make) -> Callable[..., DyTNorm]:
+    def make(running: bool = True, **overrides: Any) -> DyTNorm:
+        config = make_config(**overrides)
+        config.dyt = DyTConfig.auto(8, running_scale=running)
+        return DyTNorm(config, 8, role="attn")
+
+    return make
+
+
+def average(norm: DyTNorm) -> float:
+    assert norm.input_rms is not None
+    return float(norm.input_rms)
+
+
+def set_average(norm: DyTNorm, value: float) -> None:
+    assert norm.input_rms is not None
+    norm.input_rms.fill_(value)
+
+
+def test_a_new_site_is_a_plain_dyt(make_norm: Make) -> None:
+    norm, plain = make_norm(), make_norm(running=False)
+    x = torch.randn(5, 8)
+    assert torch.equal(norm(x), plain(x))
+    assert plain.input_rms is None
+    assert set(norm.state_dict()) - set(plain.state_dict()) == {"input_rms"}
+
+
+def test_alpha_is_per_unit_of_the_average(make_norm: Make) -> None:
+    norm, plain = make_norm(), make_norm(running=False)
+    set_average(norm, 4.0)
+    x = torch.randn(5, 8)
+    ours, theirs = x.clone().requires_grad_(), (x / 4).requires_grad_()
+    norm(ours).square().sum().backward()
+    plain(theirs).square().sum().backward()
+    assert float(norm.effective_alpha()) == pytest.approx(0.125)
+    assert torch.allclose(norm(x), plain(x / 4))
+    # A constant: none of the gradient goes through it.
+    assert torch.allclose(ours.grad, theirs.grad / 4)
+    assert torch.allclose(norm.log_alpha.grad, plain.log_alpha.grad)
+
+
+def test_a_step_moves_the_average_by_a_tenth_towards_what_was_seen(make_norm: Make) -> None:
+    norm = make_norm()
+    first, second = 3 * torch.randn(40, 2, 8), 5 * torch.randn(20, 2, 8)
+    norm(first)
+    norm(second)
+    running_scale.update([norm])
+    rms = float(torch.cat([first, second]).square().mean().sqrt())
+    assert average(norm) == pytest.approx(0.9 + 0.1 * rms, rel=1e-5)
+    assert norm.seen.tolist() == [0, 0]
+    for _ in range(200):
+        norm(first)
+        running_scale.update([norm])
+    assert average(norm) == pytest.approx(float(first.square().mean().sqrt()), rel=1e-4)
+
+
+def test_within_a_step_it_is_constant(make_norm: Make) -> None:
+    norm = make_norm()
+    x = 3 * torch.randn(40, 2, 8)
+    assert torch.equal(norm(x), norm(x))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 0.0])
+def test_what_has_no_rms_leaves_it_alone(make_norm: Make, bad: float) -> None:
+    norm = make_norm()
+    set_average(norm, 2.0)
+    running_scale.update([norm])
+    assert average(norm) == 2.0
+    norm(torch.full((4, 8), bad))
+    running_scale.update([norm])
+    assert average(norm) == 2.0
+    assert norm.seen.tolist() == [0, 0]
+
+
+def test_only_training_is_seen_and_a_recomputed_pass_once(make_norm: Make) -> None:
+    norm = make_norm()
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=True).sum().backward()
+    assert norm.seen[1] == x.numel()
+    norm.eval()
+    norm(x)
+    assert norm.seen[1] == x.numel()
+
+
+def test_a_sum_is_seen_and_left_for_the_kernel(make_norm: Make) -> None:
+    norm = make_norm()
+    x, residual = torch.randn(2, 6, 3, 8)
+    y, total = norm(DeferredSum(x, residual))
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, norm.eval()(total))
+    assert float(norm.seen[0]) == pytest.approx(float(total.square().sum()), rel=1e-6)
+
+
+def test_a_long_sequence_is_sampled_alike_however_it_is_split(make_norm: Make) -> None:
+    x = torch.randn(640, 2, 8)
+    whole = make_norm()
+    whole(x)
+    assert whole.seen[1] == 64 * 2 * 8
+    parts = torch.zeros(2)
+    for part in x.chunk(2):
+        norm = make_norm(tensor_model_parallel_size=2, sequence_parallel=True)
+        norm(part)
+        parts += norm.seen
+    assert torch.allclose(parts, whole.seen)
+
+
+def test_the_average_stays_fp32_in_a_model_of_16_bits(make_norm: Make) -> None:
+    norm = make_norm().bfloat16()
+    assert norm.weight.dtype == torch.bfloat16
+    norm(torch.randn(4, 8, dtype=torch.bfloat16))
+    running_scale.update([norm])
+    assert norm.input_rms.dtype == norm.seen.dtype == torch.float32
+    assert norm.input_rms.bfloat16().float() != norm.input_rms
+
+
+def test_it_survives_the_meta_device_and_starts_anew(make_norm: Make) -> None:
+    norm = make_norm().to("meta").to_empty(device="cpu")
+    norm.reset_parameters()
+    assert average(norm) == 1.0
+    assert norm.seen.tolist() == [0, 0]
+
+
+def test_a_model_without_such_sites_has_nothing_to_update(make_norm: Make) -> None:
+    running_scale.update([make_norm(running=False), nn.Linear(2, 2)])
