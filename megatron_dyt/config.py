@@ -53,6 +53,11 @@ UNIT_ALPHA = (0.5, 0.25, 0.25)
 # DyT hands on at most gamma: 4.2 for alpha 0.25, 2.4 for 0.5 and 1.6 for 1 (output of unit variance).
 # A gated MLP squares it: 17, 6 and 2.5. With 0.25 the stream can run away within the first steps.
 AUTO_ALPHA = (0.5, 1.0, 0.5)
+# Of a learned logarithm, alpha = exp(rate * log_alpha). Adam moves a parameter by about the learning rate per
+# step, alpha therefore by `rate` learning rates of itself. alpha has to fall as fast as the stream grows,
+# tenfold within the first 50 steps of a small run: with 3 it saturates there with some seeds
+# (docs/initial-scale.md). A running scale follows the stream for it, and 2 does better (docs/results.md).
+LOG_ALPHA_RATE, RUNNING_LOG_ALPHA_RATE = 10.0, 2.0
 # The paper has no DyT on queries and keys. They leave a linear layer with about the scale of its
 # input, DyT's output, so alpha 1 puts them inside tanh's curved range under both presets.
 QK_ALPHA = 1.0
@@ -207,7 +212,7 @@ class DyTConfig:
         "itself per step. Default: preset.",
         default=False,
     )
-    """Whether the parameter is `log_alpha`, and alpha = exp(10 log_alpha) (`ops.parameters.alpha_of_log`)."""
+    """Whether the parameter is `log_alpha`, and alpha = exp(`log_alpha_rate` * log_alpha)."""
 
     running_scale: bool = _setting(
         "dyt_running_scale",
@@ -339,6 +344,11 @@ class DyTConfig:
         """Initial alpha of a norm with this role."""
         value: float = getattr(self, f"alpha_{role}")
         return value
+
+    @property
+    def log_alpha_rate(self) -> float:
+        """By how many of its own steps a learned logarithm moves that of alpha."""
+        return RUNNING_LOG_ALPHA_RATE if self.running_scale else LOG_ALPHA_RATE
 
     def initial_weight(self, role: str) -> float:
         """Initial weight (gamma) of a norm with this role."""

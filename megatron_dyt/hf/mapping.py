@@ -176,9 +176,9 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     sizes, wanted = megatron_sizes(model), _hf_sizes(model, folded)[row]
     source = EMBEDDING if row == OUTPUT and model.shape.tie_embeddings else row
     tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
-    if "log_alpha" in sizes[source]:
+    if model.dyt is not None and "log_alpha" in sizes[source]:
         log_alpha = read(f"{source}log_alpha", layer)
-        tensors["alpha"] = alpha_of_log(log_alpha).to(log_alpha.dtype)
+        tensors["alpha"] = alpha_of_log(log_alpha, model.dyt.log_alpha_rate).to(log_alpha.dtype)
     if "input_rms" in sizes[source]:
         alpha = tensors["alpha"]
         tensors["alpha"] = (alpha.float() / read(f"{source}input_rms", layer)).to(alpha.dtype)

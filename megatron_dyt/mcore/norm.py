@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_dyt.config import DyTConfig, Role, check_choice
 from megatron_dyt.mcore.residual import DeferredSum, offloads, uses_cuda_graphs
 from megatron_dyt.nn import DynamicTanh
-from megatron_dyt.ops.parameters import LOG_ALPHA_RATE, alpha_of_log
+from megatron_dyt.ops.parameters import alpha_of_log
 from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class DyTNorm(DynamicTanh):
             layer behind takes what Transformer Engine's norms return; else None, the input's.
         probe: called with (module, input) at each forward while a monitor is looking, else None.
         log_alpha: the parameter (1,) in place of `alpha` with `dyt_log_alpha`, else None.
+        log_alpha_rate: alpha is exp(log_alpha_rate * log_alpha).
         input_rms: with `dyt_running_scale` the average (1,) by which alpha is divided, fp32, saved with the
             parameters; else None (`running_scale`).
         seen: with it (sum of squares, count) of inputs since the average was updated, (2,) fp32; else None.
@@ -89,7 +90,7 @@ class DyTNorm(DynamicTanh):
             backend=dyt.backend,
             dtype=config.params_dtype,
         )
-        self.log_alpha = None
+        self.log_alpha, self.log_alpha_rate = None, dyt.log_alpha_rate
         if dyt.log_alpha:
             # Another name than alpha's: a checkpoint of the one kind must not load as the other.
             self.log_alpha = self.alpha
@@ -147,7 +148,7 @@ class DyTNorm(DynamicTanh):
         parameter: another value of `alpha_parameter`, for the alpha that belongs to it.
         """
         parameter = self.alpha_parameter if parameter is None else parameter
-        alpha = parameter if self.log_alpha is None else alpha_of_log(parameter)
+        alpha = parameter if self.log_alpha is None else alpha_of_log(parameter, self.log_alpha_rate)
         return alpha if self.input_rms is None else alpha / self.input_rms
 
     @torch.no_grad()
@@ -179,7 +180,7 @@ class DyTNorm(DynamicTanh):
         if getattr(self, "log_alpha", None) is None:
             super()._reset_alpha()
         else:
-            nn.init.constant_(self.alpha_parameter, math.log(self.alpha_init) / LOG_ALPHA_RATE)
+            nn.init.constant_(self.alpha_parameter, math.log(self.alpha_init) / self.log_alpha_rate)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.effective_alpha(), self.weight, self.bias

@@ -10,15 +10,9 @@ from megatron_dyt.ops import reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# Of a learned logarithm. Adam moves a parameter by about the learning rate per step, alpha therefore by 10
-# learning rates of itself. alpha has to fall as fast as the stream grows, tenfold within the first 50 steps
-# of a small run: with 3 it saturates there with some seeds (docs/initial-scale.md).
-LOG_ALPHA_RATE = 10.0
-
-
-def alpha_of_log(log_alpha: Tensor) -> Tensor:
-    """exp(10 log_alpha): the alpha of a DyT that learns its logarithm. Any shape and dtype to fp32."""
-    return (LOG_ALPHA_RATE * log_alpha.float()).exp()
+def alpha_of_log(log_alpha: Tensor, rate: float) -> Tensor:
+    """exp(rate * log_alpha): the alpha of a DyT that learns its logarithm. Any shape and dtype to fp32."""
+    return (rate * log_alpha.float()).exp()
 
 
 def check_function(function: object) -> None:

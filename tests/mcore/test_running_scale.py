@@ -54,7 +54,8 @@ def test_alpha_is_per_unit_of_the_average(make_norm: Make) -> None:
     assert torch.allclose(norm(x), plain(x / 4))
     # A constant: none of the gradient goes through it.
     assert torch.allclose(ours.grad, theirs.grad / 4)
-    assert torch.allclose(norm.log_alpha.grad, plain.log_alpha.grad)
+    # Nor does its logarithm move alpha as fast.
+    assert torch.allclose(norm.log_alpha.grad / 2, plain.log_alpha.grad / 10)
 
 
 def test_a_step_moves_the_average_by_a_tenth_towards_what_was_seen(make_norm: Make) -> None:

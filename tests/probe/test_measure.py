@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_dyt.config import LOG_ALPHA_RATE
 from megatron_dyt.errors import UserError
 from megatron_dyt.nn import DynamicTanh
-from megatron_dyt.ops.parameters import LOG_ALPHA_RATE
 from megatron_dyt.probe import Measurement, SiteMeasurement, measure
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
