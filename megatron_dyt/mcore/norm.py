@@ -159,10 +159,12 @@ class DyTNorm(DynamicTanh):
         # Positions of the whole sequence, of which this rank may have a part. Not the first token, which is
         # unlike all others.
         stride = max(1, len(terms[0]) * self.sequence_shards // _SAMPLES)
-        first, *rest = (term.detach()[stride // 2 :: stride].float() for term in terms)
+        first, *rest = (term.detach()[stride // 2 :: stride] for term in terms)
         sample = first + rest[0] if rest else first
-        # In place, as CUDA graphs need it.
-        self.seen += torch.stack([sample.square().sum(), sample.new_tensor(float(sample.numel()))])
+        norm = torch.linalg.vector_norm(sample, dtype=torch.float32)
+        # In place and by numbers, as CUDA graphs need it.
+        self.seen[0].addcmul_(norm, norm)
+        self.seen[1].add_(sample.numel())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As nn.Module's; the average stays fp32 in a model that is cast, as 16 bits lose its small steps."""

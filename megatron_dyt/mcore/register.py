@@ -31,6 +31,7 @@ _MODELS = "megatron.core.models"
 _RANDOM = "megatron.core.tensor_parallel.random"
 _TE = "megatron.core.extensions.transformer_engine"
 _CONFIG = "megatron.core.transformer.transformer_config"
+_RERUN = "megatron.core.rerun_state_machine"
 _TRAINING = "megatron.training.training"
 _ARGUMENTS = "megatron.training.arguments"
 _CHECKPOINTING = "megatron.training.checkpointing"
@@ -84,9 +85,9 @@ CORE = (
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
         checkpoint.wrap_sharded_state,
     ),
-    Replacement(
-        "megatron.core.rerun_state_machine", "RerunStateMachine.should_run_forward_backward", guard.wrap_rerun
-    ),
+    Replacement(_RERUN, "RerunStateMachine.should_run_forward_backward", guard.wrap_rerun),
+    Replacement(_RERUN, "RerunStateMachine.should_run_forward_backward", running_scale.wrap_rerun),
+    Replacement(_RERUN, "RerunStateMachine.should_checkpoint_and_exit", running_scale.wrap_exit),
 )
 
 # Norms that model classes build themselves.

@@ -7,28 +7,37 @@ of the residual stream's size changes the size of all that follows (docs/results
 
 Each forward pass adds the sum of squares and the count of a sample of its tokens to `DyTNorm.seen`. Where
 Megatron completes the gradients of a step, after the last backward pass, the sums of all sites are reduced
-over the ranks that have the same layers, and all take the same average over.
+over the ranks that have the same layers, and all take the same average over. A step that Megatron runs once
+more, to see whether its result is the same, finds the averages as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dyt.mcore import ranks
+from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import dyt_sites
 from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
+    from megatron.core.rerun_state_machine import RerunStateMachine
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.distributed import ProcessGroup
 
 # Of the average: what of it is left after a step. With 0.9 it lags behind the stream by ten steps.
 DECAY = 0.9
+
+# What each average was before its last update in this step.
+_before: WeakKeyDictionary[DyTNorm, Tensor] = WeakKeyDictionary()
+# Of each model that was asked for: a walk through all modules in every step would take a millisecond.
+_sites: WeakKeyDictionary[nn.Module, list[DyTNorm]] = WeakKeyDictionary()
 
 
 @wrapper
@@ -53,18 +62,56 @@ def update(chunks: Iterable[nn.Module]) -> None:
 
     chunks: the model's chunks on this rank.
     """
-    sites = [norm for chunk in chunks for _, norm in dyt_sites(chunk) if norm.input_rms is not None]
+    sites = [site for chunk in chunks for site in _sites_of(chunk)]
     if not sites:
         return
-    seen = torch.stack([_of(site.seen) for site in sites])
+    averages, seen = [_of(site.input_rms) for site in sites], [_of(site.seen) for site in sites]
+    before, sums = torch.stack(averages), torch.stack(seen)
     if (group := _same_layers()) is not None:
-        dist.all_reduce(seen, group=group)
-    rms = (seen[:, 0] / seen[:, 1]).sqrt()
-    for site, now in zip(sites, rms, strict=True):
-        average = _of(site.input_rms)
-        moved = DECAY * average + (1 - DECAY) * now
-        average.copy_(torch.where(now.isfinite() & (now > 0), moved, average))
-        _of(site.seen).zero_()
+        dist.all_reduce(sums, group=group)
+    rms = (sums[:, :1] / sums[:, 1:]).sqrt()
+    after = torch.where(rms.isfinite() & (rms > 0), DECAY * before + (1 - DECAY) * rms, before)
+    torch._foreach_copy_(averages, list(after))
+    torch._foreach_zero_(seen)
+    _before.update(zip(sites, before, strict=True))
+
+
+@torch.no_grad()
+def put_back() -> None:
+    """Undo the last `update` of this step, which is run once more."""
+    for site, average in _before.items():
+        _of(site.input_rms).copy_(average)
+
+
+@wrapper
+def wrap_rerun(
+    original: Callable[..., bool], self: RerunStateMachine, *args: object, **kwargs: object
+) -> bool:
+    """`RerunStateMachine.should_run_forward_backward` that undoes the step's update before another pass."""
+    run = original(self, *args, **kwargs)
+    if run and self.state.name == "INITIAL_RUN":
+        _before.clear()
+    elif run:
+        put_back()
+    return run
+
+
+@wrapper
+def wrap_exit(
+    original: Callable[[RerunStateMachine], tuple[bool, bool, int]], self: RerunStateMachine
+) -> tuple[bool, bool, int]:
+    """`RerunStateMachine.should_checkpoint_and_exit` that undoes the update of a step which is not taken:
+    the checkpoint is for running it again."""
+    should_checkpoint, should_exit, code = original(self)
+    if should_exit:
+        put_back()
+    return should_checkpoint, should_exit, code
+
+
+def _sites_of(chunk: nn.Module) -> list[DyTNorm]:
+    if chunk not in _sites:
+        _sites[chunk] = [norm for _, norm in dyt_sites(chunk) if norm.input_rms is not None]
+    return _sites[chunk]
 
 
 def _same_layers() -> ProcessGroup | None:

@@ -141,3 +141,15 @@ def test_it_survives_the_meta_device_and_starts_anew(make_norm: Make) -> None:
 
 def test_a_model_without_such_sites_has_nothing_to_update(make_norm: Make) -> None:
     running_scale.update([make_norm(running=False), nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(("exits", "after"), [(True, 1.0), (False, 1.2)])
+def test_a_step_that_is_left_for_a_rerun_leaves_the_average_as_it_was(
+    make_norm: Make, exits: bool, after: float
+) -> None:
+    norm = make_norm()
+    norm(torch.full((4, 8), 3.0))
+    running_scale.update([norm])
+    leave = running_scale.wrap_exit(lambda machine: (exits, exits, 16 * exits))
+    assert leave(None) == (exits, exits, 16 * exits)
+    assert average(norm) == pytest.approx(after)

@@ -98,6 +98,26 @@ def test_a_running_scale_is_trained_and_resumed_too(
 RUNNING = [*AUTO, "--dyt-running-scale"]
 
 
+def test_a_step_that_is_run_twice_moves_a_running_scale_once(
+    megatron_run: Run, tiny_llama: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron compares the two passes' losses, which is of use only if nothing has changed in between."""
+    from megatron.core.rerun_state_machine import RerunMode
+
+    flags = [*tiny_llama, *RUNNING, "--train-iters", "4"]
+    once = megatron_run([*flags, "--rerun-mode", "disabled"])
+    # 0.19.2 takes no value of --rerun-mode for it.
+    always = RerunMode.REPORT_DETERMINISM_STATS
+    monkeypatch.setattr("megatron.training.initialize.RerunMode", lambda _: always)
+    twice = megatron_run(flags)
+    assert twice.losses == once.losses
+    averages = [
+        [float(site.input_rms) for site in run.model[0].modules() if isinstance(site, DyTNorm)]
+        for run in (once, twice)
+    ]
+    assert averages[0] == averages[1]
+
+
 @pytest.mark.parametrize(("saved", "given"), [(RUNNING, AUTO), (AUTO, RUNNING)])
 def test_a_running_scale_does_not_come_or_go_unnoticed(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], given: list[str]
