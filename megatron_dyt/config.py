@@ -8,8 +8,8 @@ that scale:
 - `unit`: unit variance everywhere, at any width: embedding scale 1/std of the embedding, linear layers
   of std 1/sqrt(hidden), alpha 0.5 in front of attention and 0.25 elsewhere, and the weight (gamma) with
   which DyT hands a unit-variance input on at unit variance.
-- `auto`, the default: `unit` with alpha 0.5, in front of the MLP 1, learned by its logarithm, and without
-  alpha's share of the gradient norm.
+- `auto`, the default: `unit` with alpha 0.5, in front of the MLP 1 over a running scale, learned by its
+  logarithm, and without alpha's share of the gradient norm.
 
 `SETTINGS` is the one table of what a user can set. Megatron's flags, the names in its args and checkpoints,
 and the fields of configs made in code (`DyTFields`) are all made from it.
@@ -35,6 +35,8 @@ Function = Literal[
     "tanh", "erf", "hardtanh", "sigmoid", "isru", "arctan", "satursin", "arcsinhclip", "identity"
 ]
 WeightInit = Literal["one", "unit"]
+# Where alpha is divided by a running average of the input's rms.
+RunningScale = Literal["none", "mlp", "all"]
 Backend = Literal["auto", "triton", "torch"]
 # What happens when an update makes an alpha <= 0.
 OnBadAlpha = Literal["stop", "report"]
@@ -56,8 +58,13 @@ AUTO_ALPHA = (0.5, 1.0, 0.5)
 # Of a learned logarithm, alpha = exp(rate * log_alpha). Adam moves a parameter by about the learning rate per
 # step, alpha therefore by `rate` learning rates of itself. alpha has to fall as fast as the stream grows,
 # tenfold within the first 50 steps of a small run: with 3 it saturates there with some seeds
-# (docs/initial-scale.md). A running scale follows the stream for it, and 2 does better (docs/results.md).
-LOG_ALPHA_RATE, RUNNING_LOG_ALPHA_RATE = 10.0, 2.0
+# (docs/initial-scale.md).
+LOG_ALPHA_RATE = 10.0
+# Where all sites have a running scale it is not alpha that follows the stream.
+SLOW_LOG_ALPHA_RATE = 2.0
+# Of its start, what a logarithm leaves of an alpha over the running scale of MLPs alone. Without a floor the
+# fast logarithm follows any small gradient for as long as that has one sign, and the MLP falls silent.
+ALPHA_FLOOR = 0.15
 # The paper has no DyT on queries and keys. They leave a linear layer with about the scale of its
 # input, DyT's output, so alpha 1 puts them inside tanh's curved range under both presets.
 QK_ALPHA = 1.0
@@ -144,8 +151,8 @@ class DyTConfig:
         "Where alpha and the embedding scale start: 'paper' by width (arXiv 2503.10622), "
         "'unit' for unit variance at any width (also sets --init-method-std to "
         "1/sqrt(hidden) and --embedding-init-method-std to what --init-method-std was, unless given), "
-        "'auto' (default) for unit with a larger alpha, learned by its logarithm and left out of the "
-        "gradient norm.",
+        "'auto' (default) for unit with a larger alpha, learned by its logarithm, with a running scale and "
+        "left out of the gradient norm.",
         # As the other defaults here, which are the paper's.
         default="paper",
     )
@@ -212,15 +219,18 @@ class DyTConfig:
         "itself per step. Default: preset.",
         default=False,
     )
-    """Whether the parameter is `log_alpha`, and alpha = exp(`log_alpha_rate` * log_alpha)."""
+    """Whether the parameter is `log_alpha`, and alpha = exp(`log_alpha_rate` * log_alpha) +
+    `alpha_floor`."""
 
-    running_scale: bool = _setting(
+    running_scale: RunningScale = _setting(
         "dyt_running_scale",
-        "Divide alpha by a running average of the rms of DyT's input, of past steps. Default: no.",
-        default=False,
+        "Divide alpha by a running average of the rms of DyT's input, of past steps: in front of the MLP or "
+        "MoE, everywhere, or not at all. Default: preset.",
+        default="none",
     )
-    """Whether alpha is divided by a running average of the rms of its input (`mcore.running_scale`): a state
-    of the model, which is no parameter. alpha is then per unit of that rms."""
+    """Where alpha is divided by a running average of the rms of its input (`mcore.running_scale`), a state of
+    the model and no parameter: "mlp", in front of the MLP or MoE; "all", everywhere; or "none". alpha is then
+    per unit of that rms."""
 
     freeze_alpha: bool = _setting(
         "dyt_freeze_alpha",
@@ -283,10 +293,12 @@ class DyTConfig:
     @classmethod
     def auto(cls, hidden_size: int, **overrides: Any) -> Self:
         """`unit` with larger alphas (`AUTO_ALPHA`), learned by their logarithm, so that a step changes them
-        by a share of themselves, and with their gradients left out of the gradient norm, so that they do
-        not clip all others."""
+        by a share of themselves, in front of the MLP over a running scale, and with their gradients left out
+        of the gradient norm, so that they do not clip all others."""
         settings: dict[str, Any] = {"embedding_scale": "unit", "weight_init": "unit"}
         settings |= {"log_alpha": True, "alpha_in_grad_norm": False}
+        # A frozen alpha is a constant.
+        settings["running_scale"] = "none" if overrides.get("freeze_alpha") else "mlp"
         return cls._build("auto", AUTO_ALPHA, settings | overrides)
 
     @classmethod
@@ -345,10 +357,19 @@ class DyTConfig:
         value: float = getattr(self, f"alpha_{role}")
         return value
 
+    def has_running_scale(self, role: str) -> bool:
+        """Whether alpha of a norm with this role is divided by a running average."""
+        return self.running_scale == "all" or (self.running_scale == "mlp" and role == "ffn")
+
     @property
     def log_alpha_rate(self) -> float:
         """By how many of its own steps a learned logarithm moves that of alpha."""
-        return RUNNING_LOG_ALPHA_RATE if self.running_scale else LOG_ALPHA_RATE
+        return SLOW_LOG_ALPHA_RATE if self.running_scale == "all" else LOG_ALPHA_RATE
+
+    def alpha_floor(self, role: str) -> float:
+        """What alpha of a norm with this role stays above, where its logarithm is learned; 0 for no floor."""
+        has_floor = self.log_alpha and self.running_scale == "mlp" and role == "ffn"
+        return ALPHA_FLOOR * self.alpha(role) if has_floor else 0.0
 
     def initial_weight(self, role: str) -> float:
         """Initial weight (gamma) of a norm with this role."""

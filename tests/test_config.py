@@ -170,7 +170,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "function": ("dyt_function", "erf"),
     "weight_init": ("dyt_weight_init", "one"),
     "log_alpha": ("dyt_log_alpha", True),
-    "running_scale": ("dyt_running_scale", True),
+    "running_scale": ("dyt_running_scale", "all"),
     "freeze_alpha": ("dyt_freeze_alpha", True),
     "alpha_in_grad_norm": ("dyt_alpha_in_grad_norm", False),
     "backend": ("dyt_backend", "torch"),

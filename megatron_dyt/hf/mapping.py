@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dyt.config import Role
 from megatron_dyt.hf.model import Model
 from megatron_dyt.llama import LlamaShape
 from megatron_dyt.ops.parameters import alpha_of_log
@@ -84,20 +85,19 @@ def modules(model: Model) -> list[Module]:
 def megatron_sizes(model: Model) -> dict[str, Sizes]:
     """The tensors of every row of NAMES in Megatron, those of one layer, by their own name."""
     shape, hidden = model.shape, model.shape.hidden_size
-    norm = _norm(model, hidden)
-    head_norm = _norm(model, shape.head_dim) if shape.qk_layernorm else {}
+    head_norm = _norm(model, shape.head_dim, "qk") if shape.qk_layernorm else {}
     return {
         EMBEDDING: _linear(shape.vocab_size, hidden),
         EMBEDDING_SCALE: {} if model.embedding_scale is None else {"scale": (1,)},
-        ATTN_NORM: norm,
+        ATTN_NORM: _norm(model, hidden, "attn"),
         QKV: _linear(shape.query_size + 2 * shape.key_size, hidden, shape.qkv_bias),
         Q_NORM: head_norm,
         K_NORM: head_norm,
         PROJ: _linear(hidden, shape.query_size, shape.linear_bias),
-        FFN_NORM: norm,
+        FFN_NORM: _norm(model, hidden, "ffn"),
         FC1: _linear(2 * shape.ffn_hidden_size, hidden, shape.linear_bias),
         FC2: _linear(hidden, shape.ffn_hidden_size, shape.linear_bias),
-        FINAL_NORM: norm,
+        FINAL_NORM: _norm(model, hidden, "final"),
         OUTPUT: {} if shape.tie_embeddings else _linear(shape.vocab_size, hidden),
     }
 
@@ -106,12 +106,14 @@ def _linear(rows: int, columns: int, bias: bool = False) -> Sizes:
     return {"weight": (rows, columns)} | ({"bias": (rows,)} if bias else {})
 
 
-def _norm(model: Model, size: int) -> Sizes:
+def _norm(model: Model, size: int, role: Role) -> Sizes:
     if model.dyt is None:
         return {"weight": (size,)}
     sizes: Sizes = {"log_alpha" if model.dyt.log_alpha else "alpha": (1,), "weight": (size,)}
-    if model.dyt.running_scale:
+    if model.dyt.has_running_scale(role):
         sizes["input_rms"] = (1,)
+    if model.dyt.alpha_floor(role):
+        sizes["alpha_floor"] = (1,)
     if model.dyt.bias:
         sizes["bias"] = (size,)
     if model.dyt.function == "erf":
@@ -123,7 +125,8 @@ def _hf_sizes(model: Model, folded: Collection[str]) -> dict[str, Sizes]:
     """The tensors of every row of NAMES in the export, before they are split."""
     sizes, shape = megatron_sizes(model), model.hf_shape(folded)
     for row in sizes:
-        sizes[row].pop("input_rms", None)
+        for state in ("input_rms", "alpha_floor"):
+            sizes[row].pop(state, None)
         sizes[row] = {"alpha" if name == "log_alpha" else name: size for name, size in sizes[row].items()}
     if model.scale_is_folded(folded):
         sizes[EMBEDDING_SCALE] = {}
@@ -178,7 +181,8 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     tensors = {name: read(source + name, layer) for name in sizes[source] if name in wanted}
     if model.dyt is not None and "log_alpha" in sizes[source]:
         log_alpha = read(f"{source}log_alpha", layer)
-        tensors["alpha"] = alpha_of_log(log_alpha, model.dyt.log_alpha_rate).to(log_alpha.dtype)
+        floor = read(f"{source}alpha_floor", layer) if "alpha_floor" in sizes[source] else None
+        tensors["alpha"] = alpha_of_log(log_alpha, model.dyt.log_alpha_rate, floor).to(log_alpha.dtype)
     if "input_rms" in sizes[source]:
         alpha = tensors["alpha"]
         tensors["alpha"] = (alpha.float() / read(f"{source}input_rms", layer)).to(alpha.dtype)

@@ -210,7 +210,7 @@ def _is_norm(key: str) -> bool:
 
 
 def _is_dyt(key: str) -> bool:
-    return key.endswith(("alpha", "shift", "input_rms", "embedding_scale.scale"))
+    return key.endswith(("alpha", "shift", "input_rms", "alpha_floor", "embedding_scale.scale"))
 
 
 def _diagnosis(missing: set[str], unexpected: set[str]) -> str:

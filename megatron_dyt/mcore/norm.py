@@ -52,11 +52,14 @@ class DyTNorm(DynamicTanh):
         log_alpha_rate: alpha is exp(log_alpha_rate * log_alpha).
         input_rms: with `dyt_running_scale` the average (1,) by which alpha is divided, fp32, saved with the
             parameters; else None (`running_scale`).
+        alpha_floor: where there is one what is added to the exponential, (1,) fp32, saved with the
+            parameters; else None.
         seen: with it (sum of squares, count) of inputs since the average was updated, (2,) fp32; else None.
     """
 
     log_alpha: nn.Parameter | None
     input_rms: Tensor | None
+    alpha_floor: Tensor | None
     seen: Tensor | None
     function: str  # A flag's value, and no callable.
 
@@ -90,14 +93,17 @@ class DyTNorm(DynamicTanh):
             backend=dyt.backend,
             dtype=config.params_dtype,
         )
+        running = dyt.has_running_scale(role)
+        self.register_buffer("input_rms", torch.ones(1) if running else None)
+        self.register_buffer("seen", torch.zeros(2) if running else None, persistent=False)
         self.log_alpha, self.log_alpha_rate = None, dyt.log_alpha_rate
+        self._floor = dyt.alpha_floor(role)
+        self.register_buffer("alpha_floor", torch.empty(1) if self._floor else None)
         if dyt.log_alpha:
             # Another name than alpha's: a checkpoint of the one kind must not load as the other.
             self.log_alpha = self.alpha
             del self.alpha
             self._reset_alpha()
-        self.register_buffer("input_rms", torch.ones(1) if dyt.running_scale else None)
-        self.register_buffer("seen", torch.zeros(2) if dyt.running_scale else None, persistent=False)
         self.sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # Megatron's gradient buffers and optimizers leave out what needs no gradient.
         self.alpha_parameter.requires_grad_(not dyt.freeze_alpha)
@@ -148,7 +154,9 @@ class DyTNorm(DynamicTanh):
         parameter: another value of `alpha_parameter`, for the alpha that belongs to it.
         """
         parameter = self.alpha_parameter if parameter is None else parameter
-        alpha = parameter if self.log_alpha is None else alpha_of_log(parameter, self.log_alpha_rate)
+        alpha = parameter
+        if self.log_alpha is not None:
+            alpha = alpha_of_log(parameter, self.log_alpha_rate, self.alpha_floor)
         return alpha if self.input_rms is None else alpha / self.input_rms
 
     @torch.no_grad()
@@ -167,22 +175,23 @@ class DyTNorm(DynamicTanh):
         self.seen[1].add_(sample.numel())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As nn.Module's; the average stays fp32 in a model that is cast, as 16 bits lose its small steps."""
+        """As nn.Module's; buffers stay fp32 in a model that is cast: 16 bits lose an average's steps."""
         super()._apply(fn, recurse)
-        for name in ("input_rms", "seen"):
+        for name in ("input_rms", "seen", "alpha_floor"):
             if (buffer := getattr(self, name, None)) is not None:
                 setattr(self, name, buffer.float())
         return self
 
     def _reset_alpha(self) -> None:
-        for name, value in (("input_rms", 1.0), ("seen", 0.0)):
-            if (buffer := getattr(self, name, None)) is not None:
-                nn.init.constant_(buffer, value)
         # Absent while the base class builds its parameters.
         if getattr(self, "log_alpha", None) is None:
             super()._reset_alpha()
         else:
-            nn.init.constant_(self.alpha_parameter, math.log(self.alpha_init) / self.log_alpha_rate)
+            start = math.log(self.alpha_init - self._floor) / self.log_alpha_rate
+            nn.init.constant_(self.alpha_parameter, start)
+        for name, value in (("input_rms", 1.0), ("seen", 0.0), ("alpha_floor", getattr(self, "_floor", 0.0))):
+            if (buffer := getattr(self, name, None)) is not None:
+                nn.init.constant_(buffer, value)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.effective_alpha(), self.weight, self.bias

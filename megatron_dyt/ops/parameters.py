@@ -10,9 +10,10 @@ from megatron_dyt.ops import reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def alpha_of_log(log_alpha: Tensor, rate: float) -> Tensor:
-    """exp(rate * log_alpha): the alpha of a DyT that learns its logarithm. Any shape and dtype to fp32."""
-    return (rate * log_alpha.float()).exp()
+def alpha_of_log(log_alpha: Tensor, rate: float, floor: Tensor | None = None) -> Tensor:
+    """floor + exp(rate * log_alpha): alpha of a DyT that learns a logarithm. Any shape and dtype to fp32."""
+    alpha = (rate * log_alpha.float()).exp()
+    return alpha if floor is None else floor + alpha
 
 
 def check_function(function: object) -> None:

@@ -74,10 +74,10 @@ def gradient_shards(model: list[Any]) -> list[Shard]:
 
 
 def _learns(shard: Shard, model: list[Any]) -> bool:
-    """Whether it has a gradient: no frozen alpha, and no average."""
+    """Whether it has a gradient: no frozen alpha, and no buffer."""
     from megatron_dyt.mcore.norm_sites import unwrap
 
-    if shard.name.split("[")[0].endswith("input_rms"):
+    if shard.name.split("[")[0].endswith(("input_rms", "alpha_floor")):
         return False
     return not (unwrap(model[0]).config.dyt.freeze_alpha and shard.name.split("[")[0].endswith("alpha"))
 

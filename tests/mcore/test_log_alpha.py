@@ -16,7 +16,7 @@ Make = Callable[..., Any]
 def make_norm(make_config: Make) -> Callable[..., DyTNorm]:
     def make(**settings: Any) -> DyTNorm:
         config = make_config()
-        config.dyt = DyTConfig.auto(8, **settings)
+        config.dyt = DyTConfig.auto(8, running_scale="none", **settings)
         return DyTNorm(config, 8, role="ffn")
 
     return make

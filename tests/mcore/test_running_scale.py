@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_dyt.config import DyTConfig
+from megatron_dyt.config import DyTConfig, Role
 from megatron_dyt.mcore import running_scale
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.residual import DeferredSum
@@ -17,10 +17,10 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make_norm(make_config: Make) -> Callable[..., DyTNorm]:
-    def make(running: bool = True, **overrides: Any) -> DyTNorm:
+    def make(running: str = "mlp", role: Role = "ffn", **overrides: Any) -> DyTNorm:
         config = make_config(**overrides)
         config.dyt = DyTConfig.auto(8, running_scale=running)
-        return DyTNorm(config, 8, role="attn")
+        return DyTNorm(config, 8, role=role)
 
     return make
 
@@ -36,26 +36,57 @@ def set_average(norm: DyTNorm, value: float) -> None:
 
 
 def test_a_new_site_is_a_plain_dyt(make_norm: Make) -> None:
-    norm, plain = make_norm(), make_norm(running=False)
+    norm, plain = make_norm(), make_norm(running="none")
     x = torch.randn(5, 8)
-    assert torch.equal(norm(x), plain(x))
+    assert torch.allclose(norm(x), plain(x))
     assert plain.input_rms is None
-    assert set(norm.state_dict()) - set(plain.state_dict()) == {"input_rms"}
+    assert set(norm.state_dict()) - set(plain.state_dict()) == {"input_rms", "alpha_floor"}
 
 
 def test_alpha_is_per_unit_of_the_average(make_norm: Make) -> None:
-    norm, plain = make_norm(), make_norm(running=False)
+    norm, plain = make_norm(), make_norm(running="none")
     set_average(norm, 4.0)
     x = torch.randn(5, 8)
     ours, theirs = x.clone().requires_grad_(), (x / 4).requires_grad_()
     norm(ours).square().sum().backward()
     plain(theirs).square().sum().backward()
-    assert float(norm.effective_alpha()) == pytest.approx(0.125)
+    assert float(norm.effective_alpha()) == pytest.approx(0.25)
     assert torch.allclose(norm(x), plain(x / 4))
     # A constant: none of the gradient goes through it.
     assert torch.allclose(ours.grad, theirs.grad / 4)
-    # Nor does its logarithm move alpha as fast.
+    # The floor's part of alpha is none of the logarithm's.
+    assert torch.allclose(norm.log_alpha.grad, 0.85 * plain.log_alpha.grad)
+
+
+def test_alpha_does_not_fall_below_its_floor(make_norm: Make) -> None:
+    norm = make_norm()
+    set_average(norm, 4.0)
+    with torch.no_grad():
+        norm.log_alpha -= 100
+    assert float(norm.effective_alpha()) == pytest.approx(0.15 / 4)
+    assert make_norm(running="none").alpha_floor is None
+
+
+@pytest.mark.parametrize("role", ["attn", "final", "qk"])
+def test_other_sites_have_one_only_where_all_have(make_norm: Make, role: Role) -> None:
+    norm, plain, everywhere = (make_norm(role=role, running=where) for where in ("mlp", "none", "all"))
+    assert norm.state_dict().keys() == plain.state_dict().keys()
+    assert norm.log_alpha == plain.log_alpha
+    assert set(everywhere.state_dict()) - set(plain.state_dict()) == {"input_rms"}
+
+
+def test_where_all_sites_have_one_the_logarithm_is_slow_and_has_no_floor(make_norm: Make) -> None:
+    norm, plain = make_norm(running="all"), make_norm(running="none")
+    x = torch.randn(5, 8)
+    for each in (norm, plain):
+        each(x).square().sum().backward()
     assert torch.allclose(norm.log_alpha.grad / 2, plain.log_alpha.grad / 10)
+    assert norm.alpha_floor is None
+
+
+def test_a_frozen_alpha_has_none() -> None:
+    assert DyTConfig.auto(8, freeze_alpha=True).running_scale == "none"
+    assert DyTConfig.auto(8, freeze_alpha=True, running_scale="mlp").running_scale == "mlp"
 
 
 def test_a_step_moves_the_average_by_a_tenth_towards_what_was_seen(make_norm: Make) -> None:
@@ -140,7 +171,7 @@ def test_it_survives_the_meta_device_and_starts_anew(make_norm: Make) -> None:
 
 
 def test_a_model_without_such_sites_has_nothing_to_update(make_norm: Make) -> None:
-    running_scale.update([make_norm(running=False), nn.Linear(2, 2)])
+    running_scale.update([make_norm(running="none"), nn.Linear(2, 2)])
 
 
 @pytest.mark.parametrize(("exits", "after"), [(True, 1.0), (False, 1.2)])

@@ -135,6 +135,7 @@ def test_local_and_transformer_engine_checkpoints_have_the_same_keys(
     sites += ["self_attention.q_layernorm.", "self_attention.k_layernorm."] if qk else []
     expected = {f"decoder.layers.{site}{name}" for site in sites for name in ("log_alpha", "weight")}
     expected |= {"decoder.final_layernorm.log_alpha", "decoder.final_layernorm.weight"}
+    expected |= {f"decoder.layers.mlp.linear_fc1.layer_norm_{name}" for name in ("input_rms", "alpha_floor")}
     assert {key for key in keys[0] if "norm" in key} == expected
 
 
