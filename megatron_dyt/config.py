@@ -329,6 +329,8 @@ class DyTConfig:
         given: dict[str, Any] = {}
         for setting in SETTINGS:
             value = getattr(args, setting.arg, None)
+            if of_model and setting.arg == "dyt_running_scale":
+                value = saved_running_scale(value)
             if setting.field and value is not None and (setting.of_model or not of_model):
                 given.setdefault(setting.field, value)
         return cls.preset(given.pop("name", DEFAULT_PRESET), hidden_size, **given)
@@ -531,6 +533,11 @@ def parse_embedding_scale(given: str | float) -> str | float:
             f"--dyt-embedding-scale is {given!r}; allowed: sqrt, unit, none or a finite number > 0."
         )
     return value
+
+
+def saved_running_scale(value: str | bool | None) -> str:
+    """A checkpoint's `dyt_running_scale`: absent, or a switch for all sites, in those of earlier builds."""
+    return value if isinstance(value, str) else "all" if value else "none"
 
 
 def check_alpha(flag: str, value: float) -> None:

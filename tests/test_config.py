@@ -204,3 +204,12 @@ def test_how_a_run_computed_is_no_part_of_its_model() -> None:
     args.dyt_backend = "a backend of a later version"
     model = DyTConfig.from_args(args, of_model=True)
     assert (model.backend, model.fuse_residual, model.alpha_ffn) == ("auto", True, 0.31)
+
+
+@pytest.mark.parametrize(
+    ("saved", "where"), [(None, "none"), (False, "none"), (True, "all"), ("mlp", "mlp"), ("all", "all")]
+)
+def test_a_checkpoint_of_an_earlier_build_keeps_its_running_scale(saved: object, where: str) -> None:
+    args = Namespace(hidden_size=64, dyt_preset="auto", dyt_running_scale=saved)
+    assert DyTConfig.from_args(args, of_model=True).running_scale == where
+    assert DyTConfig.from_args(Namespace(hidden_size=64), of_model=True).running_scale == "none"

@@ -25,6 +25,7 @@ from megatron_dyt.config import (
     check_choice,
     is_dyt,
     parse_embedding_scale,
+    saved_running_scale,
 )
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import handshake, recipe_flags, trackers
@@ -229,6 +230,8 @@ def restore(args: Namespace, saved: Namespace) -> None:
     """
     for name in MODEL_ARGS:
         given, kept = getattr(args, name, None), getattr(saved, name, None)
+        if name == "dyt_running_scale" and is_dyt(saved):
+            kept = saved_running_scale(kept)
         if given is not None and _comparable(name, given) != _comparable(name, kept):
             raise UserError(
                 f"--{name.replace('_', '-')} {given} was given, but the checkpoint was trained with {kept}, "

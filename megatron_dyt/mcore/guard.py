@@ -180,8 +180,12 @@ class Guard:
         """The alphas of the sites' parameters, copied in fp32; nan where another rank has it (FSDP)."""
         if not parameters:
             return torch.zeros(0, device=self._device())
-        both = zip(self.sites, parameters, strict=True)
-        return torch.cat([site.module.effective_alpha(_value(parameter)) for site, parameter in both])
+        found = []
+        for site, parameter in zip(self.sites, parameters, strict=True):
+            value = _value(parameter)
+            # exp(-inf) above a floor would be a good alpha.
+            found.append(torch.where(value.isfinite(), site.module.effective_alpha(value), value))
+        return torch.cat(found)
 
     def _device(self) -> torch.device | int:
         parameter = next((p for chunk in self.chunks for p in chunk.parameters()), None)

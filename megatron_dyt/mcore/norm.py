@@ -94,11 +94,12 @@ class DyTNorm(DynamicTanh):
             dtype=config.params_dtype,
         )
         running = dyt.has_running_scale(role)
-        self.register_buffer("input_rms", torch.ones(1) if running else None)
-        self.register_buffer("seen", torch.zeros(2) if running else None, persistent=False)
+        fp32 = torch.float32
+        self.register_buffer("input_rms", torch.ones(1, dtype=fp32) if running else None)
+        self.register_buffer("seen", torch.zeros(2, dtype=fp32) if running else None, persistent=False)
         self.log_alpha, self.log_alpha_rate = None, dyt.log_alpha_rate
         self._floor = dyt.alpha_floor(role)
-        self.register_buffer("alpha_floor", torch.empty(1) if self._floor else None)
+        self.register_buffer("alpha_floor", torch.empty(1, dtype=fp32) if self._floor else None)
         if dyt.log_alpha:
             # Another name than alpha's: a checkpoint of the one kind must not load as the other.
             self.log_alpha = self.alpha
@@ -128,7 +129,8 @@ class DyTNorm(DynamicTanh):
         gradients backward adds in one kernel.
         """
         gives_both = self.returns_residual
-        if self.seen is not None and self.training and torch.is_grad_enabled():
+        # Not where the layer is frozen: what its alpha is would change all the same.
+        if self.seen is not None and self.training and self.weight.requires_grad and torch.is_grad_enabled():
             self._see(x)
         if isinstance(x, DeferredSum):
             y, x = self.forward_residual(*x.take())
@@ -175,11 +177,14 @@ class DyTNorm(DynamicTanh):
         self.seen[1].add_(sample.numel())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As nn.Module's; buffers stay fp32 in a model that is cast: 16 bits lose an average's steps."""
+        """As nn.Module's, but a cast leaves the buffers as they are: 16 bits lose an average's steps."""
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name in ("input_rms", "seen", "alpha_floor"):
-            if (buffer := getattr(self, name, None)) is not None:
-                setattr(self, name, buffer.float())
+        for name, old in before.items():
+            new = getattr(self, name)
+            # What comes from the meta device has no value yet, and `seen` is not in a checkpoint.
+            value = old if not old.is_meta else torch.zeros_like(new) if name == "seen" else new
+            setattr(self, name, value.to(new.device, torch.float32))
         return self
 
     def _reset_alpha(self) -> None:

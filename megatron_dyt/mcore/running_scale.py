@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.norm import DyTNorm
-from megatron_dyt.mcore.norm_sites import dyt_sites
+from megatron_dyt.mcore.norm_sites import dyt_sites, unwrap
 from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
@@ -61,13 +62,17 @@ def update(chunks: Iterable[nn.Module]) -> None:
     layers must call it, after the last backward pass of a step.
 
     chunks: the model's chunks on this rank.
+
+    Raises:
+        UserError: several ranks, and no groups that say which have the same layers.
     """
+    chunks = list(chunks)
     sites = [site for chunk in chunks for site in _sites_of(chunk)]
     if not sites:
         return
     averages, seen = [_of(site.input_rms) for site in sites], [_of(site.seen) for site in sites]
     before, sums = torch.stack(averages), torch.stack(seen)
-    if (group := _same_layers()) is not None:
+    for group in _same_layers(chunks[0]):
         dist.all_reduce(sums, group=group)
     rms = (sums[:, :1] / sums[:, 1:]).sqrt()
     after = torch.where(rms.isfinite() & (rms > 0), DECAY * before + (1 - DECAY) * rms, before)
@@ -114,13 +119,25 @@ def _sites_of(chunk: nn.Module) -> list[DyTNorm]:
     return _sites[chunk]
 
 
-def _same_layers() -> ProcessGroup | None:
-    """The ranks of this one's pipeline stage: all of its tensor, context and data parallel ranks."""
+def _same_layers(chunk: nn.Module) -> list[ProcessGroup]:
+    """Groups that together are this rank's pipeline stage: its tensor, context and data parallel ranks."""
     if ranks.world_size() == 1:
-        return None
+        return []
     from megatron.core import parallel_state
 
-    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    # A model may have groups of its own.
+    own = getattr(unwrap(chunk), "pg_collection", None)
+    for names in (("tp_dp_cp",), ("tp", "dp_cp")):
+        groups = [group for name in names if (group := getattr(own, name, None)) is not None]
+        if len(groups) == len(names):
+            return groups
+    if parallel_state.model_parallel_is_initialized():
+        return [parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)]
+    raise UserError(
+        "a running scale is averaged over the ranks that have the same layers, and neither the model's "
+        "pg_collection (tp_dp_cp, or tp and dp_cp) nor Megatron's parallel_state says which. Give the model "
+        "its groups, or pass --dyt-running-scale none."
+    )
 
 
 def _of(buffer: Tensor | None) -> Tensor:

@@ -131,8 +131,8 @@ def randomize(model: torch.nn.Module) -> None:
             around_zero = parameter.dim() > 1 or name.endswith(("bias", "shift", "log_alpha"))
             parameter.copy_(noise * 0.2 if around_zero else 1 + 0.3 * noise)
         for name, buffer in model.named_buffers():
-            if name.endswith("input_rms"):
-                buffer.copy_(1 + torch.rand(buffer.shape, generator=generator))
+            if name.endswith(("input_rms", "alpha_floor")):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> Namespace:

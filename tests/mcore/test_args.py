@@ -159,6 +159,15 @@ def test_a_missing_width_is_named(parse: Make) -> None:
         args_module.validate(args)
 
 
+@pytest.mark.parametrize(("saved", "where"), [({}, "none"), ({"dyt_running_scale": True}, "all")])
+def test_a_checkpoint_of_an_earlier_build_keeps_its_running_scale(saved: dict[str, Any], where: str) -> None:
+    old = SimpleNamespace(normalization="DyT", dyt_preset="auto", **saved)
+    args = SimpleNamespace(normalization="DyT")
+    args_module.restore(args, old)
+    assert args.dyt_running_scale == where
+    args_module.restore(SimpleNamespace(normalization="DyT", dyt_running_scale=where), old)
+
+
 def test_a_checkpoint_restores_every_model_setting(parse: Make) -> None:
     saved = parse("--normalization DyT --dyt-preset unit --dyt-alpha-init-ffn 0.3 --dyt-bias")
     args = parse("--normalization DyT --dyt-backend torch", validate=False)

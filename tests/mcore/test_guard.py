@@ -12,6 +12,7 @@ import torch
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import TrainingFault
 from megatron_dyt.mcore.guard import SHOWN, Finding, Guard, merge
+from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.patching import Patches, Replacement, replaced, wrapper
 
 Make = Callable[..., Any]
@@ -198,6 +199,20 @@ def spoiled_start(train: Make, forward_step: Any, model: Any, *rest: Any, **opti
     with torch.no_grad():
         model[0].module.decoder.layers[0].pre_mlp_layernorm.weight[0] = math.nan
     return train(forward_step, model, *rest, **options)
+
+
+def test_a_logarithm_that_ran_away_is_seen_above_a_floor(make_config: Make) -> None:
+    """alpha itself is what the floor is."""
+    config = make_config()
+    config.dyt = DyTConfig.auto(8)
+    norm = DyTNorm(config, 8, role="ffn")
+    guard: Any = Guard([torch.nn.Sequential(norm)], SimpleNamespace())
+    parameters = [norm.alpha_parameter]
+    assert guard._values(parameters).tolist() == [1]
+    with torch.no_grad():
+        norm.log_alpha.fill_(-math.inf)
+    assert norm.effective_alpha().isfinite()
+    assert guard._values(parameters).tolist() == [-math.inf]
 
 
 def test_megatrons_rerun_exit_names_the_place(

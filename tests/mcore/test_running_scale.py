@@ -1,6 +1,7 @@
 """alpha over a running average of the input's rms: what is averaged, when, and what is done with it."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_dyt.config import DyTConfig, Role
+from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import running_scale
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.residual import DeferredSum
@@ -163,10 +165,35 @@ def test_the_average_stays_fp32_in_a_model_of_16_bits(make_norm: Make) -> None:
     assert norm.input_rms.bfloat16().float() != norm.input_rms
 
 
+def test_a_cast_leaves_values_as_they_are(make_norm: Make) -> None:
+    norm = make_norm()
+    set_average(norm, 3.14159)
+    floor = norm.alpha_floor.clone()
+    norm.bfloat16()
+    assert average(norm) == pytest.approx(3.14159, rel=1e-7)
+    assert torch.equal(norm.alpha_floor, floor)
+
+
+def test_a_frozen_layer_keeps_its_average(make_norm: Make) -> None:
+    norm = make_norm().requires_grad_(False)
+    norm(torch.full((4, 8), 3.0, requires_grad=True))
+    running_scale.update([norm])
+    assert average(norm) == 1.0
+
+
+def test_nothing_has_been_seen_where_a_model_from_the_meta_device_is_loaded(make_norm: Make) -> None:
+    saved = make_norm().state_dict()
+    norm = make_norm().to("meta")
+    norm.to_empty(device="cpu")
+    norm.load_state_dict(saved)
+    assert norm.seen.tolist() == [0, 0]
+
+
 def test_it_survives_the_meta_device_and_starts_anew(make_norm: Make) -> None:
     norm = make_norm().to("meta").to_empty(device="cpu")
     norm.reset_parameters()
     assert average(norm) == 1.0
+    assert float(norm.alpha_floor) == pytest.approx(0.15)
     assert norm.seen.tolist() == [0, 0]
 
 
@@ -184,3 +211,25 @@ def test_a_step_that_is_left_for_a_rerun_leaves_the_average_as_it_was(
     leave = running_scale.wrap_exit(lambda machine: (exits, exits, 16 * exits))
     assert leave(None) == (exits, exits, 16 * exits)
     assert average(norm) == pytest.approx(after)
+
+
+def test_ranks_without_groups_are_told(make_norm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = make_norm()
+    norm(torch.randn(4, 8))
+    monkeypatch.setattr("megatron_dyt.mcore.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("megatron.core.parallel_state.model_parallel_is_initialized", lambda: False)
+    with pytest.raises(UserError, match="--dyt-running-scale none"):
+        running_scale.update([norm])
+
+
+def test_a_models_own_groups_are_taken(make_norm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(make_norm())
+    model[0](torch.full((4, 8), 3.0))
+    asked = []
+    monkeypatch.setattr("megatron_dyt.mcore.ranks.world_size", lambda: 2)
+    monkeypatch.setattr(running_scale.dist, "all_reduce", lambda sums, group: asked.append(group))
+    model.pg_collection = SimpleNamespace(tp="tensor", dp_cp="data", tp_dp_cp=None)
+    running_scale.update([model])
+    model.pg_collection.tp_dp_cp = "both"
+    running_scale.update([model])
+    assert asked == ["tensor", "data", "both"]

@@ -10,6 +10,7 @@ import torch
 
 from megatron_dyt.config import MODEL_ARGS
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore import running_scale
 from megatron_dyt.mcore.norm import DyTNorm
 
 Run = Callable[..., SimpleNamespace]
@@ -112,7 +113,11 @@ def test_a_step_that_is_run_twice_moves_a_running_scale_once(
     # 0.19.2 takes no value of --rerun-mode for it.
     always = RerunMode.REPORT_DETERMINISM_STATS
     monkeypatch.setattr("megatron.training.initialize.RerunMode", lambda _: always)
+    put_back = running_scale.put_back
+    again: list[None] = []
+    monkeypatch.setattr(running_scale, "put_back", lambda: again.append(put_back()))
     twice = megatron_run(flags)
+    assert len(again) == 4
     assert twice.losses == once.losses
     assert running_averages(twice) == running_averages(once)
 
