@@ -201,20 +201,6 @@ def spoiled_start(train: Make, forward_step: Any, model: Any, *rest: Any, **opti
     return train(forward_step, model, *rest, **options)
 
 
-def test_a_logarithm_that_ran_away_is_seen_above_a_floor(make_config: Make) -> None:
-    """alpha itself is what the floor is."""
-    config = make_config()
-    config.dyt = DyTConfig.auto(8)
-    norm = DyTNorm(config, 8, role="ffn")
-    guard: Any = Guard([torch.nn.Sequential(norm)], SimpleNamespace())
-    parameters = [norm.alpha_parameter]
-    assert guard._values(parameters).tolist() == [1]
-    with torch.no_grad():
-        norm.log_alpha.fill_(-math.inf)
-    assert norm.effective_alpha().isfinite()
-    assert guard._values(parameters).tolist() == [-math.inf]
-
-
 def test_megatrons_rerun_exit_names_the_place(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,3 +288,17 @@ def test_alphas_are_followed_where_the_optimizer_has_them(make_config: Make, bui
     site.alpha = trained
     with pytest.raises(TrainingFault, match=r"decoder\.final_layernorm has alpha -0\.1, was 0\.2"):
         optimizer.step()
+
+
+def test_a_logarithm_that_ran_away_is_seen_above_a_floor(make_config: Make) -> None:
+    """alpha itself is what the floor is."""
+    config = make_config()
+    config.dyt = DyTConfig.auto(8)
+    norm = DyTNorm(config, 8, role="ffn")
+    guard: Any = Guard([torch.nn.Sequential(norm)], SimpleNamespace())
+    parameters = [norm.alpha_parameter]
+    assert guard._values(parameters).tolist() == [1]
+    with torch.no_grad():
+        norm.log_alpha.fill_(-math.inf)
+    assert norm.effective_alpha().isfinite()
+    assert guard._values(parameters).tolist() == [-math.inf]

@@ -113,6 +113,9 @@ def test_a_step_that_is_run_twice_moves_a_running_scale_once(
     # 0.19.2 takes no value of --rerun-mode for it.
     always = RerunMode.REPORT_DETERMINISM_STATS
     monkeypatch.setattr("megatron.training.initialize.RerunMode", lambda _: always)
+    # What 0.18 and before report of it fails: their own record has no file name.
+    report = "megatron.core.rerun_state_machine.RerunStateMachine._maybe_report_stats"
+    monkeypatch.setattr(report, lambda self: None)
     put_back = running_scale.put_back
     again: list[None] = []
     monkeypatch.setattr(running_scale, "put_back", lambda: again.append(put_back()))
