@@ -29,7 +29,6 @@ from megatron_dyt.patching import wrapper
 
 if TYPE_CHECKING:
     from megatron.core.rerun_state_machine import RerunStateMachine
-    from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.distributed import ProcessGroup
 
 # Of the average: what of it is left after a step. With 0.9 it lags behind the stream by ten steps.
@@ -43,14 +42,10 @@ _sites: WeakKeyDictionary[nn.Module, list[DyTNorm]] = WeakKeyDictionary()
 
 @wrapper
 def wrap_allreduce(
-    original: Callable[..., None],
-    model: list[nn.Module],
-    config: TransformerConfig,
-    embd_group: ProcessGroup | None = None,
-    pp_group: ProcessGroup | None = None,
+    original: Callable[..., None], model: list[nn.Module], *args: object, **kwargs: object
 ) -> None:
     """`_allreduce_word_embedding_grads`, which every rank calls in each step, that updates the averages."""
-    original(model, config, embd_group, pp_group)
+    original(model, *args, **kwargs)
     update(model)
 
 

@@ -184,7 +184,12 @@ def test_a_frozen_layer_keeps_its_average(make_norm: Make) -> None:
 def test_nothing_has_been_seen_where_a_model_from_the_meta_device_is_loaded(make_norm: Make) -> None:
     saved = make_norm().state_dict()
     norm = make_norm().to("meta")
-    norm.to_empty(device="cpu")
+    # Fills what is not initialized with nan.
+    torch.use_deterministic_algorithms(True)
+    try:
+        norm.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
     norm.load_state_dict(saved)
     assert norm.seen.tolist() == [0, 0]
 
