@@ -43,6 +43,7 @@ class Domain:
         rates: learning rates (the peak of the schedule); each norm is reported at its best one.
         select: names of the norms to replace; None for all.
         adapt: what the paper changes besides the norm: gets the model with its norms, and their name.
+        after: what follows each step of the optimizer: gets the model and the share of steps done.
         samples: pictures (rows, columns, height, width) that a model made, or real ones for None.
         call: what the model can be called with, of a batch, for a calibration: a tensor, or keyword
             arguments; None: the batch's inputs.
@@ -62,6 +63,7 @@ class Domain:
     betas: tuple[float, float] = (0.9, 0.999)
     select: Callable[[str], bool] | None = None
     adapt: Callable[[Any, str], None] | None = None
+    after: Callable[[Any, float], None] | None = None
     samples: Callable[[Any], Tensor] | None = None
     call: Callable[[Data, torch.Generator], Tensor | dict[str, Any]] | None = None
     norm: str = "LayerNorm"

@@ -32,7 +32,7 @@ from megatron_dyt.errors import UserError, run_main
 if TYPE_CHECKING:
     from examples.beyond_llm.domain import Data, Domain, Split
 
-DOMAINS = ("vit", "mae", "convnext", "resnet", "dit", "wav2vec2", "hyena", "caduceus")
+DOMAINS = ("vit", "mae", "convnext", "resnet", "dit", "wav2vec2", "hyena", "caduceus", "dino")
 # DyT; DyT that starts as what is nearest to the norms, on a batch of the training data; those of methods.py.
 FITTED = "DyT-fitted"
 METHODS = ("DyT", FITTED, "SkipInit", "Fixup", "sigmaReparam")
@@ -82,7 +82,7 @@ def read(options: argparse.Namespace) -> tuple[dict[str, Domain], dict[str, Spli
     for name in options.domains:
         try:
             domains[name] = replace(load(name), **given)
-            splits[name] = domains[name].data()
+            splits[name] = needed(name, domains[name].data)
         except UserError as error:
             if not options.skip_missing:
                 raise
@@ -263,6 +263,8 @@ def fit(model: nn.Module, domain: Domain, split: Split, rate: float, seed: int) 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if domain.after is not None:
+            domain.after(model, (step + 1) / domain.steps)
     model.eval()
     return losses
 
