@@ -32,7 +32,7 @@ quickstart: setup ## train, evaluate and compare a small RMSNorm and a small DyT
 	@bash examples/quickstart.sh
 
 beyond-llm: setup ## train models of other domains with LayerNorm and DyT (build/beyond-llm)
-	@OMP_NUM_THREADS=1 $(PY) examples/beyond_llm/run.py vit mae convnext resnet dit wav2vec2 hyena caduceus --skip-missing --seeds 3 --output build/beyond-llm
+	@OMP_NUM_THREADS=1 $(PY) examples/beyond_llm/run.py vit mae convnext resnet dit wav2vec2 hyena caduceus dino --skip-missing --seeds 3 --output build/beyond-llm
 
 # sysmon is coverage's cheap measurement: no trace function is called for a line already seen.
 test: setup ## run the tests with coverage (PYTEST_ARGS=... passes through)

@@ -57,8 +57,11 @@ SITES = {
     "caduceus": ["mamba.layers.0.norm", "mamba.layers.1.norm", "mamba.norm_f"],
     "hyena": ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
 }
-# Modules of this project, saved as torch saves any (test_beyond_llm_sequence.py).
-NO_LIBRARY = ("hyena", "caduceus")
+# Modules of this project, saved as torch saves any (test_beyond_llm_sequence.py, test_beyond_llm_dino.py).
+NO_LIBRARY = ("hyena", "caduceus", "dino")
+SITES["dino"] = [
+    f"{part}.vit.{name}" for part in ("student", "teacher") for name in (*BLOCKS[:4], "layernorm")
+]
 RESNET_BLOCKS = [f"resnet.encoder.stages.{stage}.layers.{i}" for stage in range(2) for i in range(2)]
 SITES["resnet"] = [
     "resnet.embedder.embedder.normalization",
@@ -123,7 +126,8 @@ def test_sites_values_and_gradients(name: str) -> None:
     for loss in losses:
         loss.backward()
     reference = dict(expected.named_parameters())
-    assert all(found.get_parameter(f"{site}.alpha").grad.abs().sum() > 0 for site in SITES[name])
+    trained = [site for site in SITES[name] if not site.startswith("teacher.")]
+    assert all(found.get_parameter(f"{site}.alpha").grad.abs().sum() > 0 for site in trained)
     for parameter_name, parameter in found.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(
@@ -296,7 +300,11 @@ def test_a_run_that_diverges_is_recorded(line: Recorder, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "package", "missing"),
-    [("vit", "scikit-learn", ("sklearn", "sklearn.datasets")), ("dit", "diffusers", ("diffusers",))],
+    [
+        ("vit", "scikit-learn", ("sklearn", "sklearn.datasets")),
+        ("dit", "diffusers", ("diffusers",)),
+        ("dino", "mlxtend", ("mlxtend",)),
+    ],
 )
 def test_a_missing_package(
     name: str, package: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
