@@ -1,12 +1,19 @@
 """`megatron-dyt sweep`: many training runs from one file, and a table of them."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from megatron_dyt.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_dyt.sweep.spec import Sweep
+
+_log = logging.getLogger(__name__)
 
 # A run of the quickstart's shape has 1.5 GB.
 _RUN_MEMORY = 2 * 2**30
@@ -23,7 +30,7 @@ _RUN_MEMORY = 2 * 2**30
 @click.option(
     "--parallel",
     type=click.IntRange(1),
-    help="Runs at a time. Default: cores / threads, of 2 GiB of memory each; with --nproc 1.",
+    help="Runs at a time. Default: cores / threads, of 2 GiB of memory each; on GPUs 1.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each process.")
 @click.option(
@@ -78,8 +85,7 @@ def sweep(
         check_size(found)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if parallel is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        parallel = 1 if nproc else max(1, min(cores // threads, memory // _RUN_MEMORY))
+        parallel = 1 if nproc or _on_gpu(found) else _parallel_on_cpu(cores, threads)
     if parallel * threads > cores and not nproc:
         raise UserError(
             f"--parallel {parallel} times --threads {threads} is more than the {cores} cores here; take fewer"
@@ -94,3 +100,20 @@ def sweep(
     )
     for path in run_sweep(found, output or Path("sweeps") / file.stem, options):
         click.echo(f"wrote {path}")
+
+
+def _parallel_on_cpu(cores: int, threads: int) -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores // threads, memory // _RUN_MEMORY))
+
+
+def _on_gpu(found: "Sweep") -> bool:
+    """Whether runs take the first GPU, each the same one; a line says how to use more."""
+    import torch
+
+    from megatron_dyt.cpu import device
+
+    if not torch.cuda.is_available() or all(device.split(run.flags)[0] == "cpu" for run in found.runs):
+        return False
+    _log.info("one run at a time on the first GPU; --nproc 1 --parallel N has N at a time, on N GPUs")
+    return True

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -22,7 +23,7 @@ def activate(argv: list[str]) -> list[str]:
     `megatron.training` is used. Raises `UserError` for an unknown choice, for `cuda` without a CUDA
     device and for `cpu` in a process that already uses CUDA.
     """
-    choice, rest = _split(argv)
+    choice, rest = split(argv)
     if choice not in CHOICES:
         raise UserError(f"--device {choice!r} (or {VARIABLE}): allowed are {', '.join(CHOICES)}")
     if choice == "cuda" and not torch.cuda.is_available():
@@ -38,7 +39,8 @@ def activate(argv: list[str]) -> list[str]:
     return rest
 
 
-def _split(argv: list[str]) -> tuple[str, list[str]]:
+def split(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The device that `argv` or the environment names, as it is written there, and the other arguments."""
     choice = os.environ.get(VARIABLE) or "auto"
     rest: list[str] = []
     words = iter(argv)

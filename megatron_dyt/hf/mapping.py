@@ -167,7 +167,8 @@ def _split_all(module: Module, tensors: dict[str, Tensor], model: Model) -> dict
 
 
 def exported(module: Module, model: Model, read: Read, folded: Collection[str] = ()) -> dict[str, Tensor]:
-    """What becomes of a module in the export, by Hugging Face's names.
+    """What becomes of a module in the export, by Hugging Face's names: in the checkpoint's dtypes, an alpha
+    that was computed in fp32, as in training.
 
     Args:
         model: its `vocab_size` rows of the embedding and the output layer are taken.
@@ -182,10 +183,9 @@ def exported(module: Module, model: Model, read: Read, folded: Collection[str] =
     if model.dyt is not None and "log_alpha" in sizes[source]:
         log_alpha = read(f"{source}log_alpha", layer)
         floor = read(f"{source}alpha_floor", layer) if "alpha_floor" in sizes[source] else None
-        tensors["alpha"] = alpha_of_log(log_alpha, model.dyt.log_alpha_rate, floor).to(log_alpha.dtype)
+        tensors["alpha"] = alpha_of_log(log_alpha, model.dyt.log_alpha_rate, floor)
     if "input_rms" in sizes[source]:
-        alpha = tensors["alpha"]
-        tensors["alpha"] = (alpha.float() / read(f"{source}input_rms", layer)).to(alpha.dtype)
+        tensors["alpha"] = tensors["alpha"].float() / read(f"{source}input_rms", layer)
     if source in (EMBEDDING, OUTPUT) and tensors:
         tensors["weight"] = tensors["weight"][: model.shape.vocab_size]
     if row == EMBEDDING and model.scale_is_folded(folded):

@@ -73,6 +73,11 @@ CORE = (
         "_allreduce_word_embedding_grads",
         running_scale.wrap_allreduce,
     ),
+    Replacement(
+        "megatron.core.distributed.finalize_model_grads",
+        "reset_model_temporary_tensors",
+        running_scale.wrap_reset,
+    ),
     Replacement("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm_sites.wrap_norm_new),
     Replacement(
         "megatron.core.fusions.fused_layer_norm", "FusedLayerNorm.__init__", norm_sites.wrap_norm_init

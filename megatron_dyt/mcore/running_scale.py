@@ -49,6 +49,19 @@ def wrap_allreduce(
     update(model)
 
 
+@wrapper
+def wrap_reset(
+    original: Callable[..., None], config: object, model: list[nn.Module], *args: object, **kwargs: object
+) -> None:
+    """`reset_model_temporary_tensors`, which Megatron calls after a step's update, where there is nothing
+    left to forget, and after the capture of Transformer Engine's CUDA graphs, which runs layers on ones."""
+    original(config, model, *args, **kwargs)
+    seen = [_of(site.seen) for chunk in model for site in _sites_of(chunk)]
+    if seen:
+        with torch.no_grad():
+            torch._foreach_zero_(seen)
+
+
 @torch.no_grad()
 def update(chunks: Iterable[nn.Module]) -> None:
     """Move each site's `input_rms` towards the rms of what it has seen since the last call.

@@ -25,8 +25,9 @@ DECADES = 2
 # First a quarter of a decade apart; each round after that looks 4 times as closely around the best, so the
 # last one's are 0.2 % of alpha apart.
 COARSE, FINE, ROUNDS = 17, 9, 5
-# Two rows of a batch that hold the same differ by rounding alone, in bf16 over many layers.
-_SAME = 0.05
+# Two rows of a batch that hold the same differ by rounding alone, in bf16 over many layers: so much of what
+# tokens differ by, or of their size where they do not.
+_SAME, _ROUNDING = 0.05, 0.01
 
 
 class Fit(NamedTuple):
@@ -127,12 +128,18 @@ class Site:
     def look(self, x: Tensor) -> Tensor:
         """What the norm gives; finds the dimension of the sequences, where both halves are equal."""
         values = x.float().nan_to_num()  # Values that are not finite are for `fit` to refuse.
-        for dim, length in enumerate(x.shape):
-            if length % 2 == 0:
-                first, second = values.chunk(2, dim)
-                if torch.allclose(first, second, rtol=0, atol=_SAME * float(values.abs().max())):
-                    self.batch_dim = dim
-                    return self.norm(x)
+        apart = {
+            dim: _rms(torch.sub(*values.chunk(2, dim)))
+            for dim, length in enumerate(x.shape)
+            if length % 2 == 0
+        }
+        # What differs is small against how tokens differ, to which a channel that is large everywhere adds
+        # nothing; rounding follows the size of the values.
+        others = [dim for dim in range(x.dim()) if dim != self.dyt.channel_dim % x.dim()]
+        spread = _rms(values - values.mean(others, keepdim=True))
+        if apart and min(apart.values()) <= max(_SAME * spread, _ROUNDING * _rms(values)):
+            self.batch_dim = min(apart, key=apart.__getitem__)
+            return self.norm(x)
         raise ValueError(
             f"the calibration cannot tell the sequences in the input of {self.name}, of shape "
             f"{tuple(x.shape)}; leave it out with select=lambda name: ..."
@@ -153,6 +160,10 @@ class Site:
             )
             set_parameters(self.dyt, self.fit.alpha, self.fit.weight, self.fit.bias)
         return torch.cat([expected, self.dyt.forward(after)], self.batch_dim)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def calibrate(

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,11 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.report import dyt_stats, metrics
 
 RESULT_NAME = "result.json"
+# The flags of a run that may go on from its checkpoints.
+FLAGS_NAME = "flags.json"
 LOG_NAME = "log.txt"
+# The checkpoints of a run; they go when it has finished.
+CHECKPOINT_NAME = "checkpoint"
 Status = Literal["finished", "diverged", "failed"]
 
 # Exit codes of Megatron's rerun state machine: a loss that is not finite again in a rerun, or no more so.
@@ -95,8 +100,11 @@ def of(directory: Path, exit_code: int, seconds: float) -> Outcome:
 
 
 def _sites(directory: Path) -> dict[str, Site]:
+    # The monitor writes beside checkpoints where there are any.
+    places = (directory / CHECKPOINT_NAME, directory)
+    files = next((found for place in places if (found := dyt_stats.find(place, 1))), [])
     try:
-        record = dyt_stats.read(dyt_stats.find(directory, 1))[-1]
+        record = dyt_stats.read(files)[-1]
     except UserError:  # It is no DyT run, or was asked for none.
         return {}
     by_role: dict[str, list[dyt_stats.SiteStats]] = {}
@@ -120,7 +128,7 @@ def _status(
         return "failed"
     if exit_code == 0:
         # With the check switched off, Megatron trains on with values that are not finite.
-        losses = [step.loss for step in steps[-1:]] + ([] if valid is None else [valid])
+        losses = [step.loss for step in _judged(steps)[-1:]] + ([] if valid is None else [valid])
         return (
             "finished" if losses and all(map(math.isfinite, losses)) else "diverged" if losses else "failed"
         )
@@ -136,16 +144,27 @@ def _reached_the_end(steps: Sequence[metrics.Step], arguments: dict[str, Any]) -
 
 
 def _says_not_finite(line: str) -> bool:
-    # The guard warns of a step that it skips, and the run goes on.
-    return _NOT_FINITE.search(line) is not None and "skipped" not in line
+    # After a warning the run goes on: of a step that is skipped, or an alpha that was to be reported alone.
+    return _NOT_FINITE.search(line) is not None and "WARNING:" not in line
+
+
+def _judged(steps: Sequence[metrics.Step]) -> Sequence[metrics.Step]:
+    """The lines that say how the run does: not those whose steps were all skipped for a gradient alone, as
+    fp16's loss scale does now and then; they have no loss."""
+    return [step for step in steps if step.skipped < step.steps or step.nan]
 
 
 def _end_loss(steps: Sequence[metrics.Step]) -> float | None:
-    if not steps:
+    judged = _judged(steps)
+    if not judged:
         return None
     first = steps[-1].iteration * (1 - _END)
-    end = [step for step in steps if step.iteration > first] or steps[-1:]
-    return sum(step.loss * step.steps for step in end) / sum(step.steps for step in end)
+    end = [step for step in judged if step.iteration > first] or judged[-1:]
+    # A line's loss is the mean of the steps that were applied.
+    applied = [step.steps - step.skipped for step in end]
+    if not all(applied):
+        return math.nan
+    return sum(step.loss * count for step, count in zip(end, applied, strict=True)) / sum(applied)
 
 
 def _tail(log: Path) -> list[str]:
@@ -166,21 +185,34 @@ def save(directory: Path, outcome: Outcome, flags: Sequence[str], command: Seque
     write_json(directory / RESULT_NAME, record)
 
 
+def keep_flags(directory: Path, flags: Sequence[str]) -> None:
+    """Write `flags.json`: what is left of the run if it is cut off is not for a run with other flags."""
+    write_json(directory / FLAGS_NAME, {"flags": list(flags)})
+
+
+def clear(directory: Path) -> None:
+    """Remove a run's checkpoints, but keep what its DyTs' statistics are."""
+    for path in (directory / CHECKPOINT_NAME).glob("dyt_stats*.jsonl"):
+        path.replace(directory / path.name)
+    shutil.rmtree(directory / CHECKPOINT_NAME, ignore_errors=True)
+
+
 def load(directory: Path, flags: Sequence[str]) -> Outcome | None:
     """The outcome that is kept in `directory`, or None where the run is not done.
 
     Raises:
-        UserError: it is that of a run with other flags than `flags`.
+        UserError: it, or the part of a run that is there, is of other flags than `flags`.
     """
     record: Any = read_json(directory / RESULT_NAME)
-    if record is None:
-        return None
-    if record["flags"] != list(flags):
-        changed = " ".join(dict.fromkeys(set(record["flags"]) ^ set(flags)))
+    begun: Any = record or read_json(directory / FLAGS_NAME)
+    if begun and begun["flags"] != list(flags):
+        changed = " ".join(dict.fromkeys(set(begun["flags"]) ^ set(flags)))
         raise UserError(
             f"{directory} holds a run with other flags than the sweep file gives it now (they differ in: "
             f"{changed}); take another --output, or move that directory away"
         )
+    if record is None:
+        return None
     return Outcome(
         **{name: record[name] for name in ("status", *NUMBERS)},
         log_tail=tuple(record["log_tail"]),

@@ -22,8 +22,9 @@ _log = logging.getLogger(__name__)
 
 # Seconds between two looks at the processes; a run takes minutes.
 _LOOK = 0.2
-# Seconds that a process has to end after SIGTERM.
-_GRACE = 10.0
+# Seconds that a process has to end after SIGTERM. torchrun's workers are sessions of their own, which only
+# torchrun ends: it gives them 30.
+_GRACE, _GRACE_OF_TORCHRUN = 10.0, 45.0
 # So many runs that fail one after the other fail for the same reason, which the others share.
 _FAILURES = 3
 
@@ -91,8 +92,10 @@ def run_all(
         The outcome of every run.
 
     Raises:
-        UserError: the first runs failed; the message has the end of the last one's log.
+        UserError: three runs after each other failed, and the message has the end of the last one's log; or
+            there are fewer GPUs than the runs need.
     """
+    _devices(options.parallel - 1, options.gpus)
     # Megatron's cache of sample indices goes by path and not by content: data may have been made anew.
     shutil.rmtree(output / "cache", ignore_errors=True)
     done = finished(output, runs, options.retry)
@@ -121,7 +124,7 @@ def run_all(
             if not ended:
                 time.sleep(_LOOK)
     finally:
-        _stop(active)
+        _stop(active, _GRACE_OF_TORCHRUN if options.gpus else _GRACE)
         if parent:
             parent.close()
     return {run: done[run] for run in runs}
@@ -142,6 +145,8 @@ def _start(output: Path, run: Run, slot: int, options: Options, parent: warm.Par
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / outcome.RESULT_NAME).unlink(missing_ok=True)
+    if options.save_interval:
+        outcome.keep_flags(directory, run.flags)
     flags = [*run.flags, *_own_flags(output, directory, slot, options)]
     command = [*options.program, *flags]
     log = directory / outcome.LOG_NAME
@@ -178,16 +183,22 @@ def _own_flags(output: Path, directory: Path, slot: int, options: Options) -> li
     # A cache for each slot: Megatron writes one in place, where another process would read half of it.
     flags = ["--metrics-dir", str(directory), "--data-cache-path", str(output / "cache" / str(slot))]
     if options.save_interval:
-        saved = str(directory / "checkpoint")
+        saved = str(directory / outcome.CHECKPOINT_NAME)
         flags += ["--save", saved, "--load", saved, "--save-interval", str(options.save_interval)]
     return flags
 
 
 def _devices(slot: int, gpus: int) -> str:
     """The GPUs of a slot, out of those that the sweep may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    numbers = range(slot * gpus, (slot + 1) * gpus)
-    return ",".join(visible[n] if visible != [""] and n < len(visible) else str(n) for n in numbers)
+    first, end = slot * gpus, (slot + 1) * gpus
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = given.split(",") if given else [str(number) for number in range(end)]
+    if end > len(visible):
+        raise UserError(
+            f"{slot + 1} runs at a time of {gpus} GPUs each need {end}, and CUDA_VISIBLE_DEVICES={given} has "
+            f"{len(visible)}; give a smaller --parallel or --nproc, or more GPUs"
+        )
+    return ",".join(visible[first:end])
 
 
 def _end(output: Path, process: _Process) -> Outcome:
@@ -197,15 +208,15 @@ def _end(output: Path, process: _Process) -> Outcome:
     outcome.save(directory, result, process.run.flags, process.command)
     # Of a run that is done only its numbers are wanted.
     if result.status == "finished":
-        shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+        outcome.clear(directory)
     return result
 
 
-def _stop(active: Sequence[_Process]) -> None:
-    """End what still runs, with all its processes; these runs stay undone."""
+def _stop(active: Sequence[_Process], grace: float) -> None:
+    """End what still runs, with all its processes, `grace` seconds after asked; these runs stay undone."""
     for process in active:
         _signal(process, signal.SIGTERM)
-    until = time.monotonic() + _GRACE
+    until = time.monotonic() + grace
     for process in active:
         try:
             process.popen.wait(max(0.0, until - time.monotonic()))

@@ -19,6 +19,7 @@ from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import UserError
 from megatron_dyt.hf import export as module
 from megatron_dyt.hf.directory import SafetensorsReader
+from megatron_dyt.mcore.norm import DyTNorm
 
 from .conftest import TOKENS, Saved, command, hf_logits, hf_model
 
@@ -162,6 +163,18 @@ def test_shards_and_dtype(save_gpt: Save, tmp_path: Path) -> None:
     ours, theirs = hf_logits(output, dtype="auto"), saved.logits()
     assert ours.dtype == torch.bfloat16
     assert 1e-4 < (ours.float() - theirs).abs().max() / theirs.abs().max() < 0.05
+
+
+def test_alpha_of_a_bf16_run_is_rounded_once(save_gpt: Save, tmp_path: Path) -> None:
+    """It is computed in fp32, of a bf16 logarithm and an fp32 average, in training too."""
+    saved = save_gpt("DyT", dyt=DyTConfig.auto(32, running_scale="all"), params_dtype=torch.bfloat16)
+    norms = [module for module in saved.model.modules() if isinstance(module, DyTNorm)]
+    trained = sorted(float(norm.effective_alpha().detach()) for norm in norms)
+    for dtype in (torch.float32, torch.bfloat16):
+        reader = SafetensorsReader(saved.export(tmp_path / str(dtype), dtype=dtype))
+        alphas = torch.cat([reader.read(name) for name in reader.shapes if name.endswith("alpha")])
+        assert alphas.dtype == dtype
+        assert sorted(alphas.tolist()) == pytest.approx(torch.tensor(trained).to(dtype).tolist(), rel=1e-6)
 
 
 def test_layers_stored_one_by_one(save_gpt: Save, tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def test_a_step_moves_the_average_by_a_tenth_towards_what_was_seen(make_norm: Ma
     assert average(norm) == pytest.approx(float(first.square().mean().sqrt()), rel=1e-4)
 
 
+def test_what_a_capture_of_cuda_graphs_ran_layers_on_is_forgotten(make_norm: Make) -> None:
+    """Transformer Engine's is of ones, between two steps; Megatron then resets what it has counted itself."""
+    from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
+
+    norm = make_norm()
+    norm(torch.ones(40, 2, 8))
+    reset = running_scale.wrap_reset(reset_model_temporary_tensors)
+    config = SimpleNamespace(moe_router_enable_expert_bias=False, moe_router_load_balancing_type="none")
+    reset(config, [norm])
+    assert norm.seen.tolist() == [0, 0]
+    reset(config, [nn.Linear(2, 2)])
+
+
 def test_within_a_step_it_is_constant(make_norm: Make) -> None:
     norm = make_norm()
     x = 3 * torch.randn(40, 2, 8)

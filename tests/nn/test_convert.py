@@ -399,6 +399,24 @@ def test_the_sequences_are_found_wherever_they_stand(
     torch.testing.assert_close(model.norm.weight.detach(), best.weight)
 
 
+def with_a_large_channel(x: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(x[..., :1], 500.0), x[..., 1:]], -1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 500.0])
+@pytest.mark.parametrize("arrange", [lambda x: x, lambda x: x.transpose(0, 1)])
+def test_a_channel_that_is_large_everywhere_hides_no_sequences(
+    arrange: Callable[[Tensor], Tensor], scale: float
+) -> None:
+    """As trained transformers have them: against it all tokens look the same."""
+    batch = inputs()
+    batch[..., 0] = scale
+    model = Wrapped(arrange, randomized(nn.RMSNorm(SIZE)))
+    expected = model(batch).detach()
+    (found,) = convert_norms(model, batch, refine=False)
+    assert found.error == pytest.approx(fit(arrange(batch), expected).error, rel=1e-4)
+
+
 def test_channels_first_is_fitted_along_its_channels() -> None:
     norm = randomized(LayerNorm2d(SIZE))
     model = Wrapped(lambda x: x.unflatten(1, (4, 5)).permute(0, 3, 1, 2), norm)
@@ -414,6 +432,7 @@ def test_channels_first_is_fitted_along_its_channels() -> None:
     [
         lambda x: x.transpose(0, 1).flatten(0, 1),  # the first tokens of all sequences, then the second ones
         lambda x: torch.arange(5.0 * SIZE).view(5, SIZE),  # nothing of the batch
+        lambda x: with_a_large_channel(x.transpose(0, 1).flatten(0, 1)),
     ],
 )
 def test_a_site_without_a_dimension_of_sequences_is_refused(arrange: Callable[[Tensor], Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The steps behind a calibration's fit: what they gain and leave alone, and when they are taken back."""
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -70,6 +71,18 @@ def test_other_inputs_come_nearer_too(model: Blocks, groups: Any) -> None:
     assert refined < (0.97 if groups == 1 else 0.99) * fitted
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_gain_as_much(model: Blocks, dtype: torch.dtype) -> None:
+    target = model(inputs(10))
+    errors = {}
+    for refined in (False, True):
+        new = copy.deepcopy(model).to(dtype)
+        convert_norms(new, inputs().to(dtype), refine=refined)
+        errors[refined] = float((new(inputs(10).to(dtype)).float() - target).square().mean())
+    assert errors[True] < 0.98 * errors[False]
+
+
 def test_nothing_else_changes(model: Blocks) -> None:
     model.linears[0].weight.requires_grad_(False)
     new = converted(model)
@@ -87,9 +100,13 @@ def test_the_report_has_the_alphas_behind_the_steps(model: Blocks) -> None:
     assert [found.alpha for found in report] == [float(norm.alpha.detach()) for norm in model.norms]
 
 
-def test_steps_that_do_not_help_are_taken_back(model: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_do_not_help_are_taken_back(
+    model: Blocks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(refine, "RATE", 1.0)
-    assert same(converted(model), converted(model, refine=False))
+    with caplog.at_level(logging.INFO, "megatron_dyt"):
+        assert same(converted(model), converted(model, refine=False))
+    assert "ends with the fit: steps from it took the error from" in caplog.text
 
 
 def test_a_model_without_gradients_keeps_the_fit() -> None:

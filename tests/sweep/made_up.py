@@ -26,6 +26,10 @@ def main(flags: dict[str, str]) -> int:
         if "--no-valid" not in flags:
             valid = {"event": "validation", "iteration": 4, "set": None, "losses": {"lm loss": finite(loss)}}
             file.write(json.dumps(valid) + "\n")
+    if "--stats" in flags:
+        # As the monitor does: beside the checkpoints where there are any.
+        place = Path(flags.get("--save", directory)) / "dyt_stats.jsonl"
+        place.write_text(json.dumps(stats(float(flags["--stats"]))) + "\n")
     print(flags.get("--say", "nothing to say"), flush=True)
     code = int(flags.get("--exit", "0"))
     if code < 0:
@@ -36,6 +40,11 @@ def main(flags: dict[str, str]) -> int:
 def finite(loss: float) -> float | None:
     """metrics.jsonl has null for what is not finite: here, for what is large."""
     return loss if loss < 1e9 else None
+
+
+def stats(alpha_std: float) -> dict[str, object]:
+    site = {"name": "norm", "role": "attn", "layer": 1, "alpha": 1.0, "input_std": 1.0}
+    return {"iteration": 4, "sites": [site | {"alpha_std": alpha_std, "saturated": 0.0}]}
 
 
 def train(step: int, loss: float) -> dict[str, object]:

@@ -8,8 +8,16 @@ from megatron_dyt.sweep import outcome
 from tests.report.made_up_runs import start_line, write_lines
 from tests.sweep.made_up import train
 
-SKIPPED = "WARNING: step 1: the gradient is not finite (norm nan) and was not applied. The step is skipped."
-STOPPED = "megatron_dyt: stopped: step 3: the gradient is not finite (norm nan) and was not applied."
+SKIPPED = (
+    "megatron_dyt: WARNING: step 1: the gradient is not finite (norm nan) and was not applied. "
+    "The step is skipped."
+)
+REPORTED = "megatron_dyt: WARNING: step 1: an update made alpha <= 0 or not finite: layer 1 has alpha -0.1"
+STOPPED = (
+    "megatron_dyt: stopped: step 3: the gradient is not finite (norm nan) and was not applied. "
+    "Go on from the last checkpoint, with a smaller --lr or other data; "
+    "with --no-check-for-nan-in-loss-and-grad such steps are skipped."
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +26,7 @@ STOPPED = "megatron_dyt: stopped: step 3: the gradient is not finite (norm nan) 
         (0, "", "finished"),
         (1, STOPPED, "diverged"),
         (1, f"{SKIPPED}\nRuntimeError: out of memory", "failed"),
+        (1, f"{REPORTED}\nmegatron_dyt: stopped: OSError: No space left on device", "failed"),
         (-9, STOPPED, "failed"),
     ],
 )
@@ -34,6 +43,22 @@ def test_a_run_that_was_told_to_end_early_is_not_finished(
 ) -> None:
     write(tmp_path, "", {"train_iters": train_iters, "log_interval": 2})
     assert outcome.of(tmp_path, 0, 1.0).status == status
+
+
+@pytest.mark.parametrize(("nan", "status", "loss"), [(0, "finished", 3.5), (1, "diverged", None)])
+def test_a_step_skipped_by_the_loss_scale_is_no_divergence(
+    tmp_path: Path, nan: int, status: str, loss: float | None
+) -> None:
+    # Three lines of two steps in the last tenth: of the first one step was skipped, of the last both.
+    ends = [(190, 3.0, 1), (195, 3.75, 0), (200, 1e10, 2)]
+    lines = [
+        train(step, value) | {"steps": 2, "skipped_steps": skipped, "nan_steps": nan * (skipped == 2)}
+        for step, value, skipped in [(10, 9.0, 0), *ends]
+    ]
+    write_lines(tmp_path / "metrics.jsonl", [start_line(train_iters=200), *lines])
+    (tmp_path / outcome.LOG_NAME).touch()
+    found = outcome.of(tmp_path, 0, 1.0)
+    assert (found.status, found.train_loss) == (status, pytest.approx(loss))
 
 
 def write(directory: Path, log: str, arguments: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from megatron_dyt.atomic import locked
 from megatron_dyt.errors import UserError
 from megatron_dyt.sweep import runner, sweep
-from megatron_dyt.sweep.outcome import Outcome
+from megatron_dyt.sweep.outcome import Outcome, Site
 from megatron_dyt.sweep.runner import Options
 from megatron_dyt.sweep.spec import Run, Seed, Sweep
 from tests.sweep import made_up
@@ -95,11 +95,39 @@ def test_checkpoints_stay_until_a_run_has_finished(tmp_path: Path) -> None:
     assert saved == [True, False]
 
 
+def test_a_run_with_checkpoints_keeps_the_statistics_of_its_dyts(tmp_path: Path) -> None:
+    run = a_run(1, stats="0.25")
+    for options in (OPTIONS, dataclasses.replace(OPTIONS, save_interval=5)):
+        output = tmp_path / str(options.save_interval)
+        (result,) = do(output, run, options=options)
+        assert result.sites == {"attn": Site(0.25, 0.0)}
+        assert (runner.directory_of(output, run) / "dyt_stats.jsonl").is_file()
+
+
+def test_what_a_run_began_with_other_flags_is_refused(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, save_interval=5)
+    do(tmp_path, a_run(loss="3"), options=options)
+    # As if it had been killed.
+    (runner.directory_of(tmp_path, a_run(loss="3")) / "result.json").unlink()
+    with pytest.raises(UserError, match=r"other flags.*differ in: "):
+        do(tmp_path, a_run(loss="4"), options=options)
+    assert do(tmp_path, a_run(loss="3"), options=options)[0].status == "finished"
+
+
 def test_gpus_of_a_slot_are_among_those_that_the_sweep_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert runner._devices(1, 2) == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert runner._devices(1, 2) == "6,7"
+
+
+def test_a_sweep_takes_no_gpus_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(
+        UserError, match=r"2 runs at a time of 2 GPUs each need 4, .*=4,5,6 has 3.*--parallel"
+    ):
+        do(tmp_path, a_run(), options=dataclasses.replace(OPTIONS, gpus=2))
+    assert not (tmp_path / "runs").exists()
 
 
 SWEEP = """
