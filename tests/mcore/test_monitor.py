@@ -53,17 +53,26 @@ def test_start_up_logs_one_line_per_role_with_what_was_measured(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("alpha", "warns"), [(0.001, True), (0.5, False), (30.0, True)])
+@pytest.mark.parametrize(
+    ("role", "alpha", "warns"),
+    [
+        ("ffn", 0.001, True),
+        ("ffn", 0.5, False),
+        ("ffn", 2.0, True),
+        ("attn", 2.0, False),
+        ("attn", 30.0, True),
+    ],
+)
 def test_a_site_far_from_the_range_that_trains_is_warned_about(
-    make_monitor: Make, loss_of: LossOf, alpha: float, warns: bool, start_lines: StartLines
+    make_monitor: Make, loss_of: LossOf, role: str, alpha: float, warns: bool, start_lines: StartLines
 ) -> None:
-    watch, model = make_monitor(DyTConfig.unit(32, alpha_ffn=alpha))
+    watch, model = make_monitor(DyTConfig.unit(32, **{f"alpha_{role}": alpha}))
     watch.look()
     loss_of(model)
-    warnings = [line for line in start_lines(watch) if line.startswith("WARNING: DyT ffn")]
+    warnings = [line for line in start_lines(watch) if line.startswith(f"WARNING: DyT {role}")]
     assert bool(warnings) is warns
     if warns:
-        assert "--dyt-alpha-init-ffn" in warnings[0]
+        assert f"--dyt-alpha-init-{role}" in warnings[0]
 
 
 @pytest.mark.parametrize(("gain", "warns"), [(0.16, True), (1.28, False), (9.0, True)])
