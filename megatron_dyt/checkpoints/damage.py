@@ -129,16 +129,33 @@ def _check_start(args: Any, *, alone: bool) -> None:
 
     With `alone` each rank decides by itself: the process groups are not there yet.
     """
-    path = _to_load(args)
-    if path is None:
-        return
-    problem = None
-    if alone or not dist.is_initialized() or dist.get_rank() == 0:
+    path, problem = None, None
+    try:
+        path = _to_load(args)
+    except UserError as error:
+        problem = error
+    if path is not None and (alone or not dist.is_initialized() or dist.get_rank() == 0):
         problem = _problem_of_start(path, args)
     if not alone:
+        # Whatever this rank has found: the others wait for it.
         _agree(problem)
+        _agree_on(path)
     elif problem is not None:
         raise problem
+
+
+def _agree_on(path: Path | None) -> None:
+    """Raise UserError on all ranks unless all are to load `path`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    paths: list[Path | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(paths, path)
+    if others := [rank for rank, each in enumerate(paths) if each != paths[0]]:
+        raise UserError(
+            f"rank 0 finds {paths[0] or 'no checkpoint'} to load, but rank {others[0]} "
+            f"{paths[others[0]] or 'none'} ({len(others)} of {len(paths)} ranks differ): "
+            "is the directory of --load mounted on all nodes?"
+        )
 
 
 def _problem_of_start(path: Path, args: Any) -> UserError | None:

@@ -200,6 +200,12 @@ def _has_config(path: Path) -> bool:
 def _is_interrupted_save(path: Path) -> bool:
     if not _ITERATION.fullmatch(path.name) or _has_config(path) or _is_complete_dcp(path):
         return False
+    try:
+        (path / "metadata.json").read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError:  # It cannot be read: file systems fail for a while, and that is no interruption.
+        return False
     return path.is_dir() and all(_PARTS.fullmatch(part.name) for part in path.iterdir())
 
 

@@ -126,7 +126,7 @@ def find_shards(sources: Sequence[Source], settings: Settings, destination: Dest
     place, overwrite = destination.place, destination.overwrite
     if destination.is_prefix:
         if not overwrite:
-            shard_directory.check_shard(place, settings)
+            shard_directory.check_shard(place, settings, sources)
         return [Shard(place, tuple(sources))]
     if not overwrite:
         shard_directory.check_settings(place, settings)

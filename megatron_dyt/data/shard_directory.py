@@ -26,10 +26,22 @@ def check_settings(directory: Path, settings: Settings) -> None:
         _check(directory / name, manifest, settings, "write to another directory, or give --overwrite")
 
 
-def check_shard(prefix: Path, settings: Settings) -> None:
-    """The dataset at `prefix`, if there is one, was made with these settings; `UserError` otherwise."""
-    if manifest := DatasetManifest.read(prefix):
-        _check(prefix, manifest, settings, "give another --output-prefix, or --overwrite")
+def check_shard(prefix: Path, settings: Settings, sources: Sequence[Source]) -> None:
+    """The dataset at `prefix`, if there is one, was made with these settings, and of one of these sources at
+    least, as it was or in its place; `UserError` otherwise."""
+    if (manifest := DatasetManifest.read(prefix)) is None:
+        return
+    remedy = "give another --output-prefix, or --overwrite"
+    _check(prefix, manifest, settings, remedy)
+    places = {os.path.realpath(str(source)) for source in sources}
+    contents = {str(source.identity()) for source in sources}
+    if places.isdisjoint(map(os.path.realpath, manifest.sources)) and contents.isdisjoint(
+        map(str, manifest.made_from.sources)
+    ):
+        others = ", ".join(manifest.sources[:3])
+        raise UserError(
+            f"{prefix} was made of other data ({others}) than {sources[0]}; {remedy} to replace it"
+        )
 
 
 def _check(prefix: Path, manifest: DatasetManifest, settings: Settings, remedy: str) -> None:

@@ -4,6 +4,7 @@
 dataset without a manifest, of another tool, is taken as it is.
 """
 
+import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Iterable
@@ -181,6 +182,10 @@ def documents_begin_with_bos(saved: Namespace) -> bool | None:
 
 def _manifests(saved: Namespace) -> dict[Path, DatasetManifest]:
     """The manifests of the training data by prefix, where they are in reach."""
-    words = [Path(str(word)) for name in _DATA for word in getattr(saved, name, None) or []]
-    found = {word: DatasetManifest.read(word) for word in words}
-    return {word: manifest for word, manifest in found.items() if manifest is not None}
+    found = {}
+    for word in [Path(str(word)) for name in _DATA for word in getattr(saved, name, None) or []]:
+        # Of another user, on another machine: a directory that may not be read, or is not there any more.
+        with contextlib.suppress(OSError):
+            if (manifest := DatasetManifest.read(word)) is not None:
+                found[word] = manifest
+    return found

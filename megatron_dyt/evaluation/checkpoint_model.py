@@ -32,6 +32,7 @@ from megatron_dyt.data.tokenizer_check import (
 )
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import layout
+from megatron_dyt.evaluation.ranks import from_first
 from megatron_dyt.training import dataset_helpers, launch, megatron_loop
 
 # Flags of the model that are no fields of Megatron's TransformerConfig (megatron/training/
@@ -171,7 +172,8 @@ def load_model(
         model = build(args)
         _load_weights(model, checkpoint)
     if bos is None:
-        bos = documents_begin_with_bos(saved)
+        # The data's manifests may lie on one node alone.
+        bos = from_first(documents_begin_with_bos(saved))
     return LoadedModel(model.eval(), tokenizer, args, checkpoint, prefix_token(tokenizer, bos is not False))
 
 

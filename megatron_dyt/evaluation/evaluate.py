@@ -3,12 +3,10 @@
 import json
 import logging
 import os
-import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import megatron_dyt
@@ -18,7 +16,7 @@ from megatron_dyt.compat import megatron_version
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import paper
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel
-from megatron_dyt.evaluation.task_loading import SEED, load_tasks
+from megatron_dyt.evaluation.task_loading import load_tasks, seed
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +90,7 @@ def _run_lm_eval(lm: Any, tasks: dict[str, Any], limit: int | None, reports: boo
     from lm_eval.evaluator import evaluate
 
     # Tasks may shuffle (choices, documents): every rank must build the same requests.
-    random.seed(SEED)
-    np.random.seed(SEED)
+    seed()
     results: dict[str, Any] = evaluate(
         lm,
         tasks,

@@ -60,6 +60,7 @@ class Generator:
         Greedy at temperature 0, else sampled; a prompt's random numbers depend on `seed` and its
         place in `prompts` alone. There is no key-value cache: each token costs a full forward pass.
         """
+        self.ranks.check_same(prompts)
         lengths = [min(len(prompt) + max_new, max_length) for prompt in prompts]
         batches = plan_batches(lengths, self.batch_tokens)[self.ranks.index :: self.ranks.count]
         mine: dict[int, list[int]] = {}

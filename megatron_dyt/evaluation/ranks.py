@@ -4,11 +4,15 @@ Every data-parallel rank holds a whole model, alone or with its tensor-parallel 
 requests. Peers take the same part, so their collectives match.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_dyt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,26 @@ class Ranks:
 
     def from_first(self, value: Any) -> Any:
         """What the reporting process calls this with, on every process, tensor-parallel peers too."""
-        if self.group is None or dist.get_world_size() == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return value if self.group is None else from_first(value)
+
+    def check_same(self, requests: Sequence[object]) -> None:
+        """Raise `UserError` on all processes unless all have the same `requests`, which they divide."""
+        if self.count == 1:
+            return
+        hashes: list[Any] = [None] * self.count
+        dist.all_gather_object(hashes, hashlib.sha256(repr(requests).encode()).hexdigest(), group=self.group)
+        if len(set(hashes)) > 1:
+            raise UserError(
+                "the processes have made different requests of the same tasks: their documents or tokenizers "
+                "differ. Give all nodes the same --task-data and tokenizer, or empty the data sets' caches "
+                "(HF_DATASETS_CACHE)"
+            )
+
+
+def from_first(value: Any) -> Any:
+    """What the first process calls this with, on every process of the job."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

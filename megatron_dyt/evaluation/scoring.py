@@ -58,6 +58,7 @@ class Scorer:
 
     def score(self, items: Sequence[Item], what: str = "scoring") -> list[Score]:
         """The `Score` of every item, in the items' order; `UserError` when one is not finite."""
+        self.ranks.check_same(items)
         # fp64 [N, 2]: the log-probability, and 1 when every target is the likeliest token.
         table_N2 = torch.zeros(len(items), 2, dtype=torch.float64)
         keys = [key_of("score", *item) for item in items] if self.cache else []

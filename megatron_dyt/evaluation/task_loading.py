@@ -8,9 +8,12 @@ object per line) or `TASK.SPLIT.parquet` files with the columns of the data set 
 import contextlib
 import json
 import logging
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_dyt.atomic import whole_files
 from megatron_dyt.errors import UserError, describe
@@ -45,12 +48,20 @@ def load_tasks(names: list[str], include_path: str | None = None, data: Path | N
     if unknown:
         own = ", ".join(_index([OWN_TASKS, *([include_path] if include_path else [])]).all_tasks)
         raise UserError(f"--tasks: unknown {', '.join(unknown)}; allowed are lm-eval's tasks and {own}")
+    # A task may shuffle its documents' choices as it is made: all ranks, and all machines, have the same.
+    seed()
     with _from_files(data) if data else contextlib.nullcontext():
         loaded: dict[str, Any] = _load(manager, names)
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
     return loaded
+
+
+def seed() -> None:
+    """Start Python's and NumPy's random numbers anew, as lm-eval does before it makes tasks and requests."""
+    random.seed(SEED)
+    np.random.seed(SEED)
 
 
 def _load(manager: Any, names: list[str]) -> Any:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -155,6 +156,32 @@ def test_megatrons_error_for_another_layout_is_replaced(
     monkeypatch.setattr(damage.optimizer_layout, "refuse_other", refuse_other)
     with pytest.raises(raised, match=told or "fully-parallel-save"):
         damage.wrap_load_checkpoint(load_checkpoint)()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_rank_without_the_directory_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    """A mount that is missing on one node: its ranks must not leave the others waiting."""
+    args = SimpleNamespace(load=str(tmp_path), ckpt_step=None)
+    if here:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+        (tmp_path / "iter_0000007").mkdir()
+    mine = tmp_path / "iter_0000007" if here else None
+    theirs = None if here else tmp_path / "iter_0000007"
+
+    def gather(found: list[Any], value: Any, group: Any = None) -> None:
+        assert value == mine
+        found[:] = [mine, theirs]
+
+    monkeypatch.setattr(damage.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(damage.dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(damage.dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(damage.dist, "all_gather_object", gather)
+    monkeypatch.setattr(damage, "_problem_of_start", lambda path, args: None)
+    monkeypatch.setattr(damage, "_agree", lambda problem, group=None: None)
+    with pytest.raises(UserError, match=r"but rank 1 .*1 of 2 ranks differ.*mounted on all nodes"):
+        damage._check_start(args, alone=False)
 
 
 def test_object_stores_are_left_alone() -> None:

@@ -1,5 +1,6 @@
 """Complete, interrupted and damaged checkpoints in a --save directory."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,21 @@ def test_only_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
     assert legacy.exists()
     assert iterations.last_iteration(tmp_path) == "2"
     assert iterations.tidy(tmp_path) == []
+
+
+def test_what_cannot_be_read_just_now_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = complete(tmp_path, 2)
+    complete(tmp_path, 4)
+
+    def fail(path: Path, *_: object, **__: object) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_text", fail)
+        broken.setattr(Path, "read_bytes", fail)
+        broken.setattr(iterations, "_tracker_text", lambda root: "4")
+        assert iterations.tidy(tmp_path) == []
+    assert good.exists()
 
 
 def test_checkpoints_of_other_formats_are_complete_without_metadata_json(tmp_path: Path) -> None:

@@ -148,6 +148,21 @@ def test_more_input_extends_the_directory(run: Run, pile: Path, tmp_path: Path) 
     assert list(read(out / "manifest.json")["shards"]) == ["00", "01", "02"]
 
 
+def test_data_of_other_inputs_are_not_replaced(run: Run, pile: Path, tmp_path: Path) -> None:
+    """A slip, and the work of hours. More inputs, or fewer, are no slip."""
+    first, other = pile / "00.jsonl.zst", pile / "01.jsonl.zst"
+    prefix = tmp_path / "out" / "train"
+    run("--input", first, "--output-prefix", prefix)
+    before = contents(prefix.parent)
+    with pytest.raises(UserError, match=r"train was made of other data \(.*00.*\) than .*01.*--overwrite"):
+        run("--input", other, "--output-prefix", prefix)
+    assert contents(prefix.parent) == before
+    run("--input", first, other, "--output-prefix", prefix)
+    run("--input", other, "--output-prefix", prefix)
+    run("--input", first, "--output-prefix", prefix, "--overwrite")
+    assert contents(prefix.parent).keys() == before.keys()
+
+
 def test_other_settings_are_not_mixed_in(run: Run, pile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--input", pile, "--output", out)

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from megatron_dyt.atomic import sha256
-from megatron_dyt.data.dataset_manifest import HUGGING_FACE
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, DatasetManifest
 from megatron_dyt.data.tokenizer_check import (
     check_against_data,
     check_data,
@@ -246,6 +246,14 @@ def test_nothing_is_known(tmp_path: Path, manifest: str) -> None:
     check_against_data(Namespace(tokenizer_type=KIND, data_path=None), str(model))
     check_against_data(Namespace(tokenizer_type="NullTokenizer"), str(model))
     check_against_data(Namespace(), None)
+
+
+def test_data_that_may_not_be_read_are_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(prefix: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(prefix))
+
+    monkeypatch.setattr(DatasetManifest, "read", refuse)
+    assert documents_begin_with_bos(Namespace(data_path=["/private/train"])) is None
 
 
 def test_whether_documents_begin_with_bos(tmp_path: Path) -> None:

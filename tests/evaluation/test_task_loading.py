@@ -1,14 +1,18 @@
 """Tasks by name, and their documents from local files: as written, or an error that names what is wrong."""
 
 import json
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
 from megatron_dyt import cli
 from megatron_dyt.errors import UserError
+from megatron_dyt.evaluation import task_loading
 from megatron_dyt.evaluation.paper import TASKS
 from megatron_dyt.evaluation.task_loading import load_tasks, read_documents
 
@@ -26,6 +30,21 @@ def test_fixtures_have_the_documented_columns(data: Path) -> None:
     assert {f"{name}.{task.split}" for name, task in TASKS.items()} == set(FILES)
     for name, task in TASKS.items():
         read_documents(data / f"{name}.{task.split}.jsonl", task.columns)
+
+
+def test_tasks_are_made_from_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task may shuffle choices as it is made, on each rank, and lm-eval keeps the result on disk."""
+    drawn = []
+
+    def load(*_: object) -> dict[str, Any]:
+        drawn.append((random.random(), float(np.random.rand())))
+        return {"tasks": {}}
+
+    monkeypatch.setattr(task_loading, "_load", load)
+    monkeypatch.setattr(task_loading, "_manager", lambda *_: SimpleNamespace(all_tasks=["a"]))
+    for _ in range(2):
+        load_tasks(["a"])
+    assert drawn[0] == drawn[1]
 
 
 def test_all_tasks_from_files(data: Path) -> None:
