@@ -390,6 +390,19 @@ def wrap_train_step[**P, R: tuple[object, ...]](
 
 
 @wrapper
+def wrap_save(original: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """`training.save_checkpoint_and_time`, which Megatron calls before it exits for a result that was not
+    finite, even without --save: there it would end with a TypeError about the missing path."""
+    from megatron.training import get_args
+
+    flags = get_args()
+    if is_dyt(flags) and flags.save is None:
+        _log.warning("no checkpoint is saved, as there is no --save; the lines above say why one was due")
+        return None
+    return original(*args, **kwargs)
+
+
+@wrapper
 def wrap_rerun(
     original: Callable[..., bool], self: RerunStateMachine, *args: object, **kwargs: object
 ) -> bool:

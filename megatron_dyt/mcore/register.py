@@ -125,6 +125,7 @@ TRAINING = (
     Replacement(_TRAINING, "training_log", monitor.wrap_training_log),
     Replacement(_TRAINING, "setup_model_and_optimizer", guard.wrap_setup),
     Replacement(_TRAINING, "train_step", guard.wrap_train_step),
+    Replacement(_TRAINING, "save_checkpoint_and_time", guard.wrap_save),
     Replacement(_TRAINING, "setup_model_and_optimizer", metrics_writer.wrap_setup),
     Replacement(_TRAINING, "training_log", metrics_writer.wrap_training_log),
     Replacement("megatron.core.timers", "Timer.elapsed", metrics_writer.wrap_elapsed),

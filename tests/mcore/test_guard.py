@@ -11,6 +11,7 @@ import torch
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import TrainingFault
+from megatron_dyt.mcore import guard
 from megatron_dyt.mcore.guard import SHOWN, Finding, Guard, merge
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.patching import Patches, Replacement, replaced, wrapper
@@ -302,3 +303,19 @@ def test_a_logarithm_that_ran_away_is_seen_above_a_floor(make_config: Make) -> N
         norm.log_alpha.fill_(-math.inf)
     assert norm.effective_alpha().isfinite()
     assert guard._values(parameters).tolist() == [-math.inf]
+
+
+@pytest.mark.parametrize(
+    ("normalization", "save", "saves"), [("DyT", None, False), ("DyT", "runs", True), ("RMSNorm", None, True)]
+)
+def test_without_a_place_nothing_is_saved_before_the_exit(
+    monkeypatch: pytest.MonkeyPatch, normalization: str, save: str | None, saves: bool
+) -> None:
+    """Megatron saves before it exits for a NaN, and would end with a TypeError that hides it."""
+    import megatron.training
+
+    flags = SimpleNamespace(normalization=normalization, save=save)
+    monkeypatch.setattr(megatron.training, "get_args", lambda: flags)
+    calls: list[int] = []
+    guard.wrap_save(calls.append)(7)
+    assert calls == [7] * saves
