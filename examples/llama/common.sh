@@ -33,7 +33,7 @@
 #   SIGNAL_LEAD             seconds from Slurm's SIGTERM to the job's end (default 600); give it together with
 #                           another sbatch --signal=TERM@SECONDS
 #   SRUN_FLAGS              more flags for srun, such as "--container-image=... --container-mounts=..."
-#   PY                      interpreter                             (default .venv/bin/python, else python3)
+#   PY                      interpreter                             (default this checkout's .venv, else python3)
 set -euo pipefail
 
 : "${MODEL:?source this from one of the size scripts, such as 7b.sh}"
@@ -44,7 +44,8 @@ give_up() { # with an exit code and why
 }
 fail() { give_up 2 "$@"; }
 
-[ -n "${PY:-}" ] || { [ -x .venv/bin/python ] && PY=.venv/bin/python; } || PY=python3
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+[ -n "${PY:-}" ] || { [ -x "$checkout/.venv/bin/python" ] && PY=$checkout/.venv/bin/python; } || PY=python3
 NORM=${NORM:-DyT}
 OUT=${OUT:-runs/llama-$MODEL-$NORM}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
@@ -66,6 +67,13 @@ alone() {
 }
 
 # --- what to run ---------------------------------------------------------------------------------------
+
+check_python() {
+  local why
+  [ -z "${SLURM_JOB_ID:-}" ] || [ -z "${SRUN_FLAGS:-}" ] || return 0 # It may be in the containers alone.
+  why=$(alone -c 'import megatron_dyt' 2>&1) ||
+    fail "$PY cannot import megatron_dyt (${why##*$'\n'}). Run make setup in $checkout, or set PY=... to an interpreter that has it."
+}
 
 check_settings() {
   local name found
@@ -257,6 +265,7 @@ go_on() { # with the exit code
 main() {
   note_leftovers
   set_cluster
+  check_python
   check_settings
   make_flags
   set_fusion

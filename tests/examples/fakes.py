@@ -3,14 +3,15 @@
 import sys
 from pathlib import Path
 
-# python: recipe and plan of ten steps; the dry run, training and torchrun are what the test says in
-# $FAKE_DRY_RUN and $FAKE_TRAIN.
+# python: recipe and plan of ten steps; the import, the dry run, training and torchrun are what the
+# test says in $FAKE_IMPORT, $FAKE_DRY_RUN and $FAKE_TRAIN.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-m megatron_dyt recipe "*) echo --train-iters 10 ;;
   "-m megatron_dyt dry-run "*) echo "${*%% -- *}"; eval "${FAKE_DRY_RUN:-}" ;;
   "-m megatron_dyt plan "*) echo --micro-batch-size 1 ;;
   "-m megatron_dyt prepare-data "*) echo "0.25 some/prefix 0.75 other/prefix" ;;
+  "-c import megatron_dyt") eval "${FAKE_IMPORT:-}" ;;
   "-c import importlib.util as util; "*) exit 1 ;;
   *)
     echo "${RANK:-}/${WORLD_SIZE:-} ${LOCAL_RANK:-} ${MASTER_ADDR:-} $*" >> "$FAKE_HOME/python"

@@ -1,6 +1,7 @@
 """The launch scripts by hand, around a fake of torchrun but in one test: signals, locks, how a run ends."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,37 @@ def test_without_slurm_it_says_how_to_go_on(home: Path) -> None:
     assert result.returncode == 1
     assert "stopped before the last step (exit code 1). Start it again" in result.stderr
     assert run(home, FAKE_TRAIN='echo 10 > "$TRACKER"').returncode == 0
+
+
+def test_an_interpreter_without_the_package_is_refused(home: Path) -> None:
+    failing = 'echo Traceback; echo "ModuleNotFoundError: No module" >&2; exit 1'
+    result = run(home, FAKE_IMPORT=failing)
+    assert result.returncode == 2
+    python = home / "bin" / "python"
+    assert f"error: {python} cannot import megatron_dyt (ModuleNotFoundError: No module)" in result.stderr
+    assert f"Run make setup in {ROOT}, or set PY=..." in result.stderr
+    assert not (home / "run").exists()
+
+
+def test_a_job_with_containers_does_not_ask_for_it_outside(home: Path) -> None:
+    fakes.command(home, "srun", 'while [ "$1" != bash ]; do shift; done; exec "$@"')
+    job = {"SLURM_JOB_ID": "1", "SRUN_FLAGS": "--container-image=some", "PLAN_ONLY": "1"}
+    result = run(home, **job, FAKE_IMPORT="exit 1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_interpreter_is_the_checkouts(home: Path) -> None:
+    """Wherever the script is started."""
+    scripts = home / "checkout" / "examples" / "llama"
+    shutil.copytree(ROOT / "examples" / "llama", scripts)
+    environment = settings(home, FAKE_TRAIN='echo "$0" > "$FAKE_HOME/interpreter"; echo 10 > "$TRACKER"')
+    python = home / "checkout" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    shutil.copy(environment.pop("PY"), python)
+    command = ["bash", os.path.relpath(scripts / "7b.sh", home)]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert told(home, "interpreter") == f"{python}\n"
 
 
 def test_several_nodes_by_hand(home: Path) -> None:
