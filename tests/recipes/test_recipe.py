@@ -68,7 +68,9 @@ def test_the_papers_table(
 def test_the_papers_run(name: str) -> None:
     recipe = load(name)
     assert recipe.tokens_per_step == 4_194_304
-    assert recipe.tokens == 1024 * 204_800_000  # 200B by the paper's count
+    assert recipe.tokens == 50_000 * 4_194_304
+    assert "50,000 steps, so 50,000 is inferred" in recipe.notes[0]
+    assert f"that is {recipe.tokens / 1e9:.1f}B" in recipe.notes[0]
     assert recipe.lr == (3e-4 if name in ("7b", "13b") else 1.5e-4)
     assert {recipe.weight_decay_on, recipe.warmup_style, recipe.output_init} == {"all", "quadratic", "plain"}
     assert recipe.paper["dyt_loss"] - recipe.paper["norm_loss"] <= 0.0101
