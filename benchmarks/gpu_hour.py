@@ -9,6 +9,7 @@ out by a process that may die of it.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,7 +179,11 @@ def unpack(wheels: Path, site: Path) -> list[str]:
         whole.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
         try:
             with zipfile.ZipFile(whole) as archive:
-                archive.extractall(site)
+                for info in archive.infolist():
+                    # What an installer would move beside the others.
+                    info.filename = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", info.filename)
+                    if info.filename:
+                        archive.extract(info, site)
         except zipfile.BadZipFile as error:
             faults.append(f"{name} is damaged ({error}); collect it again: make gpu-wheels")
         whole.unlink()

@@ -254,6 +254,23 @@ def test_a_stage_sees_the_wheels_and_where_their_pth_files_point(
     assert run(hour, tmp_path) == 0
 
 
+def test_what_a_wheel_has_for_an_installer_is_importable(hour: ModuleType, tmp_path: Path) -> None:
+    """All that `gpu_wheels.check` lets through, but files for data/share."""
+    wheel = make_wheel(tmp_path / "wheels", "split")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.mkdir("split-1.0.data/purelib")
+        archive.writestr("split-1.0.data/purelib/split/pure.py", "pure")
+        archive.writestr("split-1.0.data/platlib/built.py", "built")
+        archive.writestr("split-1.0.data/data/share/split", "")
+    importlib.import_module("gpu_wheels").check(wheel)
+    site = tmp_path / "site"
+    assert hour.unpack(tmp_path / "wheels", site) == []
+    assert (site / "split" / "pure.py").read_text() == "pure"
+    assert (site / "built.py").read_text() == "built"
+    assert (site / "split" / "__init__.py").is_file()
+    assert [path.name for path in (site / "split-1.0.data").iterdir()] == ["data"]
+
+
 def test_a_wheel_of_what_is_installed_stays_packed(hour: ModuleType, tmp_path: Path) -> None:
     make_wheel(tmp_path / "wheels", "pytest")
     assert hour.unpack(tmp_path / "wheels", tmp_path / "site") == []
