@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common_picture import Bar, bars_svg
-from common_report import add_output, heading, markdown_table, new_report, save
+from common_report import add_output, heading, markdown_table, new_report, save, save_figures
 from common_timing import WallClock, in_turn, summary
 from torch import Tensor, nn
 
@@ -128,6 +128,13 @@ def measure(passes: dict[str, Callable[[], None]], rounds: int, parameters: list
     return {name: summary(taken) for name, taken in seconds.items()}
 
 
+def why_eager(device: str) -> str:
+    """Why nothing is compiled; on a GPU all is by default."""
+    if device == "cuda":
+        return "--no-compile was given"
+    return "torch.compile is off on CPU unless --compile is given"
+
+
 def measure_all(args: argparse.Namespace, shape: dict[str, int], device: str, report: dict[str, Any]) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     base = make_model(shape, args.layers, args.tokens, device, dtype)
@@ -137,7 +144,7 @@ def measure_all(args: argparse.Namespace, shape: dict[str, int], device: str, re
     x = torch.randn(1, args.tokens, shape["hidden_size"], device=device, dtype=dtype)
     for compiled in (True,) if args.only_compiled else (False, True):
         if compiled and not args.compile:
-            report["left_out"]["compiled"] = "torch.compile is off on CPU unless --compile is given"
+            report["left_out"]["compiled"] = why_eager(device)
             continue
         # Each layer's norm and each model gets code of its own; past the limit it would run eagerly.
         torch._dynamo.config.recompile_limit = 4 * (2 * args.layers + 1)
@@ -152,6 +159,7 @@ def measure_all(args: argparse.Namespace, shape: dict[str, int], device: str, re
             for name in VARIANTS:
                 row = {"variant": name, "mode": mode, "compiled": compiled}
                 report["results"].append(row | {"layers": layer_times[name], "model": model_times[name]})
+            save_figures(report, args.output)  # What is measured stays when the time is over.
 
 
 def seconds_for_all(times: dict[str, float], key: str = "median_us") -> float:

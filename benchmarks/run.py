@@ -49,6 +49,8 @@ def take(hour: Path, directory: Path) -> None:
                 for part in PARTS:
                     known[part] = known.get(part, []) + report.get(part, [])
     for name, report in whole.items():
+        if any(row.get("compiled") for row in report["results"]):
+            report["left_out"].pop("compiled", None)  # One stage leaves out what another measures.
         if name == "kernels":
             report["results"].sort(key=lambda result: (result["hidden"], result["tokens"]))
         module = importlib.import_module(name)

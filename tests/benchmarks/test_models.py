@@ -4,9 +4,12 @@ On a GPU these are what `pytest -m gpu` has of Megatron's layers, in bf16.
 """
 
 import importlib
+import json
+import os
 import re
 from collections.abc import Iterator
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,12 +168,21 @@ def test_hf_variants_share_all_but_the_norms() -> None:
     assert not torch.allclose(outputs["identity"], outputs["dyt"], atol=1e-3)
 
 
-def test_hf_report_has_every_variant_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+
+
+def hf_report(hf: ModuleType, output: Path | None, **options: bool) -> dict[str, Any]:
+    """What it measures of one tiny layer."""
+    given = {"compile": False, "only_compiled": False} | options
+    args = SimpleNamespace(layers=1, tokens=8, rounds=2, output=output, **given)
+    report: dict[str, Any] = hf.new_report("hf_model", "cpu", TINY | {"layers": 1, "tokens": 8})
+    hf.measure_all(args, TINY, "cpu", report)
+    return report
+
+
+def test_hf_report_has_every_variant_in_both_modes() -> None:
     hf = importlib.import_module("hf_model")
-    args = type("Args", (), {"layers": 1, "tokens": 8, "rounds": 2, "compile": False, "only_compiled": False})
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
-    report: dict[str, Any] = {"results": [], "left_out": {}, "settings": shape | {"layers": 1, "tokens": 8}}
-    hf.measure_all(args, shape, "cpu", report)
+    report = hf_report(hf, None)
     assert [(r["mode"], r["variant"]) for r in report["results"]] == [
         (mode, variant) for mode in hf.MODES for variant in hf.VARIANTS
     ]
@@ -180,6 +192,53 @@ def test_hf_report_has_every_variant_in_both_modes(monkeypatch: pytest.MonkeyPat
     assert report["left_out"].keys() == {"compiled"}
     values = re.findall(r">(\d+\.\d\d)</text>", hf.picture(report))
     assert len(values) >= 8  # One behind each bar, and perhaps the axis.
+
+
+def test_hf_report_has_what_was_measured_before_it_was_cut_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hf = importlib.import_module("hf_model")
+    model_pass = hf.model_pass
+
+    def no_training(model: Any, tokens: torch.Tensor, mode: str) -> Any:
+        if mode == "training":
+            raise KeyboardInterrupt
+        return model_pass(model, tokens, mode)
+
+    monkeypatch.setattr(hf, "model_pass", no_training)
+    with pytest.raises(KeyboardInterrupt):
+        hf_report(hf, tmp_path)
+    (saved,) = tmp_path.glob("*.json")
+    rows = json.loads(saved.read_text())["results"]
+    assert [(row["mode"], row["variant"]) for row in rows] == [("inference", name) for name in hf.VARIANTS]
+
+
+@pytest.mark.parametrize("first", ["paper", "paper-compiled"])
+def test_hf_reports_of_two_stages_leave_nothing_out(
+    first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hf, run = (importlib.import_module(name) for name in ("hf_model", "run"))
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    reports = {
+        "paper": hf_report(hf, None),
+        "paper-compiled": hf_report(hf, None, compile=True, only_compiled=True),
+    }
+    assert [bool(report["left_out"]) for report in reports.values()] == [True, False]
+    for age, name in enumerate(sorted(reports, key=lambda name: name != first)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"reports": [reports[name]]}))
+        os.utime(path, (age, age))
+    run.take(tmp_path, tmp_path / "results")
+    (saved,) = (tmp_path / "results").glob("*.json")
+    found = json.loads(saved.read_text())
+    assert {row["compiled"] for row in found["results"]} == {False, True}
+    assert found["left_out"] == {}
+
+
+def test_hf_says_why_it_did_not_compile() -> None:
+    hf = importlib.import_module("hf_model")
+    assert hf.why_eager("cpu") == hf_report(hf, None)["left_out"]["compiled"]
+    assert hf.why_eager("cuda") == "--no-compile was given"
 
 
 def test_hf_norms_are_trained_alone() -> None:
