@@ -179,9 +179,16 @@ def print_errors(hidden: int, table: dict[str, Any]) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Every peer at the largest number of tokens up to 16384: time, fraction of the copy rate, error."""
+    """Every peer at the largest number of tokens up to 16384: time, fraction of the copy rate, error.
+
+    A run that was cut off has no errors for its last width.
+    """
     tokens = max((r["tokens"] for r in report["results"] if r["tokens"] <= 16384), default=0)
-    accuracy = {entry["hidden"]: entry["peers"] for entry in report["accuracy"]}
+    errors_dx = {
+        (entry["hidden"], name): f"{peer['errors']['dx']:.1e}"
+        for entry in report["accuracy"]
+        for name, peer in entry["peers"].items()
+    }
     columns = ("tokens x hidden", "", "forward, us", "of copy", "backward, us", "of copy", "error of dx")
     rows = []
     for result in report["results"]:
@@ -189,8 +196,8 @@ def table(report: dict[str, Any]) -> str:
             continue
         for name, phases in result["peers"].items():
             cells = [f(phases[p]) for p in PHASES for f in (_microseconds, _of_copy)]
-            error = accuracy[result["hidden"]][name]["errors"]["dx"]
-            rows.append([f"{tokens} x {result['hidden']}", name, *cells, f"{error:.1e}"])
+            error = errors_dx.get((result["hidden"], name), "")
+            rows.append([f"{tokens} x {result['hidden']}", name, *cells, error])
     return markdown_table(columns, rows)
 
 

@@ -1,5 +1,6 @@
 """The GPU benchmark, as far as it runs without one: its peers, its errors, its bytes and its report."""
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -78,6 +79,37 @@ def test_measures_and_reports_every_peer(
     shown = [name for name in peers if name.startswith("add ") and "eager" not in name]
     described = ElementTree.fromstring(picture.encode()).findtext("{http://www.w3.org/2000/svg}desc") or ""
     assert all(described.count(f" tokens, {name.removeprefix('add ')}: ") == 2 for name in shown)
+
+
+def test_a_run_that_was_cut_off_has_a_table(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Errors come after all shapes of a width; what is saved before has none."""
+    monkeypatch.setattr(kernels, "measure_copy", lambda clock, rounds: 1e9)
+
+    def cut_off(*rest: Any) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    hour = tmp_path / "hour"
+    for hidden in (64, 96):
+        args = SimpleNamespace(
+            dtype="bf16", rounds=2, hidden=(hidden,), tokens=(8,), output=hour / str(hidden)
+        )
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if hidden == 96:
+                patch.setattr(kernels, "errors", cut_off)
+            kernels.save_figures(kernels.measure_all(args), args.output)
+        (saved,) = args.output.glob("*.json")
+        stage = {"reports": [json.loads(saved.read_text())]}
+        (hour / f"kernels-{hidden}.json").write_text(json.dumps(stage))
+    run = importlib.import_module("run")
+    run.take(hour, tmp_path / "results")
+    text = "<!-- results: kernels on cpu -->\n<!-- end -->"
+    filled = run.fill(text, run.newest(tmp_path / "results"), tmp_path / "benchmarks.md")
+    cells = [line.split(" | ") for line in filled.splitlines() if " | add dyt | " in line]
+    assert [row[0] for row in cells] == ["| 8 x 64", "| 8 x 96"]
+    assert float(cells[0][-1].rstrip(" |")) > 0
+    assert cells[1][-1].strip(" |") == ""
 
 
 def test_a_shape_that_does_not_fit_is_left_out(
