@@ -42,12 +42,13 @@ def make_inputs(tokens: int, hidden: int, dtype: torch.dtype) -> Inputs:
 
     x, residual = (random(tokens, hidden, dtype=dtype) for _ in range(2))
     alpha = torch.tensor([0.7], device=DEVICE)
-    tensors = (x, residual, alpha, 1 + 0.1 * random(hidden), 0.1 * random(hidden))
+    weight, bias = 1 + 0.1 * random(hidden), 0.1 * random(hidden)
+    tensors = (x, residual, alpha, weight, bias, weight.detach().to(dtype, copy=True))
     return Inputs(*(t.requires_grad_() for t in tensors))
 
 
 def used_inputs(peer: Peer) -> list[str]:
-    """The leaves to differentiate."""
+    """The leaves to differentiate; "weight" is the one that the peer takes."""
     dyt = peer.kind == "dyt"
     return ["x"] + ["residual"] * peer.residual + ["alpha"] * dyt + ["weight"] + ["bias"] * dyt
 
@@ -55,7 +56,7 @@ def used_inputs(peer: Peer) -> list[str]:
 def gradients(peer: Peer, result: Result, inputs: Inputs, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """In the order of `used_inputs`; None where a peer has a weight of its own, and does not use ours."""
     outputs = result if isinstance(result, tuple) else (result,)
-    leaves = [getattr(inputs, name) for name in used_inputs(peer)]
+    leaves = [getattr(inputs, peer.weight if name == "weight" else name) for name in used_inputs(peer)]
     return torch.autograd.grad(outputs, leaves, [upstream] * len(outputs), allow_unused=True)
 
 

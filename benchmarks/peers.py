@@ -17,13 +17,17 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 
 class Inputs(NamedTuple):
-    """Leaves of a call: activations (tokens, hidden) in the measured dtype, parameters (hidden,) or (1,)."""
+    """Leaves of a call: activations (tokens, hidden) in the measured dtype, parameters (hidden,) or (1,).
+
+    cast_weight: the weight in the measured dtype, as models keep it.
+    """
 
     x: Tensor
     residual: Tensor
     alpha: Tensor
     weight: Tensor
     bias: Tensor
+    cast_weight: Tensor
 
 
 class Peer(NamedTuple):
@@ -31,12 +35,14 @@ class Peer(NamedTuple):
 
     kind: "dyt" or "rmsnorm". residual: whether it adds a residual first and returns the sum as well.
     make: gives (function of the inputs, parameters that it differentiates), or raises ImportError.
+    weight: the input that is its weight.
     """
 
     name: str
     kind: str
     residual: bool
     make: Callable[[int, torch.dtype], Callable[[Inputs], Result]]
+    weight: str = "weight"
 
 
 def _ours(backend: str) -> Callable[[int, torch.dtype], Callable[[Inputs], Result]]:
@@ -61,7 +67,7 @@ def _plain_dyt_residual(i: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _plain_rmsnorm(i: Inputs) -> Tensor:
-    return F.rms_norm(i.x, i.weight.shape, i.weight.to(i.x.dtype), EPS)
+    return F.rms_norm(i.x, i.cast_weight.shape, i.cast_weight, EPS)
 
 
 def _plain_rmsnorm_residual(i: Inputs) -> tuple[Tensor, Tensor]:
@@ -131,16 +137,16 @@ PEERS = (
     Peer("dyt eager", "dyt", False, lambda hidden, dtype: _plain_dyt),
     Peer("dyt torch.compile", "dyt", False, _compiled(_plain_dyt)),
     Peer("dyt liger", "dyt", False, _liger_dyt),
-    Peer("rmsnorm torch", "rmsnorm", False, lambda hidden, dtype: _plain_rmsnorm),
-    Peer("rmsnorm torch.compile", "rmsnorm", False, _compiled(_plain_rmsnorm)),
+    Peer("rmsnorm torch", "rmsnorm", False, lambda hidden, dtype: _plain_rmsnorm, "cast_weight"),
+    Peer("rmsnorm torch.compile", "rmsnorm", False, _compiled(_plain_rmsnorm), "cast_weight"),
     Peer("rmsnorm quack", "rmsnorm", False, _quack_rmsnorm),
     Peer("rmsnorm te", "rmsnorm", False, _te_rmsnorm),
     Peer("rmsnorm apex", "rmsnorm", False, _apex_rmsnorm),
     Peer("add dyt", "dyt", True, _ours_residual("auto")),
     Peer("add dyt eager", "dyt", True, lambda hidden, dtype: _plain_dyt_residual),
     Peer("add dyt torch.compile", "dyt", True, _compiled(_plain_dyt_residual)),
-    Peer("add rmsnorm torch", "rmsnorm", True, lambda hidden, dtype: _plain_rmsnorm_residual),
-    Peer("add rmsnorm torch.compile", "rmsnorm", True, _compiled(_plain_rmsnorm_residual)),
+    Peer("add rmsnorm torch", "rmsnorm", True, lambda hidden, dtype: _plain_rmsnorm_residual, "cast_weight"),
+    Peer("add rmsnorm torch.compile", "rmsnorm", True, _compiled(_plain_rmsnorm_residual), "cast_weight"),
     Peer("add rmsnorm liger", "rmsnorm", True, _liger_add_rmsnorm),
     Peer("add rmsnorm quack", "rmsnorm", True, _quack_add_rmsnorm),
     Peer("add rmsnorm te", "rmsnorm", True, _te_add_rmsnorm),

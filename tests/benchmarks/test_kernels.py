@@ -112,6 +112,15 @@ def test_a_run_that_was_cut_off_has_a_table(
     assert cells[1][-1].strip(" |") == ""
 
 
+@pytest.mark.parametrize("name", ["rmsnorm torch", "add rmsnorm torch"])
+def test_torchs_norm_casts_no_weight(kernels: ModuleType, name: str) -> None:
+    """As in a model, whose weight is a leaf in the dtype of its activations."""
+    peer, run = kernels.working_peers(64, torch.bfloat16, {})[name]
+    inputs = kernels.make_inputs(8, 64, torch.bfloat16)
+    found = kernels.gradients(peer, run(inputs), inputs, torch.ones_like(inputs.x))
+    assert [gradient.dtype for gradient in found] == [torch.bfloat16] * len(kernels.used_inputs(peer))
+
+
 def test_a_shape_that_does_not_fit_is_left_out(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
