@@ -305,6 +305,7 @@ def test_a_logarithm_that_ran_away_is_seen_above_a_floor(make_config: Make) -> N
     assert guard._values(parameters).tolist() == [-math.inf]
 
 
+@pytest.mark.needs("training_loop")
 @pytest.mark.parametrize(
     ("normalization", "save", "saves"), [("DyT", None, False), ("DyT", "runs", True), ("RMSNorm", None, True)]
 )
