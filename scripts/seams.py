@@ -93,11 +93,12 @@ def installed(path: str) -> str | None:
 
 def main(clone: str) -> None:
     """Write the record of all tested releases."""
-    record = {}
+    names = sorted(f"{module}:{name}" for module, name in everything())
+    absent = {}
     for release in compat.TESTED:
         tree = _tree(clone, release)
-        present = {each: exists(tree, *each) for each in sorted(everything())}
-        record[release] = {f"{module}:{name}": there for (module, name), there in present.items()}
+        absent[release] = [each for each in names if not exists(tree, *each.split(":"))]
+    record = {"names": names, "absent": absent}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 

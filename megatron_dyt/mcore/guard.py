@@ -5,10 +5,11 @@ that is not finite stops the run; without it the step is skipped and counted as 
 Megatron does under fp16 loss scaling. `--dyt-on-bad-alpha` says the same for alpha. In each case the
 message names layer, role and parameter.
 
-The guard costs no extra synchronization of the device: the gradient's norm is the one that Megatron
-computes for clipping, and alpha is read where Megatron waits for the optimizer's step anyway (its
-`update_successful` is reduced and read there). It adds one all-reduce of two integers per step, so that
-all ranks come to one verdict and none is left waiting for one that stopped.
+The guard hardly has the host wait for the device: the gradient's norm is the one that Megatron computes for
+clipping, and alpha is read where Megatron waits for the optimizer's step anyway (its `update_successful` is
+reduced and read there). It adds one all-reduce of two integers per step, so that all ranks come to one
+verdict and none is left waiting for one that stopped; and where no norm counts the alphas' gradients, one of a single
+integer about these, read beside the norm.
 """
 
 from __future__ import annotations
@@ -151,8 +152,11 @@ class Guard:
         if all(dyt is None or dyt.alpha_in_grad_norm for dyt in dyts):
             return True
         gradients = [_gradient(site.module.alpha_parameter) for site in self.sites]
-        bad = any(each is not None and not _finite(each) for each in gradients)
-        flag = torch.tensor(int(bad), device=self._device())
+        checks = [_local(each).isfinite().all() for each in gradients if each is not None]
+        # One number of all sites: each that the host reads would be a wait for the device.
+        flag = torch.zeros((), dtype=torch.int32, device=self._device())
+        if checks:
+            flag += ~torch.stack(checks).all()
         if ranks.world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return not flag

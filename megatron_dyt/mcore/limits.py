@@ -55,6 +55,12 @@ def _size(args: object, name: str) -> int:
     return getattr(args, name, None) or 1
 
 
+def _decays_qk_norms(args: object) -> bool:
+    # Megatron makes the one of the other, after these checks.
+    condition = getattr(args, "no_weight_decay_cond_type", None)
+    return condition == "apply_wd_to_qk_layernorm" or _on("apply_wd_to_qk_layernorm")(args)
+
+
 LIMITS = (
     Limit(
         "fused_residual_rmsnorm", "it is an RMSNorm kernel", "Remove the flag.", _on("fused_residual_rmsnorm")
@@ -163,6 +169,21 @@ LIMITS = (
         "the decay of a logarithm pulls every alpha to 1",
         "Add --no-dyt-log-alpha, or leave out --weight-decay-on all.",
         lambda config: _on("dyt_log_alpha")(config) and getattr(config, "weight_decay_on", None) == "all",
+    ),
+    Limit(
+        "--dyt-log-alpha with weight decay of --qk-layernorm's norms (apply_wd_to_qk_layernorm)",
+        "it decays all that these norms learn, and the decay of a logarithm pulls alpha to 1",
+        "Add --no-dyt-log-alpha, or leave out --no-weight-decay-cond-type and --apply-wd-to-qk-layernorm.",
+        lambda config: (
+            _on("dyt_log_alpha")(config) and _on("qk_layernorm")(config) and _decays_qk_norms(config)
+        ),
+    ),
+    Limit(
+        "use_mup",
+        "MuP divides the linear layers' initial std by the root of the width's multiple, which the start of "
+        "DyT has in it already, and nothing behind a DyT restores the scale",
+        "Remove --use-mup.",
+        _on("use_mup"),
     ),
     Limit(
         "mla_down_proj_fusion",

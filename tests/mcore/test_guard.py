@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_dyt.config import DyTConfig
 from megatron_dyt.errors import TrainingFault
@@ -303,6 +304,26 @@ def test_a_logarithm_that_ran_away_is_seen_above_a_floor(make_config: Make) -> N
         norm.log_alpha.fill_(-math.inf)
     assert norm.effective_alpha().isfinite()
     assert guard._values(parameters).tolist() == [-math.inf]
+
+
+def test_gradients_that_no_norm_counts_are_read_at_once(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number that the host reads has it wait for the device."""
+    config = make_config()
+    config.dyt = DyTConfig.auto(8)
+    model = torch.nn.Sequential(*(DyTNorm(config, 8, role="ffn") for _ in range(5)))
+    model.config = config
+    for norm in model:
+        norm.alpha_parameter.main_grad = torch.ones(1)  # type: ignore[union-attr]
+    guard: Any = Guard([model], SimpleNamespace())
+    reads: list[Tensor] = []
+    read = Tensor.__bool__
+    monkeypatch.setattr(Tensor, "__bool__", lambda self: (reads.append(self), read(self))[1])
+    assert guard._uncounted_are_finite()
+    assert len(reads) == 1
+    model[3].log_alpha.main_grad.fill_(math.nan)
+    assert not guard._uncounted_are_finite()
 
 
 @pytest.mark.needs("training_loop")

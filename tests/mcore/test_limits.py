@@ -21,6 +21,7 @@ from megatron_dyt.mcore.limits import refuse_unsupported
         ("qk_l2_norm", True),
         ("mla_down_proj_fusion", True),
         ("cache_mla_latents", True),
+        ("use_mup", True),
         ("heterogeneous_block_specs", True),
         ("heterogeneous_layers_config_path", "x.json"),
         ("use_kitchen", True),
@@ -103,6 +104,12 @@ def test_decay_of_a_logarithm_of_alpha_is_refused() -> None:
     both = {"dyt_log_alpha": True, "weight_decay_on": "all"}
     fine = ({"dyt_log_alpha": False}, {"weight_decay_on": "matrices"})
     check(both, r"pulls every alpha to 1.*--no-dyt-log-alpha", *fine)
+    of_queries = {"dyt_log_alpha": True, "qk_layernorm": True, "apply_wd_to_qk_layernorm": True}
+    fine = ({"dyt_log_alpha": False}, {"qk_layernorm": False}, {"apply_wd_to_qk_layernorm": False})
+    check(of_queries, r"pulls alpha to 1.*--no-dyt-log-alpha", *fine)
+    named = {**of_queries, "apply_wd_to_qk_layernorm": False}
+    named["no_weight_decay_cond_type"] = "apply_wd_to_qk_layernorm"
+    check(named, r"pulls alpha to 1", {"no_weight_decay_cond_type": None})
 
 
 def test_a_config_built_without_flags_is_checked_too(make_config: Callable[..., Any]) -> None:
