@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.batches import MODES
+from megatron_dyt.mcore.norm_sites import unwrap
 
 _log = logging.getLogger(__name__)
 
@@ -66,13 +67,6 @@ class SharedAttention(torch.nn.Module):
         return mixed_BNSC.permute(2, 0, 1, 3).flatten(2)
 
 
-def gpt_of(model: Any) -> Any:
-    """The GPT model in what Megatron wraps around it, such as the module that casts for bf16."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
 def hidden_size_to_share(model: Any, mode: str) -> int | None:
     """Prepare `model` for shared contexts where `mode` and model allow it; its hidden size, else None.
 
@@ -82,7 +76,7 @@ def hidden_size_to_share(model: Any, mode: str) -> int | None:
         raise UserError(f"the mode {mode!r} was given; allowed are {', '.join(MODES)}")
     if mode == "flat":
         return None
-    model = gpt_of(model)
+    model = unwrap(model)
     reason = why_not_shared(model)
     if reason and mode == "shared":
         raise UserError(f"contexts cannot be shared: {reason}. Use the mode flat, or auto")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation.attention import gpt_of
 from megatron_dyt.evaluation.batches import Row
+from megatron_dyt.mcore.norm_sites import unwrap
 
 # The logits of one slice of positions: 2**24 fp32 numbers are 64 MiB.
 LOGITS_PER_SLICE = 2**24
@@ -43,7 +43,7 @@ class Forward:
         self.vocab_size = vocab_size
         self.device = device
         # Megatron has it from 0.18 on.
-        self._calls_head = "output_processor" in inspect.signature(gpt_of(model).forward).parameters
+        self._calls_head = "output_processor" in inspect.signature(unwrap(model).forward).parameters
 
     def __call__(self, rows: Sequence[Row], where: Positions, use: UseLogits) -> tuple[Tensor, ...]:
         """`use(logits_PV, slice)` over slices of the positions `where`, joined, on the CPU."""
@@ -78,7 +78,7 @@ class Forward:
 
     def _hidden_states(self, *inputs: Tensor | None) -> dict[str, Any]:
         """What Megatron hands to an output processor, from a forward pass with next to no head."""
-        gpt = gpt_of(self.model)
+        gpt: Any = unwrap(self.model)
         seen = []
 
         def keep(_layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

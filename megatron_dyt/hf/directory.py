@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_dyt.atomic import partial_path
 from megatron_dyt.errors import UserError, describe
+from megatron_dyt.log import progress_bar
 
 INDEX = "model.safetensors.index.json"
 # `convert` holds one file's tensors in memory. Smaller files are many: a 70B has 70 of these in bf16.
 MAX_SHARD_BYTES = 2 * 10**9
-LOG_SECONDS = 10  # from one line of progress to the next, where nobody watches
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -124,17 +122,10 @@ def write_tensors(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_bytes,
     )
-    on_terminal = sys.stderr.isatty()
-    seconds = 0.1 if on_terminal else LOG_SECONDS
-    files = tqdm(
-        split.filename_to_tensors.items(),
-        unit="file",
-        mininterval=seconds,
-        delay=seconds,
-        leave=not on_terminal,
-    )
-    for file, names in files:
-        _write_file(directory / file, {name: planned[name] for name in names}, make(names))
+    with progress_bar("write", len(split.filename_to_tensors), " files") as bar:
+        for file, names in split.filename_to_tensors.items():
+            _write_file(directory / file, {name: planned[name] for name in names}, make(names))
+            bar.update()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

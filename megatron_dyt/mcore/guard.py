@@ -8,8 +8,8 @@ message names layer, role and parameter.
 The guard hardly has the host wait for the device: the gradient's norm is the one that Megatron computes for
 clipping, and alpha is read where Megatron waits for the optimizer's step anyway (its `update_successful` is
 reduced and read there). It adds one all-reduce of two integers per step, so that all ranks come to one
-verdict and none is left waiting for one that stopped; and where no norm counts the alphas' gradients, one of a single
-integer about these, read beside the norm.
+verdict and none is left waiting for one that stopped; and where no norm counts the alphas' gradients, one of
+a single integer about these, read beside the norm.
 """
 
 from __future__ import annotations

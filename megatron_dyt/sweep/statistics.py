@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 # Of the intervals.
 CONFIDENCE = 0.95
-# Intervals of Simpson's rule for the t distribution; its quantile is then right to 6 digits.
-_PANELS = 200
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,8 @@ def interval(numbers: Sequence[float]) -> Interval | None:
 
 def t_quantile(freedom: int) -> float:
     """The t with P(|T| <= t) = 0.95 for Student's distribution with `freedom` degrees of freedom (>= 1)."""
-    low, high = 0.0, math.pi / 2
     # In theta = atan(t / sqrt(freedom)) the density is cos(theta)^(freedom - 1), on a finite range.
-    whole = _integral(freedom, high)
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        if _integral(freedom, middle) < CONFIDENCE * whole:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _integral(freedom: int, end: float) -> float:
-    """Of cos^(freedom - 1) from 0 to `end`, by Simpson's rule."""
-    step = end / _PANELS
-    values = [max(0.0, math.cos(i * step)) ** (freedom - 1) for i in range(_PANELS + 1)]
-    inner = 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
-    return (values[0] + inner + values[-1]) * step / 3
+    theta = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(theta).clip(0) ** (freedom - 1)
+    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(np.interp(CONFIDENCE * area[-1], area, theta))
