@@ -146,7 +146,7 @@ def _draw_map(axes: Axes, site: SiteMeasurement, coloring: Coloring, norm: LogNo
     axes.text(
         0.97,
         0.03,
-        f"α·std {site.tanh_alpha * site.input_std:.2g}\n1−R² tanh {_percent(1 - site.tanh_r2)}\n"
+        f"α·std {site.alpha_std:.2g}\n1−R² tanh {_percent(1 - site.tanh_r2)}\n"
         f"1−R² line {_percent(1 - site.line_r2)}",
         transform=axes.transAxes,
         ha="right",

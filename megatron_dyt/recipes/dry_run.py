@@ -38,17 +38,19 @@ class Stage:
     Attributes:
         split: parameters of which each tensor parallel rank has a part of its own.
         replicated: parameters of which each has a copy, such as those of DyT.
+        experts: parameters of which each expert parallel and each expert tensor parallel rank has its own.
         norms: DyT or RMSNorm sites.
     """
 
     index: int
     split: int
     replicated: int
+    experts: int
     norms: int
 
     @property
     def parameters(self) -> int:
-        return self.split + self.replicated
+        return self.split + self.replicated + self.experts
 
 
 def run(
@@ -195,6 +197,9 @@ def _stage(args: Namespace, index: int) -> Stage:
             args.tensor_model_parallel_size,
             args.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
         config = gpt_config_from_args(args)
@@ -213,20 +218,26 @@ def _stage(args: Namespace, index: int) -> Stage:
 
 
 def _counted(index: int, chunks: list[torch.nn.Module]) -> Stage:
-    split = replicated = 0
+    split = replicated = experts = 0
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         assert parameter.is_meta, "a dry run must not allocate the model"
-        if getattr(parameter, "tensor_model_parallel", False):
+        if not getattr(parameter, "allreduce", True):  # Megatron's mark of an expert's.
+            experts += parameter.numel()
+        elif getattr(parameter, "tensor_model_parallel", False):
             split += parameter.numel()
         else:
             replicated += parameter.numel()
     norms = sum("Norm" in type(module).__name__ for chunk in chunks for module in chunk.modules())
-    return Stage(index, split, replicated, norms)
+    return Stage(index, split, replicated, experts, norms)
 
 
 def whole(args: Namespace, stages: list[Stage]) -> int:
     """Parameters of the model that the ranks hold together."""
-    return sum(args.tensor_model_parallel_size * stage.split + stage.replicated for stage in stages)
+    expert_ranks = args.expert_model_parallel_size * args.expert_tensor_parallel_size
+    return sum(
+        args.tensor_model_parallel_size * stage.split + stage.replicated + expert_ranks * stage.experts
+        for stage in stages
+    )
 
 
 def report(args: Namespace, stages: list[Stage], world_size: int) -> list[str]:

@@ -1,6 +1,6 @@
 """A parallel layout of a recipe on a cluster, and all the layouts that Megatron would accept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dyt.errors import UserError
@@ -125,15 +125,17 @@ def check(recipe: Recipe, cluster: Cluster, layout: Layout) -> None:
         )
 
 
-def possible(recipe: Recipe, cluster: Cluster) -> Iterator[Layout]:
-    """Every layout that Megatron would take, with `MICRO_BATCHES`."""
+def possible(
+    recipe: Recipe, cluster: Cluster, micro_batches: Sequence[int] = MICRO_BATCHES
+) -> Iterator[Layout]:
+    """Every layout that Megatron would take, with these micro-batches."""
     for tp in _divisors(cluster.gpus_per_node):
         for pp in _divisors(recipe.num_layers):
             if cluster.gpus % (tp * pp):
                 continue
             dp = cluster.gpus // (tp * pp)
             for vpp in _divisors(recipe.num_layers // pp) if pp > 1 else [1]:
-                for micro_batch in MICRO_BATCHES:
+                for micro_batch in micro_batches:
                     for recompute in RECOMPUTE:
                         layout = Layout(tp, pp, vpp, dp, micro_batch, recompute)
                         if not faults(recipe, cluster, layout):

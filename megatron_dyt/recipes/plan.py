@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import Recipe, memory
-from megatron_dyt.recipes.layout import Cluster, Layout, check, possible
+from megatron_dyt.recipes.layout import MICRO_BATCHES, Cluster, Layout, check, possible
 
 # Fraction of a step. Steps that differ by less count as equal: the figures below are good to a tenth or so,
 # and most of that error is common to the layouts compared.
@@ -149,13 +149,17 @@ def ranked(
     if wanted.keys() >= {"tp", "pp", "vpp", "micro_batch"}:
         sizes: dict[str, Any] = dict(wanted)
         check(recipe, cluster, Layout(dp=max(1, cluster.gpus // (sizes["tp"] * sizes["pp"])), **sizes))
+    micro_batches = (int(wanted["micro_batch"]),) if "micro_batch" in wanted else MICRO_BATCHES
     plans = [
         estimate(recipe, cluster, layout, speeds)
-        for layout in possible(recipe, cluster)
+        for layout in possible(recipe, cluster, micro_batches)
         if all(getattr(layout, name) == value for name, value in wanted.items())
     ]
     if not plans:
-        given = "".join(f" and {name} {value}" for name, value in wanted.items())
+        given = "".join(
+            f" and --{name.replace('micro_batch', 'micro-batch-size')} {value}"
+            for name, value in wanted.items()
+        )
         raise UserError(
             f"{recipe.name} cannot be laid out on {cluster.nodes} x {cluster.gpus_per_node} GPUs{given}: "
             f"TP x PP x DP must be {cluster.gpus}, TP divide a node's GPUs and the "

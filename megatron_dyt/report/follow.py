@@ -32,6 +32,8 @@ _LOG_SECONDS = 5.0
 # Time left is told from the median of so many of the last lines: one slow step must not move it.
 _RECENT = 20
 _SHOWN = re.compile(r"^(megatron_dyt|DyT |WARNING: DyT)|successfully (saved|loaded) checkpoint|Error\b")
+# What torch puts in front of each line of a traceback once there are several processes.
+_RANK = re.compile(r"^\[rank\d+\]: ?")
 
 
 def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
@@ -186,12 +188,14 @@ def keep(lines: BinaryIO, log: Path, show: Callable[[str], None]) -> None:
 
     These are the plugin's own, saved and loaded checkpoints, tracebacks and errors.
     """
-    in_traceback = False
+    in_traceback = False  # and its last line, the exception, is not indented
     with log.open("ab") as file:
         for line in lines:
             file.write(line)
             file.flush()
             text = line.decode(errors="replace").rstrip()
-            in_traceback = text.startswith("Traceback") or (in_traceback and text[:1].isspace())
-            if in_traceback or _SHOWN.search(text):
+            bare = _RANK.sub("", text)
+            is_exception = in_traceback and not bare[:1].isspace()
+            in_traceback = bare.startswith("Traceback") or (in_traceback and not is_exception)
+            if in_traceback or is_exception or _SHOWN.search(bare):
                 show(text)

@@ -55,6 +55,22 @@ def test_the_rmsnorm_twin_has_no_alpha() -> None:
     assert stage.parameters == recipe.parameters_without_norms + norms + 1  # its embedding scale
 
 
+def test_a_rank_holds_its_own_experts_alone() -> None:
+    recipe = load("125m")
+    experts = "--num-experts 8 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+    experts += " --expert-tensor-parallel-size 1 --tensor-model-parallel-size 2 --sequence-parallel"
+    flags = [*recipe.flags(), *RUN, "--micro-batch-size", "8", *experts.split()]
+    found = {}
+    for ranks in (1, 4):
+        split = [*flags, "--expert-model-parallel-size", str(ranks)]
+        args, (stage,) = dry_run.simulate(split, 8, recipe.vocab_size)
+        assert (
+            stage.experts * ranks == 8 * recipe.num_layers * 3 * recipe.hidden_size * recipe.ffn_hidden_size
+        )
+        found[ranks] = dry_run.whole(args, [stage])
+    assert found[1] == found[4]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

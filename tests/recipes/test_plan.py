@@ -89,7 +89,8 @@ def test_recomputation_is_paid_for_in_work_and_communication() -> None:
     [
         (1, 80e9, {}, "does not fit on 1 x 8 GPUs of 80 GB: the leanest layout .* needs .* GB"),
         (7, 80e9, {}, "cannot be laid out on 7 x 8 GPUs"),
-        (128, 80e9, {"tp": 3}, "GPUs and tp 3: TP x PP"),
+        (128, 80e9, {"tp": 3}, "GPUs and --tp 3: TP x PP"),
+        (128, 80e9, {"micro_batch": 3}, "GPUs and --micro-batch-size 3: TP x PP"),
         (
             128,
             80e9,
@@ -102,3 +103,8 @@ def test_recomputation_is_paid_for_in_work_and_communication() -> None:
 def test_what_cannot_be_planned(nodes: int, memory: float, fixed: dict[str, int | str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ranked(load("70b"), Cluster(nodes, 8, memory), SPEEDS, fixed)
+
+
+def test_a_micro_batch_that_is_given_need_not_be_among_those_that_are_tried() -> None:
+    plans = ranked(load("7b"), Cluster(2, 8, 80e9), SPEEDS, {"micro_batch": 16})
+    assert {plan.layout.micro_batch for plan in plans} == {16}

@@ -148,6 +148,10 @@ def test_what_a_person_must_see_is_shown_and_noise_is_not(tmp_path: Path) -> Non
         b'  File "x.py", line 1\n',
         b"ValueError: no\n",
         b"  indented noise\n",
+        b"[rank1]: Traceback (most recent call last):\n",
+        b'[rank1]:   File "y.py", line 2\n',
+        b"[rank1]: megatron_dyt.errors.TrainingFault: step 2\n",
+        b"[rank1]: noise\n",
     ]
     said: list[str] = []
     keep(io.BytesIO(b"".join(log)), tmp_path / "train.log", said.append)
@@ -159,6 +163,9 @@ def test_what_a_person_must_see_is_shown_and_noise_is_not(tmp_path: Path) -> Non
         "Traceback (most recent call last):",
         '  File "x.py", line 1',
         "ValueError: no",
+        "[rank1]: Traceback (most recent call last):",
+        '[rank1]:   File "y.py", line 2',
+        "[rank1]: megatron_dyt.errors.TrainingFault: step 2",
     ]
     assert (tmp_path / "train.log").read_bytes() == b"".join(log)
 
