@@ -131,7 +131,7 @@ ELSEWHERE = re.compile(
     r"pretrain_gpt\.py|preprocess_data\.py|finalize_model_grads\.py|rerun_state_machine\.py|.*NAME\.py"
     r"|.*/elastic/multiprocessing/api\.py|(?:megatron|tensor_parallel|pipeline_parallel)/.*"
 )
-FOLDERS = ("megatron_dyt", "experiments", "tests", "benchmarks", "examples", "scripts")
+FOLDERS = ("megatron_dyt", "tests", "benchmarks", "examples", "scripts")
 MODULE = re.compile(r"\bmegatron_dyt((?:\.\w+)+)")
 # Not `docker run megatron-dyt bash`.
 COMMAND = re.compile(r"(?:megatron-dyt|-m megatron_dyt) (?!bash\b)([a-z][\w-]*)")
