@@ -462,3 +462,16 @@ def test_what_has_no_kernel_can_be_compiled(function: str, monkeypatch: pytest.M
         check_against_exact(inputs, function)
         check_against_exact({**inputs, "alpha": torch.linspace(0.3, 1.7, 5).requires_grad_()}, function)
     check_residual_against_exact(add_residual(make_inputs(function=function)), function)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python", "ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_holds_the_operation(grad: bool) -> None:
+    """And not the memory that the kernel was to fill."""
+    x, other = torch.randn(5, 48), torch.randn(5, 48)
+    alpha, weight = torch.tensor([0.5]), torch.randn(48)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(lambda t: dyt(t, alpha, weight), x, check_trace=False)
+        again = torch.jit.trace(lambda t: sum(dyt_residual(t, t, alpha, weight)), x, check_trace=False)
+    torch.testing.assert_close(traced(other), dyt(other, alpha, weight))
+    torch.testing.assert_close(again(other), sum(dyt_residual(other, other, alpha, weight)))
