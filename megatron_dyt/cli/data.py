@@ -10,7 +10,7 @@ from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, Fiel
 from megatron_dyt.errors import UserError
 
 _FORMATS = (
-    "files, directories or quoted patterns: .jsonl, .json or .ndjson, with .zst, .zstd or .gz behind; .parquet"
+    "files, directories or quoted patterns: .jsonl, .json, .ndjson, with .zst, .zstd or .gz behind; .parquet"
 )
 _PATH = click.Path(path_type=Path)
 

@@ -50,7 +50,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str))
 
 
 def is_observed(*arguments: object) -> bool:
-    """Whether operations on these are seen by torch.compile, torch.jit.trace, a dispatch mode or a subclass."""
+    """Whether operations on these are seen by torch.compile, torch.jit, a dispatch mode or a subclass."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
