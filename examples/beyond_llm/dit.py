@@ -39,7 +39,8 @@ def model() -> DiTTransformer2DModel:
 def adapt(model: DiTTransformer2DModel, norm: str) -> None:
     """What the paper's patch of DiT leaves out with DyT: modulation and output that start at zero.
 
-    DiT's norms have no gain, and the patch gives DyT none there; ours stays at 1.
+    DiT's norms have no gain or bias, and the patch gives DyT none there; ours stay as they start, at 1 and 0
+    unless they are fitted.
     """
     if norm == "LayerNorm":
         modulations = [block.norm1.linear for block in model.transformer_blocks]
@@ -49,6 +50,8 @@ def adapt(model: DiTTransformer2DModel, norm: str) -> None:
     for module in model.modules():
         if isinstance(module, DynamicTanh):
             module.weight.requires_grad_(False)
+            if module.bias is not None:
+                module.bias.requires_grad_(False)
 
 
 @functools.cache

@@ -24,7 +24,8 @@ def read(length: int, train: int) -> Split:
     """Windows with their decoys, int64 (windows, 2, length); targets are not used.
 
     The genome is cut into as many stretches as there are windows, and a window taken from each one's start;
-    every k-th one is for validation or test, so all parts are from all over the genome, and none overlap.
+    a random choice of them is for validation and for test, so all parts are from all over the genome, and
+    none overlap.
 
     Raises:
         UserError: the package is not installed, or the file has too few bases.

@@ -254,7 +254,7 @@ class _Variant(TypedDict):
 def _dyt_like(
     module: nn.Module, norm: Norm, like: Tensor, alpha: float, bias: bool, variant: _Variant
 ) -> DynamicTanh:
-    """A DyT of the norm's weight and bias, with the device and dtype of `like`."""
+    """A DyT of the norm's weight and bias, with the device and dtype of `like`; frozen if the norm is."""
     dyt = DynamicTanh(
         norm.size,
         alpha_init=alpha,
@@ -266,6 +266,9 @@ def _dyt_like(
     )
     if not like.is_meta:
         set_parameters(dyt, alpha, norm.gain, norm.shift)
+    own = list(module.parameters())
+    if own and not any(parameter.requires_grad for parameter in own):
+        dyt.requires_grad_(False)
     vars(dyt)["replaces"] = module  # not by assignment, which would make it a submodule
     return dyt.train(module.training)
 

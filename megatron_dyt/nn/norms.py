@@ -113,6 +113,8 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def _examine(module: nn.Module, batch_norms: bool) -> Norm | str:
     if batch_norms and isinstance(module, _BatchNorm) and not _bars(module):
+        if not type(module).forward.__module__.startswith("torch.nn."):
+            return f"{type(module).__name__} has a forward of its own, which may do more than BatchNorm's"
         return _batch_norm(module)
     for kinds, reason in _OTHER_NORMS:
         # FrozenBatchNorm2d of detection models is a module of its own.

@@ -118,9 +118,10 @@ def _descend(model: nn.Module, sites: Sequence[Site], batch: Tensor | Mapping[st
     steps = min(sequences_in(batch), MOST)
     for step in range(steps):
         run_doubled(model, batch, slice(step, step + 1))
-        gradients = torch.autograd.grad(last.scaled_error(), ours)
+        # None of a DyT that does not lead to the last one, as in another tower.
+        gradients = torch.autograd.grad(last.scaled_error(), ours, allow_unused=True)
         for copy, gradient, group, size in zip(copies, gradients, optimizer.param_groups, sizes, strict=True):
-            copy.grad = _at_least_fp32(gradient)
+            copy.grad = None if gradient is None else _at_least_fp32(gradient)
             group["lr"] = RATE * size * (1 - step / steps)
         optimizer.step()
         with torch.no_grad():

@@ -440,3 +440,26 @@ def test_a_site_without_a_dimension_of_sequences_is_refused(arrange: Callable[[T
     with pytest.raises(ValueError, match="cannot tell the sequences in the input of norm, of shape"):
         convert_norms(model, inputs())
     assert isinstance(model.norm, nn.RMSNorm)
+
+
+@pytest.mark.parametrize("batch", [None, torch.randn(16, 5, SIZE)])
+def test_a_frozen_norm_becomes_a_frozen_dyt(batch: Tensor | None) -> None:
+    model = nn.Sequential(nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE))
+    model[0].requires_grad_(False)
+    convert_norms(model, batch)
+    assert not any(parameter.requires_grad for parameter in model[0].parameters())
+    assert all(parameter.requires_grad for parameter in model[2].parameters())
+
+
+class ActivatedBatchNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_a_batch_norm_that_does_more_stays() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(SIZE), ActivatedBatchNorm(SIZE))
+    report = convert_norms(model, kinds=("batchnorm",))
+    assert [each.name for each in report] == ["0"]
+    (left,) = report.left
+    assert left.name == "1"
+    assert "a forward of its own" in left.reason

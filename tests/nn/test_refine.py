@@ -119,3 +119,24 @@ def test_inside_no_grad_it_works_too(model: Blocks) -> None:
     with torch.no_grad():
         inside = converted(model)
     assert same(inside, converted(model))
+
+
+class Towers(nn.Module):
+    """Two, of which the second one runs last; their results meet behind all norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Blocks(), Blocks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.second(x)])
+
+
+def test_another_tower_does_not_hinder_the_last_ones() -> None:
+    torch.manual_seed(4)
+    model = Towers()
+    fitted, refined = copy.deepcopy(model), copy.deepcopy(model)
+    convert_norms(fitted, inputs(), refine=False)
+    convert_norms(refined, inputs())
+    assert same(refined.first, fitted.first)
+    assert not same(refined.second, fitted.second)
