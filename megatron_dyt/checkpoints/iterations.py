@@ -123,7 +123,7 @@ def check_readable(directory: str | Path, iteration: str) -> None:
 def check_files(path: Path) -> None:
     """Raise `DamagedCheckpoint` unless the torch_dist files of `iter_NNNNNNN` are there at full length."""
     if (not any(path.glob("*.distcp")) and not (path / ".metadata").is_file()) or _is_complete_dcp(path):
-        return  # Another format (--ckpt-format), which Megatron checks itself.
+        return  # Another format (--ckpt-format), whose files Megatron checks itself.
     other = f"{OTHER_CHECKPOINT}; complete there: {listed(path.parent)}"
     if not _has_config(path) or not (path / ".metadata").is_file():
         raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no metadata. {other}")

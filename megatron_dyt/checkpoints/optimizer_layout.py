@@ -112,7 +112,8 @@ def _buckets(args: Namespace, saved: Namespace, kind: str | None, path: Path) ->
     if args.num_layers is None:  # With --use-checkpoint-args, which brings it later.
         args = Namespace(**vars(args) | {"num_layers": saved.num_layers})
     now, then = chunks(args), chunks(saved)
-    if now == then and bucket_size(args) != bucket_size(saved) and not _one_bucket(path, args, saved):
+    only_size = now == then
+    if only_size:
         now, then = {"ddp_bucket_size": bucket_size(args)}, {"ddp_bucket_size": bucket_size(saved)}
     differing = [
         f"--{name.replace('_', '-')} {value} (saved: {then[name]})"
@@ -120,6 +121,10 @@ def _buckets(args: Namespace, saved: Namespace, kind: str | None, path: Path) ->
         if value != then[name]
     ]
     if not differing:
+        return None
+    buffers = _buffers(path)
+    # Without any the state stands parameter by parameter, as that of Megatron's layer-wise optimizers (Muon).
+    if not buffers or (only_size and _one_bucket(buffers, now["ddp_bucket_size"], then["ddp_bucket_size"])):
         return None
     return (
         "The distributed optimizer's default format is for another number of data parallel ranks alone, and "
@@ -167,23 +172,27 @@ def bucket_size(args: Namespace) -> int | str:
     return int(args.ddp_bucket_size or max(40_000_000, 1_000_000 * (args.world_size // model)))
 
 
-def _one_bucket(path: Path, *layouts: Namespace) -> bool:
-    """Whether no buffer in the checkpoint is as large as the smallest bucket: then size does not matter."""
+def _one_bucket(buffers: Counter[str], *given: object) -> bool:
+    """Whether no buffer is as large as the smallest bucket: then size does not matter."""
+    sizes = [size for size in given if isinstance(size, int)]
+    if any("num-buckets" in str(size) for size in given):
+        return False
+    return bool(sizes) and max(buffers.values()) < min(sizes)
+
+
+def _buffers(path: Path) -> Counter[str]:
+    """Parameters in each gradient buffer of a checkpoint; empty if it is damaged, as in `_saved`."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from megatron_dyt.checkpoints.metadata import read_metadata
 
-    given = [bucket_size(each) for each in layouts]
-    sizes = [size for size in given if isinstance(size, int)]
-    if any("num-buckets" in str(size) for size in given):
-        return False
     buffers: Counter[str] = Counter()
     try:
         metadata = read_metadata(path)
-    except READ_ERRORS:  # Damaged, as in `_saved`.
-        return True
+    except READ_ERRORS:
+        return buffers
     for key, entry in metadata.state_dict_metadata.items():
         buffer, bucket, name = key.partition(".bucket_idx_")
         if bucket and name.endswith(".param") and isinstance(entry, TensorStorageMetadata):
             buffers[buffer] += entry.size.numel()
-    return bool(sizes) and max(buffers.values(), default=0) < min(sizes)
+    return buffers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,46 @@ def wrap_load[R](
     if model_keys and isinstance(state, dict):
         compare_function(parsed_args(), state.get("args"), checkpoint_dir)
     return state
+
+
+@wrapper
+def wrap_load_checkpoint[R](
+    original: Callable[..., R], ddp_model: Sequence[nn.Module], *args: Any, **kwargs: Any
+) -> R:
+    """`training.load_checkpoint` that refuses other norms' parameters in Megatron's older `torch` format too.
+
+    There Megatron meets every parameter that does not fit by loading again without looking at their names.
+    """
+    directory = getattr(parsed_args(), "load", None) or "of --load"
+    with _other_norms_refused(ddp_model, directory):
+        return original(ddp_model, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _other_norms_refused(chunks: Sequence[nn.Module], directory: Directory) -> Iterator[None]:
+    """While it lasts, `load_state_dict` of the chunks raises UserError for parameters of other norms.
+
+    Once it has, it raises at every further call: only a strict one collects names, and Megatron's second try
+    is none.
+    """
+    from megatron.core.utils import unwrap_model
+
+    found: list[UserError] = []
+
+    def look(_: nn.Module, names: Any) -> None:
+        try:
+            compare(set(names.missing_keys), set(names.unexpected_keys), directory, norms_only=True)
+        except UserError as error:
+            found.append(error)
+        if found:
+            raise found[0]
+
+    hooks = [chunk.register_load_state_dict_post_hook(look) for chunk in unwrap_model(list(chunks))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def refuse_strictness(strictness: str) -> None:

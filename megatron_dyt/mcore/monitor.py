@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
@@ -174,16 +175,17 @@ class Monitor:
         info = functools.partial(_log.info, extra=log.ALL_RANKS)
         warning = functools.partial(_log.warning, extra=log.ALL_RANKS)
         for role in dict.fromkeys(site.module.role for site in self.sites):
-            samples = [
-                self.samples[s.module]
-                for s in self.sites
-                if s.module.role == role and s.module in self.samples
-            ]
-            if not samples:
+            norms = [s.module for s in self.sites if s.module.role == role and s.module in self.samples]
+            if not norms:
                 continue
+            samples = [self.samples[norm] for norm in norms]
             drives = [sample.drive for sample in samples]
             alphas = [float(sample.alpha) for sample in samples]
-            fresh = min(alphas) == max(alphas)
+            # A logarithm in bfloat16 is exact to a thousandth or so.
+            fresh = all(
+                math.isclose(alpha, norm.alpha_init, rel_tol=0.01)
+                for alpha, norm in zip(alphas, norms, strict=True)
+            )
             what = (
                 f"alpha0 {alphas[0]:.4g}"
                 if fresh

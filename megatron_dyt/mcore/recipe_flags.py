@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Concatenate, Literal
 
 from megatron_dyt.config import Setting
 from megatron_dyt.errors import UserError
+from megatron_dyt.mcore.checkpoint import compare_function
 from megatron_dyt.parsed_args import parsed_args
 from megatron_dyt.patching import wrapper
 
@@ -90,7 +91,7 @@ def wrap_check_checkpoint_args[**P](
     *rest: P.args,
     **kwargs: P.kwargs,
 ) -> None:
-    """`checkpointing.check_checkpoint_args`, by which a run goes on from a checkpoint, for the data's seed.
+    """`checkpointing.check_checkpoint_args`, by which a run goes on, for DyT's function and the data's seed.
 
     A run that goes on counts on the order that it has gone through so far: in another one it would meet some
     samples twice and miss others. Megatron says nothing of another --seed, and where --data-seed was never
@@ -98,6 +99,7 @@ def wrap_check_checkpoint_args[**P](
     """
     original(checkpoint_args, *rest, **kwargs)
     args = parsed_args()
+    compare_function(args, checkpoint_args, getattr(args, "load", None) or "of --load")
     if args is not None and not getattr(args, "skip_train", False):
         check_data_seed(args, checkpoint_args)
 

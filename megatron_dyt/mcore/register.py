@@ -119,6 +119,7 @@ TRAINING = (
     Replacement(_CHECKPOINTING, "load_args_from_checkpoint", args.wrap_load_args),
     Replacement(_CHECKPOINTING, "load_args_from_checkpoint", damage.wrap_load_args),
     Replacement(_CHECKPOINTING, "check_checkpoint_args", recipe_flags.wrap_check_checkpoint_args),
+    Replacement(_TRAINING, "load_checkpoint", checkpoint.wrap_load_checkpoint),
     Replacement(_TRAINING, "load_checkpoint", damage.wrap_load_checkpoint),
     Replacement(_TRAINING, "get_standard_config_overrides", recipe_flags.wrap_config_overrides),
     Replacement(_TRAINING, "setup_model_and_optimizer", monitor.wrap_setup),

@@ -37,7 +37,7 @@ _IGNORED = {
 
 def check(args: Namespace) -> None:
     """Raise `UserError` for the first of the flags in `args`, Megatron's parsed ones, that cannot work."""
-    checks: tuple[Callable[[Namespace], None], ...] = (_check_ignored, _check_numbers)
+    checks: tuple[Callable[[Namespace], None], ...] = (_check_ignored, _check_numbers, _check_muon)
     if not getattr(args, "use_checkpoint_args", False):
         checks += (_check_attention, _check_feed_forward)
     if not getattr(args, "skip_train", False):
@@ -60,6 +60,17 @@ def _check_numbers(args: Namespace) -> None:
     for name in _PROBABILITIES:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"{_flag(args, name)} is no probability: give a number from 0 to 1")
+
+
+def _check_muon(args: Namespace) -> None:
+    distributed = args.optimizer == "dist_muon" or (
+        args.optimizer == "muon" and args.use_distributed_optimizer
+    )
+    if distributed and not args.bf16 and not args.fp16:
+        raise UserError(
+            "--optimizer muon with --use-distributed-optimizer fails at its first step in fp32 (Megatron "
+            "wraps its optimizers for --bf16 alone). Add --bf16, or leave --use-distributed-optimizer out"
+        )
 
 
 def _check_attention(args: Namespace) -> None:

@@ -1,5 +1,6 @@
 """Which layouts the state of an optimizer is refused for; tests/distributed shows what loads into which."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ EXPERTS = {"expert_model_parallel_size": 8}
 def refusal(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is said when a checkpoint saved by one layout is loaded by another, or None."""
 
-    def check(saved: dict[str, Any], kind: str | None, now: dict[str, Any], one_bucket: bool = False) -> Any:
+    def check(saved: dict[str, Any], kind: str | None, now: dict[str, Any], **buffers: int) -> Any:
         monkeypatch.setattr(optimizer_layout, "_saved", lambda path: (arguments(**LAYOUT | saved), kind))
-        monkeypatch.setattr(optimizer_layout, "_one_bucket", lambda *_: one_bucket)
+        stored = Counter(buffers or {"large": 10**9})
+        monkeypatch.setattr(optimizer_layout, "_buffers", lambda path: +stored)
         try:
             optimizer_layout.refuse_other(arguments(**LAYOUT | now), WHERE)
         except UserError as error:
@@ -110,7 +112,12 @@ def test_what_loads_is_not_refused(refusal: Any, saved: dict[str, Any], now: dic
 
 
 def test_the_size_of_buckets_does_not_matter_where_a_buffer_is_one(refusal: Any) -> None:
-    assert refusal({}, DEFAULT, {"world_size": 800}, one_bucket=True) is None
+    assert refusal({}, DEFAULT, {"world_size": 800}, small=39_999_999) is None
+    assert refusal({}, DEFAULT, {"world_size": 800}, small=1, large=40_000_000) is not None
+
+
+def test_an_optimizer_without_buckets_loads_into_any_layout(refusal: Any) -> None:
+    assert refusal({}, DEFAULT, {"tensor_model_parallel_size": 4}, none=0) is None
 
 
 @pytest.mark.parametrize("kind", [DEFAULT, ANY, None])

@@ -57,6 +57,37 @@ def test_an_rmsnorm_checkpoint_does_not_load_into_dyt(
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("saved", "loading", "words"),
+    [
+        ({"name": "RMSNorm"}, {}, "holds a LayerNorm or RMSNorm model and this one is DyT"),
+        ({}, {"name": "RMSNorm"}, "holds a DyT model and this one is not"),
+        ({}, {"dyt": DyTConfig.unit(32, running_scale="all")}, "The DyT settings differ"),
+    ],
+)
+def test_the_torch_format_is_refused_though_megatron_loads_a_second_time(
+    make_config: Make, build_gpt: Make, saved: Any, loading: Any, words: str
+) -> None:
+    state, model = build_gpt(make(make_config, **saved)).state_dict(), build_gpt(make(make_config, **loading))
+
+    def megatrons(chunks: list[Any]) -> None:
+        try:
+            chunks[0].load_state_dict(state)
+        except Exception:
+            chunks[0].load_state_dict(state, strict=False)
+
+    with pytest.raises(UserError, match=words):
+        checkpoint.wrap_load_checkpoint(megatrons)([model])
+    megatrons([model])  # The hooks are gone.
+
+
+def make(make_config: Make, name: str = "DyT", dyt: DyTConfig | None = None) -> Any:
+    config = make_config(name)
+    if name == "DyT":
+        config.dyt = dyt or DyTConfig.unit(32)
+    return config
+
+
 @pytest.mark.parametrize("strict", ["assume_ok_unexpected", "ignore_all"])
 def test_a_dyt_checkpoint_does_not_load_into_rmsnorm(
     make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path, strict: str

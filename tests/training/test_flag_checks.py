@@ -38,6 +38,7 @@ def check(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         ("--enable-full-sharding-in-hsdp", "ignores --enable-full.*Give that"),
         ("--openai-gelu", "ignores --openai-gelu: "),
         ("--apply-residual-connection-post-layernorm", "ignores --apply-residual"),
+        ("--optimizer muon --use-distributed-optimizer", "in fp32.*Add --bf16"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_flags(
@@ -78,6 +79,8 @@ def test_what_is_missing_is_named(
         "--lr-warmup-iters 4 --lr-decay-iters 5",
         "--train-iters 0 --skip-train",
         "--num-experts 3 --moe-router-topk 3",
+        "--optimizer muon",
+        "--optimizer muon --use-distributed-optimizer --bf16",
         "--use-checkpoint-args --num-query-groups 3 --load x",
     ],
 )
