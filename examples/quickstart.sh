@@ -19,7 +19,7 @@ OUT=${OUT:-quickstart}
 STEPS=${STEPS:-200}
 # OpenMP's threads must not burn the time of a busy machine while they wait.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-[ -x "$PY" ] || { echo "quickstart: $PY is missing; run 'make setup' first" >&2; exit 1; }
+command -v "$PY" >/dev/null || { echo "quickstart: $PY is missing; run 'make setup' first" >&2; exit 1; }
 mkdir -p "$OUT"
 # Seconds of the interrupted attempts before this one.
 before=$(cat "$OUT/elapsed_seconds" 2>/dev/null || echo 0)

@@ -72,20 +72,24 @@ def export_command(
 
     Any parallel layout may have saved it. No GPU is needed and no model is built.
     """
-    if no_tokenizer and bos is not None:
-        raise click.UsageError("--bos and --no-bos are about the tokenizer, which --no-tokenizer leaves out")
+    if no_tokenizer and (bos is not None or tokenizer_model):
+        given = "--tokenizer-model and --bos, --no-bos"
+        raise click.UsageError(f"{given} are about the tokenizer, which --no-tokenizer leaves out")
     _use_large_pages()
     import torch
 
     from megatron_dyt.checkpoints.saved_args import find_checkpoint, saved_args
     from megatron_dyt.hf.directory import check_free
     from megatron_dyt.hf.export import Export, export
+    from megatron_dyt.hf.tokenizer import type_of
 
     check_free("--output", output)
     checkpoint = find_checkpoint(load, ckpt_step)
     args = saved_args(checkpoint)
     if tokenizer_model:
         args.tokenizer_model = tokenizer_model
+        if args.tokenizer_type == "NullTokenizer":
+            args.tokenizer_type = type_of(tokenizer_model)
     export(
         Export(
             checkpoint,

@@ -27,6 +27,7 @@ from megatron_dyt.hf.directory import (
     whole_directory,
 )
 from megatron_dyt.hf.model import AUTO_MAP, MODELING_FILE
+from megatron_dyt.hf.model_card import CODE_NOTE, card
 from megatron_dyt.nn import ConvertedNorm, convert_norms
 from megatron_dyt.version import __version__
 
@@ -121,6 +122,8 @@ def _calibration_batch(job: Conversion, tokenizer: Any, config: Any) -> Tensor:
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     body = job.length - len(first)
+    if body < 1:
+        raise UserError(f"--length {job.length} has no room for text behind BOS; give at least 2")
     if len(ids) < job.sequences * body:
         raise UserError(
             f"--text {job.text} has {len(ids)} tokens; {job.sequences} sequences of {job.length} need "
@@ -165,26 +168,10 @@ def mean_alphas(report: Sequence[ConvertedNorm]) -> dict[str, float]:
 
 def _card(job: Conversion, report: Sequence[ConvertedNorm]) -> str:
     errors = [norm.error for norm in report if norm.error is not None]
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dynamic-tanh]
----
-
-# LLaMA converted to Dynamic Tanh
-
+    text = f"""\
 Made of `{job.load.name}` by megatron_dyt {__version__}: every RMSNorm became Dynamic Tanh (arXiv
 2503.10622), fitted to what the norm did with {job.sequences} sequences of {job.length} tokens. Squared error
 of a site, relative to its norm's output: {min(errors):.2%} to {max(errors):.2%}.
 
-**Experimental.** It has to be trained on: by itself it is worse than the model it was made of.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
-```
-
-`{MODELING_FILE}` holds the model's code; it needs torch and transformers alone.
-"""
+**Experimental.** It has to be trained on: by itself it is worse than the model it was made of."""
+    return card("LLaMA converted to Dynamic Tanh", text, [CODE_NOTE], has_dyt=True, has_tokenizer=True)

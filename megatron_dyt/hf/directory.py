@@ -35,7 +35,12 @@ def size_in_bytes(text: str) -> int:
 
 
 def check_free(flag: str, directory: Path) -> None:
-    """Raise UserError unless `directory` (given with `flag`) does not exist or is empty."""
+    """Raise UserError unless `directory` (given with `flag`) does not exist, or is empty and replaceable."""
+    if directory.is_dir() and (directory.is_symlink() or os.path.ismount(directory) or not directory.name):
+        raise UserError(
+            f"{flag} {directory} is a link, a mount point or the current directory, which the finished one "
+            "cannot replace; give a new directory inside it"
+        )
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() or directory.is_symlink():

@@ -76,7 +76,10 @@ def export(job: Export) -> None:
     source = ModelSource(job.checkpoint.directory, model)
     with whole_directory(job.output) as directory:
         tokenizer = None
-        if job.tokenizer and job.args.tokenizer_type != "NullTokenizer":
+        has_tokenizer = job.args.tokenizer_type != "NullTokenizer"
+        if job.bos is not None and not has_tokenizer:
+            raise UserError("--bos and --no-bos: the run had no tokenizer; give one with --tokenizer-model")
+        if job.tokenizer and has_tokenizer:
             tokenizer = write_tokenizer(job.args, directory, job.bos)
             model = _without_padding(model, tokenizer.vocab_size, job)
         plan = Plan(model, folded, job.dtype or source.dtype)

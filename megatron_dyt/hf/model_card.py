@@ -1,4 +1,4 @@
-"""The README.md of an export."""
+"""The README.md of an exported or converted model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from megatron_dyt.hf.model import MODELING_FILE, Model
 from megatron_dyt.version import __version__
 
+CODE_NOTE = f"`{MODELING_FILE}` holds the model's code; it needs torch and transformers alone."
 # What a folded role's weight went into.
 _BEHIND = {"attn": "q, k, v", "ffn": "gate, up", "final": "lm_head"}
 
@@ -34,25 +35,33 @@ def model_card(
         "exported by": f"megatron_dyt {__version__}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    notes = "".join(f"\n- {note}" for note in _notes(model, folded, has_tokenizer))
-    tags = "tags: [dynamic-tanh]\n" if model.dyt else ""
+    made = "A base language model, trained with Megatron-Core and exported from its checkpoint."
+    return card(
+        "LLaMA with Dynamic Tanh" if model.dyt else "LLaMA",
+        f"{made}\n\n| | |\n|---|---|\n{table}",
+        _notes(model, folded, has_tokenizer),
+        has_dyt=model.dyt is not None,
+        has_tokenizer=has_tokenizer,
+    )
+
+
+def card(title: str, text: str, notes: Sequence[str], *, has_dyt: bool, has_tokenizer: bool) -> str:
+    """Markdown with the settings that the Hub reads, and how to load the model."""
+    tags = "tags: [dynamic-tanh]\n" if has_dyt else ""
+    listed = "".join(f"\n- {note}" for note in notes)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 {tags}---
 
-# {"LLaMA with Dynamic Tanh" if model.dyt else "LLaMA"}
+# {title}
 
-A base language model, trained with Megatron-Core and exported from its checkpoint.
-
-| | |
-|---|---|
-{table}
+{text}
 
 ```python
-{_usage(model, has_tokenizer)}
+{_usage(has_dyt, has_tokenizer)}
 ```
-{notes}
+{listed}
 """
 
 
@@ -63,8 +72,8 @@ def _norm(model: Model) -> str:
     return f"Dynamic Tanh ({model.dyt.function}), with weight{bias}; arXiv 2503.10622"
 
 
-def _usage(model: Model, has_tokenizer: bool) -> str:
-    trust = ", trust_remote_code=True" if model.dyt else ""
+def _usage(has_dyt: bool, has_tokenizer: bool) -> str:
+    trust = ", trust_remote_code=True" if has_dyt else ""
     lines = [f'model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trust})']
     names = "AutoModelForCausalLM"
     if has_tokenizer:
@@ -76,7 +85,7 @@ def _usage(model: Model, has_tokenizer: bool) -> str:
 def _notes(model: Model, folded: Sequence[str], has_tokenizer: bool) -> list[str]:
     notes = []
     if model.dyt is not None:
-        notes.append(f"`{MODELING_FILE}` holds the model's code; it needs torch and transformers alone.")
+        notes.append(CODE_NOTE)
     for role in folded:
         notes.append(f"The weight of the DyT in front of {_BEHIND[role]} is folded into {_BEHIND[role]}.")
     if model.scale_is_folded(folded):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron_dyt.data.tokenizer_check import check_tokenizer, documents_begin_with_bos
 from megatron_dyt.errors import UserError, describe
+from megatron_dyt.hf import register_auto_classes
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # What a conversion gets wrong shows in spaces, digits, line ends, bytes outside the vocabulary, and scripts.
@@ -34,6 +35,18 @@ class TokenizerFacts(NamedTuple):
     bos: int | None  # What a document begins with, or where it has no BOS, what ends the one before.
     eos: int | None
     pad: int | None
+
+
+def type_of(model: str) -> str:
+    """Megatron's type of the tokenizer `model`, given for a run that had none."""
+    if Path(model).is_dir():
+        return "HuggingFaceTokenizer"
+    if Path(model).is_file() and model.endswith(".model"):
+        return "SentencePieceTokenizer"
+    raise UserError(
+        f"--tokenizer-model {model}: the run had no tokenizer; give a SentencePiece model (*.model) or the "
+        "directory of a Hugging Face tokenizer"
+    )
 
 
 def write_tokenizer(args: Namespace, directory: Path, bos: bool | None = None) -> TokenizerFacts:
@@ -216,6 +229,7 @@ def _compare(original: Any, directory: Path, model: Path, defined: list[str]) ->
 def _copy(name: str, directory: Path) -> TokenizerFacts:
     from transformers import AutoTokenizer
 
+    register_auto_classes()  # Or transformers asks whether to run the code in the directory of a DyT model.
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:

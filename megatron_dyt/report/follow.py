@@ -5,21 +5,22 @@ With `--log` it also keeps the run's output in a file, and shows of it what a pe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import signal
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
-from megatron_dyt.errors import UserError
+from megatron_dyt.errors import UserError, describe
 from megatron_dyt.report import metrics
 from megatron_dyt.report.metrics import Evaluation, Record, Start, Step
 
@@ -45,7 +46,7 @@ def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
         log: standard input is the run's output: append it to this file, and end when it ends.
 
     Raises:
-        UserError: the directory, or that of `log`, does not exist.
+        UserError: the directory, or that of `log`, does not exist; or lines are missing in `log`.
     """
     if log is not None:
         _follow_output(directory, Display(name, sys.stdout, from_start=True), log)
@@ -64,17 +65,24 @@ def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
 def _follow_output(directory: Path, display: Display, log: Path) -> None:
     if not log.parent.is_dir():
         raise UserError(f"the directory of {log} does not exist; make it first: mkdir -p {log.parent}")
+    try:
+        file = log.open("ab")
+    except OSError as error:
+        raise UserError(f"--log {log} cannot be written ({describe(error)}); give another file") from error
     # An interrupt ends the run in front of the pipe; its last lines belong into the log, and then this ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    copying = threading.Thread(target=keep, args=(sys.stdin.buffer, log, display.write_line), daemon=True)
     tail = Tail(directory)
     tail.read()  # What an interrupted run has written is no progress of this one.
-    copying.start()
-    while copying.is_alive():
-        copying.join(POLL_SECONDS)
-        display.show(tail.read())
+    # Its end waits for that of the output, also where nothing can be shown: a run that nobody reads dies.
+    with ThreadPoolExecutor(1) as thread:
+        copying = thread.submit(keep, sys.stdin.buffer, file, display.write_line)
+        while not copying.done():
+            wait([copying], POLL_SECONDS)
+            display.show(tail.read())
     display.show(tail.read())  # What was written since the last look.
     display.close()
+    if not copying.result():
+        raise UserError(f"--log {log} lacks lines of the run that could not be written; is the disk full?")
     display.write_line(f"{display.name}: log ended, kept in {log}")
 
 
@@ -183,19 +191,40 @@ class Display:
             self.bar.close()
 
 
-def keep(lines: BinaryIO, log: Path, show: Callable[[str], None]) -> None:
-    """Append `lines` to `log` as they come, and `show` those that a person must see.
+def keep(lines: Iterable[bytes], log: BinaryIO, show: Callable[[str], None]) -> bool:
+    """Append `lines` to `log` as they come, close it, and `show` the lines that a person must see.
 
-    These are the plugin's own, saved and loaded checkpoints, tracebacks and errors.
+    These are the plugin's own, saved and loaded checkpoints, tracebacks and errors. All lines are read,
+    whatever becomes of the log and of what is shown.
+
+    Returns:
+        Whether all of them are in the log.
     """
+    whole, faults = True, list[OSError]()
     in_traceback = False  # and its last line, the exception, is not indented
-    with log.open("ab") as file:
-        for line in lines:
-            file.write(line)
-            file.flush()
-            text = line.decode(errors="replace").rstrip()
-            bare = _RANK.sub("", text)
-            is_exception = in_traceback and not bare[:1].isspace()
-            in_traceback = bare.startswith("Traceback") or (in_traceback and not is_exception)
-            if in_traceback or is_exception or _SHOWN.search(bare):
+    for line in lines:
+        whole = _append(log, line, faults) and whole
+        text = line.decode(errors="replace").rstrip()
+        bare = _RANK.sub("", text)
+        is_exception = in_traceback and not bare[:1].isspace()
+        in_traceback = bare.startswith("Traceback") or (in_traceback and not is_exception)
+        if in_traceback or is_exception or _SHOWN.search(bare):
+            with contextlib.suppress(OSError, ValueError):  # Nobody reads it, or its encoding lacks a letter.
                 show(text)
+    with contextlib.suppress(OSError):
+        log.close()  # It writes what is left in the buffer.
+        return whole
+    return False
+
+
+def _append(log: BinaryIO, line: bytes, faults: list[OSError]) -> bool:
+    """Whether `log` took the line: what it cannot write now stays in its buffer, for the next line's turn."""
+    taken = 0
+    try:
+        taken = log.write(line)
+        log.flush()
+    except OSError as error:
+        if not faults:
+            _log.warning("--log %s cannot be written now (%s); the run goes on", log.name, error.strerror)
+            faults.append(error)
+    return taken == len(line)

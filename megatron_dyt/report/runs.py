@@ -97,7 +97,7 @@ def load_run(
     if not eval_path.is_file() and not allow_missing_eval:
         raise UserError(
             f"{eval_path} is missing; write it with `megatron-dyt eval --load "
-            f"{directory / 'checkpoint'} --tasks {','.join(t for t, _ in _EVAL_METRICS.values())} "
+            f"{_checkpoints(directory)} --tasks {','.join(t for t, _ in _EVAL_METRICS.values())} "
             f"--output {eval_path}`, or pass --allow-missing-eval to report without it"
         )
     return Run(
@@ -161,10 +161,16 @@ def evaluation_rows(runs: Iterable[Run]) -> dict[tuple[str, str], dict[str, floa
     return rows
 
 
+def _checkpoints(directory: Path) -> Path:
+    """What training had as --save: `checkpoint/` in the directory, or this itself where that is not there."""
+    inside = directory / "checkpoint"
+    return inside if inside.is_dir() else directory
+
+
 def _load_stats(directory: Path, run: RunMetrics, allow_missing: bool) -> tuple[StatsRecord, ...]:
     """The statistics beside the metrics, or beside the checkpoints where --metrics-dir took those away."""
     stages = int(run.arguments.get("pipeline_model_parallel_size", 1))
-    saved = directory / "checkpoint"
+    saved = _checkpoints(directory)
     if files := dyt_stats.find(run.path.parent, stages) or dyt_stats.find(saved, stages):
         return dyt_stats.read(files)
     if run.arguments.get("normalization") == "DyT" and not allow_missing:
@@ -209,7 +215,7 @@ def _evaluated(run: Run, key: str, allow_missing: bool) -> float | None:
     found = ", ".join(sorted(run.evaluation.get("results", {}))) or "none"
     raise UserError(
         f"{run.directory / 'eval.json'} has no {metric!r} of task {task!r} (tasks in it: {found}); "
-        f"run `megatron-dyt eval --load {run.directory / 'checkpoint'} "
+        f"run `megatron-dyt eval --load {_checkpoints(run.directory)} "
         f"--tasks {task} ...` again, or pass --allow-missing-eval to report without it"
     )
 

@@ -50,7 +50,7 @@ def split(text: str) -> list[str]:
 def values(words: Sequence[str]) -> dict[str, str]:
     """{name in Python: first value} of each flag in `words`; of one given twice the last, as in argparse."""
     found: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
         if word.startswith("--"):
             name, has_value, value = word.removeprefix("--").partition("=")
             found[name.replace("-", "_")] = (

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -197,6 +198,14 @@ def clear(directory: Path) -> None:
     shutil.rmtree(directory / CHECKPOINT_NAME, ignore_errors=True)
 
 
+def _difference(then: Sequence[str], now: Sequence[str]) -> str:
+    """The flags, with their values, that are in one alone; or that the order is another."""
+    old, new = (Counter(re.split(r" (?=--)", " ".join(words))) for words in (then, now))
+    sides = {"then": old - new, "now": new - old}
+    said = [f"{side} {' '.join(flags.elements())}" for side, flags in sides.items() if flags]
+    return ", ".join(said) or "their order"
+
+
 def load(directory: Path, flags: Sequence[str]) -> Outcome | None:
     """The outcome that is kept in `directory`, or None where the run is not done.
 
@@ -206,10 +215,9 @@ def load(directory: Path, flags: Sequence[str]) -> Outcome | None:
     record: Any = read_json(directory / RESULT_NAME)
     begun: Any = record or read_json(directory / FLAGS_NAME)
     if begun and begun["flags"] != list(flags):
-        changed = " ".join(dict.fromkeys(set(begun["flags"]) ^ set(flags)))
         raise UserError(
             f"{directory} holds a run with other flags than the sweep file gives it now (they differ in: "
-            f"{changed}); take another --output, or move that directory away"
+            f"{_difference(begun['flags'], flags)}); take another --output, or move that directory away"
         )
     if record is None:
         return None

@@ -287,6 +287,12 @@ def test_tables_and_resume(line: Recorder, tmp_path: Path) -> None:
         run(output, "--steps", "5")
 
 
+def test_a_method_that_does_not_fit_is_refused_before_any_training(line: Recorder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Sequential has no layers"):
+        run(tmp_path, "--methods", "DyT", "DyT-fitted", "Fixup")
+    assert not line.batches
+
+
 def test_a_run_that_diverges_is_recorded(line: Recorder, tmp_path: Path) -> None:
     # The first run, LayerNorm's at the lower rate, goes on; DyT's stops at its third step, as all after it.
     line.bad_after = 14

@@ -102,6 +102,7 @@ def test_it_goes_into_megatron_and_back(llama: Callable[..., Any], tmp_path: Pat
     [
         (["--sequences", "100000"], r"has \d+ tokens; 100000 sequences of 20 need 1900000"),
         (["--length", "25"], "--length 25 was given; the model has 24 positions"),
+        (["--length", "1"], "--length 1 has no room for text behind BOS; give at least 2"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read"),
         (["--load", "nowhere"], r"no readable config\.json"),
     ],

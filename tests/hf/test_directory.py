@@ -94,6 +94,17 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     check_free("--output", tmp_path / "none")
 
 
+@pytest.mark.parametrize("what", ["link", "mount", "."])
+def test_what_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mount").mkdir()
+    Path("link").symlink_to("mount")
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == "mount")
+    with pytest.raises(UserError, match=r"--output .* cannot replace; give a new directory inside it"):
+        check_free("--output", Path(what))
+    check_free("--output", Path(what) / "new")
+
+
 def test_space(tmp_path: Path) -> None:
     check_space("--output", tmp_path / "deep" / "er", 1)
     with pytest.raises(UserError, match="GB are needed"):

@@ -253,10 +253,33 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_tokenizer_for_a_run_without_one(
+    save_gpt: Save, tmp_path: Path, tokenizer_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CONFIG_MAPPING, AutoTokenizer
+
+    saved = save_gpt("DyT", args={"padded_vocab_size": 384}, model={"vocab_size": 384})
+    words = ["export", "--load", saved.checkpoint.root, "--output"]
+    command(*words, tmp_path / "first", "--tokenizer-model", tokenizer_model)
+    # Of a directory with code, which transformers asks about where our classes are not registered.
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "llama_dyt", raising=False)
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asks on the terminal: {text}"))
+    command(*words, tmp_path / "second", "--tokenizer-model", tmp_path / "first")
+    for name in ("first", "second"):
+        assert AutoTokenizer.from_pretrained(str(tmp_path / name))("The")["input_ids"][0] == 1
+        assert json.loads((tmp_path / name / "config.json").read_text())["vocab_size"] == 350
+    with pytest.raises(UserError, match=r"--no-bos: the run had no tokenizer; give one with"):
+        command(*words, tmp_path / "out", "--no-bos")
+    with pytest.raises(UserError, match=r"no.json: the run had no tokenizer; give a SentencePiece model"):
+        command(*words, tmp_path / "out", "--tokenizer-model", "no.json")
+
+
 def test_options_that_contradict_each_other(tmp_path: Path) -> None:
     words = ["export", "--load", tmp_path, "--output", tmp_path / "out"]
     with pytest.raises(click.UsageError, match="which --no-tokenizer leaves out"):
         command(*words, "--no-tokenizer", "--no-bos")
+    with pytest.raises(click.UsageError, match=r"--tokenizer-model .* which --no-tokenizer leaves out"):
+        command(*words, "--no-tokenizer", "--tokenizer-model", "t.model")
     with pytest.raises(click.UsageError, match="give a size such as"):
         command(*words, "--max-shard-size", "5GiB")
 

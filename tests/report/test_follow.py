@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,7 +156,7 @@ def test_what_a_person_must_see_is_shown_and_noise_is_not(tmp_path: Path) -> Non
         b"[rank1]: noise\n",
     ]
     said: list[str] = []
-    keep(io.BytesIO(b"".join(log)), tmp_path / "train.log", said.append)
+    assert keep(log, (tmp_path / "train.log").open("ab"), said.append)
     assert said == [
         "DyT attn  4 sites",
         "WARNING: DyT ffn: alpha*std(x) = 9",
@@ -195,12 +197,13 @@ def test_the_output_is_kept_and_its_end_ends_it(
 def test_lines_before_an_early_end_are_shown(
     tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class DoneAtOnce(threading.Thread):
-        def start(self) -> None:
-            super().start()
-            self.join()
+    class DoneAtOnce(follow.ThreadPoolExecutor):
+        def submit(self, *args: Any) -> Any:
+            done = super().submit(*args)
+            done.result()
+            return done
 
-    monkeypatch.setattr("threading.Thread", DoneAtOnce)
+    monkeypatch.setattr(follow, "ThreadPoolExecutor", DoneAtOnce)
     path = tmp_path / "checkpoint" / "metrics.jsonl"
 
     def output() -> Iterator[bytes]:
@@ -220,8 +223,69 @@ def test_a_run_that_ends_before_its_first_step_is_no_error(
     assert "Traceback" in capsys.readouterr().out
 
 
+def noise(unread: list[bytes]) -> Iterator[bytes]:
+    """More lines than a buffer holds; each is taken out of `unread`."""
+    while unread:
+        yield unread.pop()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, piped: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    piped(noise(lines := [b"x" * 99 + b"\n"] * 9999))
+    with pytest.raises(UserError, match="--log /dev/full lacks lines"):
+        follow_run(tmp_path, "r", Path("/dev/full"))
+    assert not lines
+    assert [record.message for record in caplog.records] == [
+        "--log /dev/full cannot be written now (No space left on device); the run goes on"
+    ]
+
+
+@pytest.mark.parametrize(("between", "all_are_there"), [(2, True), (9999, False)])
+def test_lines_come_again_when_there_is_space(tmp_path: Path, between: int, all_are_there: bool) -> None:
+    """Without a gap where the buffer has room for those between."""
+    lines = [b"%04d" % i + b"x" * 95 + b"\n" for i in range(between)]
+    log, full = (tmp_path / "log").open("ab"), os.open("/dev/full", os.O_WRONLY)
+    own = os.dup(log.fileno())
+
+    def filling() -> Iterator[bytes]:
+        os.dup2(full, log.fileno())
+        yield from lines
+        os.dup2(own, log.fileno())
+        yield b"last\n"
+
+    assert keep(filling(), log, print) == all_are_there
+    found = (tmp_path / "log").read_bytes()
+    assert found.endswith(b"last\n")
+    assert (found == b"".join([*lines, b"last\n"])) == all_are_there
+
+
+def test_a_reader_that_goes_does_not_end_the_run(
+    tmp_path: Path, piped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(path := tmp_path / "metrics.jsonl", [start_line()])
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("sys.stdout", os.fdopen(writer, "w"))
+    lines = [b"megatron_dyt: a word\n"] * 9999
+
+    def output() -> Iterator[bytes]:
+        yield lines.pop()
+        append(path, step_line(1))
+        time.sleep(0.1)  # So that there is a step to show.
+        yield from noise(lines)
+
+    piped(output())
+    with pytest.raises(BrokenPipeError):  # The command ends as others do of which nobody reads the output.
+        follow_run(tmp_path, "r", tmp_path / "train.log")
+    assert not lines
+    assert len((tmp_path / "train.log").read_bytes().splitlines()) == 9999
+
+
 def test_missing_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; training with this plugin writes it"):
         follow_run(tmp_path / "no", "r")
     with pytest.raises(UserError, match="does not exist; make it first"):
         follow_run(tmp_path, "r", tmp_path / "no" / "train.log")
+    with pytest.raises(UserError, match=r"--log .* cannot be written \(IsADirectoryError.*give another file"):
+        follow_run(tmp_path, "r", tmp_path)

@@ -140,6 +140,18 @@ def test_missing_eval(runs: Path) -> None:
     assert numbers["next_line_acc"] is None
 
 
+def test_a_checkpoint_directory_as_a_run(runs: Path) -> None:
+    directory = runs / "dyt" / "checkpoint"
+    with pytest.raises(UserError, match=rf"--load {directory} --tasks"):
+        load_run("dyt", directory)
+    (directory / "eval.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"--load {directory} --tasks"):
+        summarize([load_run("dyt", directory)])
+    (directory / "dyt_stats.jsonl").unlink()
+    with pytest.raises(UserError, match=rf"{directory}/dyt_stats.jsonl is missing"):
+        load_run("dyt", directory)
+
+
 def test_eval_without_a_task(runs: Path) -> None:
     path = runs / "dyt" / "eval.json"
     path.write_text(path.read_text().replace("dyt_next_line", "other"))

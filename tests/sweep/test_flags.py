@@ -35,6 +35,10 @@ def test_the_last_of_a_flag_counts_as_in_argparse() -> None:
     assert filled("--hidden-size 64 --std {hidden_size} --hidden-size=128")[3] == "128"
 
 
+def test_a_run_may_have_no_flags() -> None:
+    assert filled("") == []
+
+
 def test_words_are_split_as_by_a_shell() -> None:
     assert filled("--a 'b c' --d") == ["--a", "b c", "--d"]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dyt.errors import UserError
 from megatron_dyt.sweep import outcome
 from tests.report.made_up_runs import start_line, write_lines
 from tests.sweep.made_up import train
@@ -59,6 +60,20 @@ def test_a_step_skipped_by_the_loss_scale_is_no_divergence(
     (tmp_path / outcome.LOG_NAME).touch()
     found = outcome.of(tmp_path, 0, 1.0)
     assert (found.status, found.train_loss) == (status, pytest.approx(loss))
+
+
+@pytest.mark.parametrize(
+    ("now", "difference"),
+    [
+        ("--lr 2 --wd 1 --bf16", "then --lr 1 --wd 2, now --lr 2 --wd 1"),
+        ("--wd 2 --lr 1 --bf16", "their order"),
+        ("--lr 1 --wd 2 --bf16 --bf16", "now --bf16"),
+    ],
+)
+def test_other_flags_are_named_with_their_values(tmp_path: Path, now: str, difference: str) -> None:
+    outcome.keep_flags(tmp_path, ["--lr", "1", "--wd", "2", "--bf16"])
+    with pytest.raises(UserError, match=rf"\(they differ in: {difference}\)"):
+        outcome.load(tmp_path, now.split())
 
 
 def write(directory: Path, log: str, arguments: dict[str, int]) -> None:
