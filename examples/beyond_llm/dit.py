@@ -146,7 +146,7 @@ DOMAIN = Domain(
     call=lambda batch, generator: noised(batch, generator)[1],
     adapt=adapt,
     samples=samples,
-    rates=(3e-3, 1e-2),
-    steps=300,
+    rates=(1e-2,),
+    steps=2000,
     weight_decay=0.0,
 )

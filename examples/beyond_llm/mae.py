@@ -78,5 +78,6 @@ DOMAIN = Domain(
     loss=loss,
     evaluate=evaluate,
     call=call,
+    steps=1000,
     betas=(0.9, 0.95),
 )
