@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from megatron_dyt.atomic import read_json, write_json
+from megatron_dyt.atomic import partial_path, read_json, write_json
 from megatron_dyt.errors import UserError
 
 # Of the manifests that this version writes and reads.
@@ -31,12 +31,17 @@ Identity = dict[str, str | int | None]
 
 def manifest_path(prefix: Path) -> Path:
     """Where the manifest of the dataset at `prefix` is."""
-    return prefix.with_name(prefix.name + END)
+    return prefix.parent / (prefix.name + END)
 
 
 def output_paths(prefix: Path) -> tuple[Path, Path]:
     """The data and index files of a dataset prefix."""
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+def unfinished_mark(prefix: Path) -> Path:
+    """What is there while the dataset at `prefix` has new files and no manifest yet: they are ours."""
+    return partial_path(prefix)
 
 
 def malformed_path(prefix: Path) -> Path:
@@ -217,7 +222,7 @@ class DatasetManifest(Counts):
         dtype: of the ids: "uint16" or "int32".
         vocab_size: the tokenizer's largest id + 1.
         tokenizer: its path or name, as it was given.
-        sources: where the text was, as it was given.
+        sources: where the text was; of files the absolute paths.
         outputs: the dataset's files by name; none where no document was left.
         made_from: decides whether the dataset is the one that is asked for.
     """
@@ -300,9 +305,14 @@ class DirectoryManifest(Counts):
         return directory / "manifest.json"
 
     @classmethod
+    def find(cls, directory: Path) -> Self | None:
+        """The manifest of a directory of datasets; None where there is none, or one of another version."""
+        return _read(cls, cls.path(directory))
+
+    @classmethod
     def read(cls, directory: Path) -> Self:
         """The manifest of a directory of datasets; `UserError` where there is none."""
-        manifest = _read(cls, cls.path(directory))
+        manifest = cls.find(directory)
         if manifest is None:
             raise UserError(
                 f"{directory} has no manifest.json of prepare-data: it is another directory, or prepare-data "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_dyt.data import shard_directory, tokenizers, workers
 from megatron_dyt.data.dataset_manifest import (
+    HUGGING_FACE,
     SENTENCEPIECE,
     DatasetManifest,
     DirectoryManifest,
@@ -59,6 +60,11 @@ def find_settings(
         ("BOS", bos, found.bos, "--no-bos"),
         ("EOS", append_eod, found.eos, "--no-append-eod"),
     ):
+        if wanted and id_ is None and found.kind == HUGGING_FACE:
+            raise UserError(
+                f"{found.file.with_name('tokenizer_config.json')} names no {name.lower()}_token that is in "
+                f"{found.file.name}; add it there, or give {remedy}"
+            )
         if wanted and id_ is None:
             raise UserError(f"the tokenizer has no {name} token; use another tokenizer or {remedy}")
     return Settings(found, bos, append_eod, fields, filters)
@@ -122,15 +128,33 @@ def find_shards(sources: Sequence[Source], settings: Settings, destination: Dest
     Raises:
         UserError: data would be mixed, lost or twice there, or a source be overwritten.
     """
+    _check_place(destination)
     _check_not_written(sources, destination)
     place, overwrite = destination.place, destination.overwrite
     if destination.is_prefix:
         if not overwrite:
             shard_directory.check_shard(place, settings, sources)
-        return [Shard(place, tuple(sources))]
+        shards = [Shard(place, tuple(sources))]
+    else:
+        if not overwrite:
+            shard_directory.check_settings(place, settings)
+        shards = shard_directory.shards_of(place, sources, manifests(place), overwrite)
     if not overwrite:
-        shard_directory.check_settings(place, settings)
-    return shard_directory.shards_of(place, sources, manifests(place), overwrite)
+        for shard in shards:
+            shard_directory.check_not_foreign(shard.prefix)
+    return shards
+
+
+def _check_place(destination: Destination) -> None:
+    """The place can be what it is to be: a file's name, or a directory."""
+    place = destination.place
+    if destination.is_prefix and place.name in ("", ".."):
+        raise UserError(f"--output-prefix {place} is a directory; give DIR/NAME")
+    directory = (place.parent if destination.is_prefix else place).absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir():
+        option = "--output-prefix" if destination.is_prefix else "--output"
+        raise UserError(f"{option} {place}: {there} is not a directory; choose another place")
 
 
 def _check_not_written(sources: Sequence[Source], destination: Destination) -> None:

@@ -3,7 +3,9 @@
 Shapes: T tokens and D documents of one batch of text.
 """
 
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +24,19 @@ from megatron_dyt.data.dataset_manifest import (
     malformed_path,
     manifest_path,
     output_paths,
+    unfinished_mark,
 )
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
-from megatron_dyt.data.sources import NO_JSON, BrokenSourceError, Document, Malformed, Source
+from megatron_dyt.data.sources import (
+    NO_JSON,
+    NO_OBJECT,
+    NO_UTF8,
+    BrokenSourceError,
+    Document,
+    FileSource,
+    Malformed,
+    Source,
+)
 from megatron_dyt.data.tokenizers import Encoder, Tokenizer
 from megatron_dyt.data.word_cache import Ids
 from megatron_dyt.data.word_table import Integers
@@ -114,7 +126,9 @@ def _write(shard: Shard, settings: Settings, encode: Encoder, report: Report) ->
             work.run(report)
             writer.finish()
         checksums = {data: writer.sha256(), index: sha256(partial_index)}
-        # An old manifest must not vouch for a half-replaced dataset.
+        # What has no manifest and no mark is another program's. Of ours, an old manifest must not vouch for a
+        # half-replaced dataset.
+        unfinished_mark(shard.prefix).touch()
         manifest_path(shard.prefix).unlink(missing_ok=True)
     if not work.counts.documents:
         # All were empty or filtered out, and a dataset without documents is an error to Megatron.
@@ -126,13 +140,18 @@ def _write(shard: Shard, settings: Settings, encode: Encoder, report: Report) ->
         dtype=np.dtype(tokenizer.dtype).name,
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer.name,
-        sources=[str(source) for source in shard.sources],
+        # A relative path is another file in another working directory.
+        sources=[
+            os.path.abspath(source.path) if isinstance(source, FileSource) else str(source)
+            for source in shard.sources
+        ],
         outputs={
             path.name: Output(path.stat().st_size, checksums[path]) for path in outputs if path.is_file()
         },
         made_from=made_from,
     )
     manifest.write(shard.prefix)
+    unfinished_mark(shard.prefix).unlink(missing_ok=True)
     return manifest
 
 
@@ -141,6 +160,16 @@ def _write_malformed(path: Path, named: list[dict[str, str | int]]) -> None:
         write_atomically(path, "".join(json.dumps(each) + "\n" for each in named).encode())
     else:
         path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Read:
+    """What the records of one source were so far; good ones are those with a text, taken or filtered."""
+
+    good: int = 0
+    empty: int = 0
+    malformed: int = 0
+    first: Malformed | None = None
 
 
 class _Work:
@@ -158,72 +187,80 @@ class _Work:
         self.named: list[dict[str, str | int]] = []
 
     def run(self, report: Report) -> None:
-        for position, batch in self._batches():
-            ids, lengths = self.encode([document.text for document in batch])
-            ids, lengths = self._with_ends(ids, lengths)
+        for position, texts in self._batches():
+            ids, lengths = self.encode([document.text for document in texts])
+            # A text of spaces may be nothing to a tokenizer.
+            batch = list(itertools.compress(texts, lengths))
+            self.counts.empty_documents += len(texts) - len(batch)
+            ids, lengths = self._with_ends(ids, lengths[lengths > 0])
             self.writer.add(ids, lengths)
             for document, tokens in zip(batch, lengths.tolist(), strict=True):
                 self.counts.add_document(document.text, document.domain, tokens)
             report(position, self.counts)
-        if self.named and not self.counts.documents and not self.counts.filtered:
-            raise BrokenSourceError(self._no_text())
 
     def _batches(self) -> Iterator[tuple[int, list[Document]]]:
         """Yield (bytes read so far, documents that are to be written), also where all were left out."""
         batch: list[Document] = []
         read = size = 0
         for source in self.shard.sources:
+            of_source = _Read()
             for position, item in source.read(self.settings.fields):
                 if isinstance(item, Malformed):
-                    self._note(item, source)
-                    self._check_any_text(batch)
-                elif self._wanted(item):
+                    self._note(item, source, of_source)
+                    # The pass over the rest may take hours.
+                    if of_source.malformed >= MAX_MALFORMED_WITHOUT_TEXT:
+                        self._check_any_text(source, of_source)
+                elif self._wanted(item, of_source):
                     batch.append(item)
                 # A record costs something even when it is short.
                 size += _RECORD_CHARACTERS + (len(item.text) if isinstance(item, Document) else 0)
                 if size >= BATCH_CHARACTERS:
                     yield read + position, batch
                     batch, size = [], 0
+            self._check_any_text(source, of_source)
             read += source.size
         yield read, batch
 
-    def _wanted(self, document: Document) -> bool:
+    def _wanted(self, document: Document, of_source: _Read) -> bool:
         if not document.text:
             self.counts.empty_documents += 1
+            of_source.empty += 1
             return False
+        of_source.good += 1
         reason = self.settings.filters.reason(document.text, document.domain)
         if reason:
             self.counts.add_filtered(reason)
         return not reason
 
-    def _note(self, item: Malformed, source: Source) -> None:
+    def _note(self, item: Malformed, source: Source, of_source: _Read) -> None:
         self.counts.add_malformed(item.kind)
+        of_source.malformed += 1
+        of_source.first = of_source.first or item
         if len(self.named) < MAX_NAMED:
             problem = f"{item.kind} ({item.detail})"
             self.named.append({"source": str(source), source.unit: item.place, "problem": problem})
 
-    def _check_any_text(self, batch: list[Document]) -> None:
-        """Stop early where nothing at all is good: the pass over the rest may take hours."""
-        some = batch or self.counts.documents or self.counts.filtered
-        if sum(self.counts.malformed.values()) >= MAX_MALFORMED_WITHOUT_TEXT and not some:
-            raise BrokenSourceError(self._no_text())
+    def _check_any_text(self, source: Source, of_source: _Read) -> None:
+        """`BrokenSourceError` where all the records of a source that are not empty are malformed."""
+        if of_source.good or (first := of_source.first) is None:
+            return
+        besides = f", besides {of_source.empty:,} empty ones" if of_source.empty else ""
+        raise BrokenSourceError(
+            f"there is no text in {source}: {of_source.malformed:,} records and all malformed{besides}. The "
+            f"first, {source.unit} {first.place}: {first.kind} ({first.detail}). {self._hint(first)}"
+        )
 
-    def _no_text(self) -> str:
-        where = ", ".join(map(str, self.shard.sources))
-        unit = self.shard.sources[0].unit
-        count = sum(self.counts.malformed.values())
-        empty = self.counts.empty_documents
-        besides = f", besides {empty:,} empty ones" if empty else ""
-        hint = (
-            f"--json-key says under which key the text is, now {self.settings.fields.text!r}; "
-            "--skip-broken-shards leaves this out"
-        )
-        if str(self.named[0]["problem"]).startswith(NO_JSON):
-            hint = "One record to a line is read; of an array: jq -c '.[]' FILE"
-        return (
-            f"there is no text in {where}: {count:,} records and all malformed{besides}. The first, {unit} "
-            f"{self.named[0].get(unit)}: {self.named[0]['problem']}. {hint}"
-        )
+    def _hint(self, first: Malformed) -> str:
+        """What to do about a source whose first malformed record is `first`."""
+        key = self.settings.fields.text
+        if first.kind == NO_JSON or (first.kind == NO_OBJECT and first.detail == "a list"):
+            return "One record to a line is read; of an array: jq -c '.[]' FILE"
+        hint = "--skip-broken-shards leaves this out"
+        if first.kind == NO_UTF8:
+            return f"Convert it (iconv -t UTF-8); {hint}"
+        if f'"{key}"' in first.kind:
+            return f"--json-key says under which key the text is, now {key!r}; {hint}"
+        return hint
 
     def _with_ends(self, ids: Ids, lengths: Integers) -> tuple[Ids, Integers]:
         """BOS before and EOD behind every document, if set: (T,), (D,) -> (T + extra * D,), (D,)"""

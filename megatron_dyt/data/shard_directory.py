@@ -1,16 +1,27 @@
 """A directory of datasets: which one each input goes to, whether old ones may stay, the manifest over all."""
 
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_dyt.data.dataset_manifest import DatasetManifest, DirectoryManifest, manifests
+from megatron_dyt.data.dataset_manifest import (
+    END,
+    DatasetManifest,
+    DirectoryManifest,
+    manifest_path,
+    manifests,
+    output_paths,
+    unfinished_mark,
+)
 from megatron_dyt.data.hub import HubSource
 from megatron_dyt.data.shard import Settings, Shard
 from megatron_dyt.data.sources import FileSource, Source
 from megatron_dyt.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # The name of a part of a data set on the Hub, as `HubSource.name` makes it.
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})")
@@ -35,13 +46,27 @@ def check_shard(prefix: Path, settings: Settings, sources: Sequence[Source]) -> 
     _check(prefix, manifest, settings, remedy)
     places = {os.path.realpath(str(source)) for source in sources}
     contents = {str(source.identity()) for source in sources}
-    if places.isdisjoint(map(os.path.realpath, manifest.sources)) and contents.isdisjoint(
-        map(str, manifest.made_from.sources)
-    ):
+    if places.isdisjoint(_places(manifest)) and contents.isdisjoint(map(str, manifest.made_from.sources)):
         others = ", ".join(manifest.sources[:3])
         raise UserError(
             f"{prefix} was made of other data ({others}) than {sources[0]}; {remedy} to replace it"
         )
+
+
+def check_not_foreign(prefix: Path) -> None:
+    """What is at `prefix` was written by this version of this command; `UserError` otherwise."""
+    if DatasetManifest.read(prefix) or unfinished_mark(prefix).exists():
+        return
+    if there := [path for path in output_paths(prefix) if path.exists()]:
+        raise UserError(
+            f"{there[0]} is there, but no {manifest_path(prefix).name} of this version of prepare-data: "
+            "another program or version has made it. Write elsewhere, or give --overwrite to replace it"
+        )
+
+
+def _places(manifest: DatasetManifest) -> set[str]:
+    """Where the files of a dataset were. The relative paths that earlier releases wrote say nothing."""
+    return {os.path.realpath(path) for path in manifest.sources if os.path.isabs(path)}
 
 
 def _check(prefix: Path, manifest: DatasetManifest, settings: Settings, remedy: str) -> None:
@@ -56,7 +81,8 @@ def write_manifest(
 ) -> DirectoryManifest:
     """Write the directory's manifest, over its datasets of these settings, and return it.
 
-    What is there of a broken shard is of an earlier state of its source, and left out.
+    What is there of a broken shard is of an earlier state of its source, and left out. A shard that an
+    earlier command has left out as broken stays so until it is wanted again.
 
     Args:
         wanted: names of the datasets that must be there, unless they are broken.
@@ -66,15 +92,27 @@ def write_manifest(
         UserError: a dataset of `wanted` is neither there nor broken.
     """
     made_from = settings.made_from()
+    names = set(wanted)
+    before = DirectoryManifest.find(directory)
+    if before and before.made_from == made_from:
+        old = {name: problem for name, problem in before.broken_shards.items() if name not in names}
+        broken = {**old, **broken}
     ours = {
         name: manifest
         for name, manifest in manifests(directory).items()
         if name not in broken and not made_from.differing(manifest.made_from)
     }
-    if missing := set(wanted) - set(ours) - set(broken):
+    if missing := names - set(ours) - set(broken):
         raise UserError(
             f"{directory / min(missing)} has vanished since it was written: another process changes this "
             "directory. Stop it and run this again"
+        )
+    there = {path.name.removesuffix(END) for path in directory.glob("*" + END)}
+    if others := sorted(there - set(ours) - set(broken)):
+        _log.warning(
+            "%s leaves out datasets that were made with other settings, or by another version: %s",
+            DirectoryManifest.path(directory),
+            ", ".join(others),
         )
     tokenizer = settings.tokenizer
     manifest = DirectoryManifest.over(ours, broken, tokenizer.name, tokenizer.vocab_size, made_from)
@@ -106,6 +144,11 @@ def shards_of(
     names = []
     for source, name in zip(sources, wanted, strict=True):
         shard = known.shard_with(source)
+        if shard is None and len(name.split()) != 1:
+            raise UserError(
+                f"input {source}: a dataset's name cannot have a space ({name!r}), at which Megatron divides "
+                "a blend; rename the input"
+            )
         if not overwrite and _replaces(source, shard, there.get(shard or name)):
             raise UserError(
                 f"{directory / (shard or name)} was made of other data than {source} is now; write to "
@@ -140,7 +183,7 @@ class _Known:
         self.contents: dict[str, str] = {}
         self.several = {name for name, manifest in there.items() if len(manifest.sources) > 1}
         for name, manifest in there.items():
-            self.places |= dict.fromkeys(map(os.path.realpath, manifest.sources), name)
+            self.places |= dict.fromkeys(_places(manifest), name)
             self.contents |= dict.fromkeys(map(str, manifest.made_from.sources), name)
         # Two files that are alike by name, size and time stamp are told apart by their places alone.
         self.alike = Counter(str(source.identity()) for source in sources)

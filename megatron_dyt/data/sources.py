@@ -36,8 +36,10 @@ ENDINGS = ".jsonl, .json or .ndjson, with .zst, .zstd or .gz behind, or .parquet
 _NO_TEXT = re.compile(r"(dataset_infos?|state|manifest|.*\.manifest)\.json|.*\.malformed\.jsonl")
 # Text for certain, in what nothing here reads: to pass over it would lose it.
 _UNREAD_TEXT = re.compile(r".*\.(jsonl?|ndjson|parquet)\.(bz2|xz|lzma|lz4|snappy|sz|deflate|br|zip|7z)")
-# The kind of malformed lines that hold no record at all.
+# Kinds of malformed records.
 NO_JSON = "not valid JSON"
+NO_OBJECT = "not a JSON object"
+NO_UTF8 = "not UTF-8"
 # A text takes up to ten times its bytes while it is worked on, and a worker is to stay below 1 GB.
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
@@ -197,6 +199,11 @@ def _files_of_text(directory: Path) -> list[Path]:
                 f"leaves it out, such as '{directory}/**/*.jsonl'"
             )
         is_text = suffix_of(path) and not _NO_TEXT.fullmatch(path.name) and not _is_hidden(path.name)
+        if is_text and not path.exists():
+            raise UserError(
+                f"input {path} is a link to nothing. Mend or remove it, or give a pattern, which passes over "
+                f"it: '{directory}/**/*{suffix_of(path)}'"
+            )
         (found if is_text else others).append(path)
     if not found:
         there = f"; it has {_kinds(others)}" if others else ""
@@ -375,7 +382,7 @@ def _row(batch: Any, index: int, number: int, fields: Fields) -> Item:
         }
     except UnicodeDecodeError as error:
         # Parquet says that it is text, and nobody has looked.
-        return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
+        return Malformed(number, NO_UTF8, f"{error.reason} at byte {error.start}")
     return as_item(record, number, fields)
 
 
@@ -391,12 +398,12 @@ def parse_line(line: bytes | None, number: int, fields: Fields) -> Item:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
+        return Malformed(number, NO_UTF8, f"{error.reason} at byte {error.start}")
     # A line of brackets alone exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
         return Malformed(number, NO_JSON, str(error))
     if not isinstance(record, dict):
-        return Malformed(number, "not a JSON object", f"a {type(record).__name__}")
+        return Malformed(number, NO_OBJECT, f"a {type(record).__name__}")
     return as_item(record, number, fields)
 
 
@@ -411,7 +418,7 @@ def as_item(record: dict[str, Any], number: int, fields: Fields) -> Item:
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
-            return Malformed(number, "not UTF-8", f"{error.reason} at byte {error.start}")
+            return Malformed(number, NO_UTF8, f"{error.reason} at byte {error.start}")
     if text is None:
         text = ""
     if not isinstance(text, str):

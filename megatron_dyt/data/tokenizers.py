@@ -1,5 +1,6 @@
 """The tokenizers that data are prepared with: SentencePiece models and Hugging Face tokenizers."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dyt.atomic import sha256
+from megatron_dyt.atomic import read_json, sha256
 from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, TokenizerIdentity
 from megatron_dyt.data.word_cache import Ids, WordCache, obstacle
 from megatron_dyt.data.word_table import Integers
@@ -179,11 +180,18 @@ def _download(name: str, file: str = "tokenizer.json") -> Path:
         ) from error
 
 
+def _beside(path: Path, name: str, file: str) -> Path:
+    """Another file of the tokenizer `name`, whose tokenizer.json is `path`."""
+    found = path.with_name(file)
+    return found if found.is_file() or Path(name).exists() else _download(name, file)
+
+
 def _special_tokens(path: Path, name: str) -> dict[str, str]:
-    """The names of BOS and EOS by tokenizer_config.json, which is beside tokenizer.json."""
-    config = path.with_name("tokenizer_config.json")
-    if not config.is_file() and not Path(name).exists():
-        config = _download(name, config.name)
+    """The names of BOS and EOS by tokenizer_config.json, which is beside tokenizer.json.
+
+    What it does not name may be in special_tokens_map.json, where older versions of transformers wrote it.
+    """
+    config = _beside(path, name, "tokenizer_config.json")
     try:
         settings = json.loads(config.read_bytes())
     except (FileNotFoundError, ValueError) as error:
@@ -191,8 +199,12 @@ def _special_tokens(path: Path, name: str) -> dict[str, str]:
             f"tokenizer {name}: {config} is missing or not JSON; it names the tokens for the begin and the "
             "end of a document"
         ) from error
-    # A token is its text, or a dictionary with it.
     named = {key: settings.get(key) for key in ("bos_token", "eos_token")}
+    if not all(named.values()):
+        with contextlib.suppress(UserError):  # Many tokenizers have no such file.
+            others = read_json(_beside(path, name, "special_tokens_map.json")) or {}
+            named = {key: value or others.get(key) for key, value in named.items()}
+    # A token is its text, or a dictionary with it.
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 

@@ -27,6 +27,9 @@ from megatron_dyt.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+# In bytes; SentencePiece passes over longer lines without a word. Longer ones than its default of 4192 are
+# common in web text.
+_MAX_LINE = 1 << 20
 # Enough for 32,000 pieces: four times as much changes hardly a piece, and takes four times as long.
 DEFAULT_MAX_BYTES = 16_000_000
 SETTINGS: dict[str, Any] = {
@@ -42,8 +45,7 @@ SETTINGS: dict[str, Any] = {
     "bos_id": 1,
     "eos_id": 2,
     "pad_id": -1,
-    # Longer lines than the default 4192 bytes are common in web text and would be skipped.
-    "max_sentence_length": 1 << 20,
+    "max_sentence_length": _MAX_LINE,
     # Recorded in the model file: a constant keeps the file equal on every machine.
     "num_threads": 2,
     "minloglevel": 2,
@@ -114,7 +116,7 @@ def train(
     texts = sample_texts(sources, max_bytes, Fields(text=text_key))
     # Lines, because SentencePiece never learns a piece across a newline, which is a byte piece.
     # A list, because SentencePiece hides what an iterator raises.
-    lines = [line for text in texts for line in text.split("\n") if line]
+    lines = [piece for text in texts for line in text.split("\n") for piece in _pieces(line)]
     if not lines:
         raise UserError(f"no text in {', '.join(map(str, inputs))}; the tokenizer needs some")
     model = io.BytesIO()
@@ -128,6 +130,12 @@ def train(
     except RuntimeError as error:
         raise _vocabulary_error(error, vocab_size) from error
     return model.getvalue()
+
+
+def _pieces(line: str) -> list[str]:
+    """A line cut so that SentencePiece takes all of it; none of an empty one."""
+    length = _MAX_LINE // 4  # A character is four bytes at most.
+    return [line[start : start + length] for start in range(0, len(line), length)]
 
 
 def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
@@ -147,5 +155,7 @@ def write_tokenizer(
 ) -> None:
     """Train a tokenizer (see `train`) and write it to `output`, whole or not at all."""
     started = time.monotonic()
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory; give the name of a .model file in it")
     write_atomically(output, train(inputs, vocab_size, max_bytes, text_key))
     _log.info("%s: %d pieces, %.1f s", output, vocab_size, time.monotonic() - started)

@@ -27,8 +27,8 @@ def verified(place: Path) -> str:
         _log.error("%s", problem)
     if problems:
         raise UserError(
-            f"{place}: {len(problems)} problems in {count} shards; remove the manifests of damaged shards, "
-            "and the same prepare-data command writes those anew"
+            f"{place}: {len(problems)} problems in {count} shards; remove the files of damaged shards (.bin, "
+            ".idx, .manifest.json), and the same prepare-data command writes those anew"
         )
     return f"{place}: {count} shards are as they were written"
 
@@ -43,7 +43,8 @@ def verify(place: Path) -> tuple[int, list[str]]:
     if DirectoryManifest.path(place).is_file():
         whole = DirectoryManifest.read(place)
         prefixes = [place / name for name in whole.shards]
-        problems += [f"{name} was left out: {problem}" for name, problem in whole.broken_shards.items()]
+        for name, problem in whole.broken_shards.items():
+            _log.warning("%s was left out, as --skip-broken-shards says: %s", name, problem)
         problems += _unlike_their_directory(whole, place)
     elif manifest_path(place).is_file():
         prefixes = [place]

@@ -14,6 +14,8 @@ from megatron_dyt.evaluation.forward import Forward, Positions, not_finite
 from megatron_dyt.evaluation.ranks import Ranks
 from megatron_dyt.log import progress_bar
 
+# Batches of each rank between two exchanges of results: what a kill may cost. A batch is `max_new` passes.
+ROUND = 4
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
@@ -53,25 +55,33 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 1234,
         what: str = "generating",
+        keep: Callable[[dict[int, list[int]]], object] = lambda done: None,
     ) -> list[list[int]]:
         """New tokens for every prompt, until `done(new tokens)`, or `max_new` of them, or a whole
         sequence of `max_length` (prompts are shorter).
 
         Greedy at temperature 0, else sampled; a prompt's random numbers depend on `seed` and its
         place in `prompts` alone. There is no key-value cache: each token costs a full forward pass.
+        `keep` is called after each round with what it gave, by the places in `prompts`.
         """
         self.ranks.check_same(prompts)
         lengths = [min(len(prompt) + max_new, max_length) for prompt in prompts]
-        batches = plan_batches(lengths, self.batch_tokens)[self.ranks.index :: self.ranks.count]
-        mine: dict[int, list[int]] = {}
-        with progress_bar(what, sum(map(len, batches)), " requests") as progress:
-            for batch in batches:
-                samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
-                rows = [list(prompts[i]) for i in batch]
-                new = self._continue(rows, samplers, max_new, max_length, done, temperature)
-                mine.update(zip(batch, new, strict=True))
-                progress.update(len(batch))
-        everyone = self.ranks.merge(mine)
+        batches = plan_batches(lengths, self.batch_tokens)
+        everyone: dict[int, list[int]] = {}
+        mine_in_all = sum(map(len, batches[self.ranks.index :: self.ranks.count]))
+        with progress_bar(what, mine_in_all, " requests") as progress:
+            for start in range(0, len(batches), ROUND * self.ranks.count):
+                mine: dict[int, list[int]] = {}
+                together = batches[start : start + ROUND * self.ranks.count]
+                for batch in together[self.ranks.index :: self.ranks.count]:
+                    samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
+                    rows = [list(prompts[i]) for i in batch]
+                    new = self._continue(rows, samplers, max_new, max_length, done, temperature)
+                    mine.update(zip(batch, new, strict=True))
+                    progress.update(len(batch))
+                found = self.ranks.merge(mine)
+                keep(found)
+                everyone |= found
         return [everyone[i] for i in range(len(prompts))]
 
     def _continue(

@@ -227,6 +227,11 @@ class MegatronDyTLM(TemplateLM):
         keys = [key_of("generate", prompt, max_new, stops, self.max_length) for prompt in prompts]
         known = {} if temperature else self.scorer.recall(keys)
         todo = [i for i, key in enumerate(keys) if key not in known]
+
+        def keep(done: dict[int, list[int]]) -> None:
+            if not temperature:
+                self.scorer.keep({keys[todo[place]]: tokens for place, tokens in done.items()})
+
         generated = self.generator.generate(
             [prompts[i] for i in todo],
             max_new=max_new,
@@ -234,11 +239,11 @@ class MegatronDyTLM(TemplateLM):
             done=lambda new: new[-1] in ends or self._has_stop(new, stops),
             temperature=temperature,
             what="generate_until",
+            keep=keep,
         )
         if temperature:  # Equal prompts have samples of their own.
             return [self._answer(tokens, stops) for tokens in generated]
         new = {keys[i]: tokens for i, tokens in zip(todo, generated, strict=True)}
-        self.scorer.keep(new)
         return [self._answer((known | new)[key], stops) for key in keys]
 
     def _answer(self, new: list[int], stops: list[str]) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from megatron_dyt.atomic import whole_files
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.evaluation import paper
-from megatron_dyt.patching import Replacement, replaced
+from megatron_dyt.patching import Replacement, replaced, wrapper
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def load_tasks(names: list[str], include_path: str | None = None, data: Path | N
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
+        if data:
+            task.build_all_requests = _naming_the_file(task.build_all_requests, data, task)
     return loaded
 
 
@@ -131,8 +133,36 @@ def _from_files(directory: Path) -> Iterator[None]:
     def read(task: Any, *_arguments: Any, **_options: Any) -> None:
         task.dataset = _read_splits(directory, task.config)
 
-    with replaced(Replacement("lm_eval.api.task", "ConfigurableTask.download", lambda _download: read)):
+    @wrapper
+    def made(make: Callable[..., None], task: Any, *arguments: Any, **options: Any) -> None:
+        _naming_the_file(make, directory, task)(task, *arguments, **options)
+
+    with replaced(
+        Replacement("lm_eval.api.task", "ConfigurableTask.download", lambda _download: read),
+        Replacement("lm_eval.api.task", "ConfigurableTask.__init__", made),
+    ):
         yield
+
+
+def _naming_the_file(function: Callable[..., None], directory: Path, task: Any) -> Callable[..., None]:
+    """`function`, which reads the task's documents: what it finds wrong in them is a `UserError`."""
+
+    def named(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except UserError:
+            raise
+        # Whatever the task's templates and functions raise.
+        except Exception as error:
+            if "dataset" not in vars(task):  # Nothing of the file has been read.
+                raise
+            path = _find_file(directory, task.config.task, evaluated_split(task.config))
+            raise UserError(
+                f"{path}: a document is not what task {task.config.task} takes ({describe(error)}); make the "
+                "file again with megatron-dyt eval-data"
+            ) from error
+
+    return named
 
 
 def _read_splits(directory: Path, config: Any) -> dict[str, Any]:
@@ -168,6 +198,7 @@ def _find_file(directory: Path, task: str, split: str) -> Path:
 
 def read_documents(path: Path, columns: tuple[str, ...] = ()) -> Any:
     """The file's documents as a `datasets.Dataset`; `UserError` naming file and line or column."""
+    import pyarrow
     from datasets import Dataset
 
     rows = list(_json_lines(path)) if path.suffix == ".jsonl" else _parquet_rows(path)
@@ -180,7 +211,12 @@ def read_documents(path: Path, columns: tuple[str, ...] = ()) -> Any:
                 f"{path}: document {number} has no {', '.join(missing)}; it has {', '.join(row)}, and needs "
                 f"{', '.join(columns)}"
             )
-    return Dataset.from_list(rows)
+    # The library takes the columns of the first row alone.
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: the documents differ in the type of a column ({error})") from error
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

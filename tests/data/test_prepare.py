@@ -19,6 +19,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_dyt.data import train_tokenizer, workers
+from megatron_dyt.data.dataset_manifest import DatasetManifest
 from megatron_dyt.errors import UserError
 from tests.data.samples import contents, documents, prepare, source_texts, write_jsonl
 
@@ -163,14 +164,65 @@ def test_data_of_other_inputs_are_not_replaced(run: Run, pile: Path, tmp_path: P
     assert contents(prefix.parent).keys() == before.keys()
 
 
-def test_other_settings_are_not_mixed_in(run: Run, pile: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("destination", ["--output", "--output-prefix"])
+def test_a_relative_path_is_another_file_elsewhere(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destination: str
+) -> None:
+    out = tmp_path / "out" / "x"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", [f"of {name}"] * ord(name))
+    monkeypatch.chdir(tmp_path / "a")
+    run("--input", "x.jsonl", destination, out)
+    (manifest,) = tmp_path.glob("out/**/x.manifest.json")
+    assert read(manifest)["sources"] == [str(tmp_path / "a" / "x.jsonl")]
+    # Earlier releases wrote the path as it was given.
+    for sources in ([str(tmp_path / "a" / "x.jsonl")], ["x.jsonl"]):
+        manifest.write_text(json.dumps(read(manifest) | {"sources": sources}))
+        before = contents(manifest.parent)
+        monkeypatch.chdir(tmp_path / "b")
+        with pytest.raises(UserError, match="was made of other data"):
+            run("--input", "x.jsonl", destination, out)
+        assert contents(manifest.parent) == before
+        monkeypatch.chdir(tmp_path / "a")
+        run("--input", "x.jsonl", destination, out)
+
+
+@pytest.mark.parametrize("manifest", [None, '{"format": 1}'])
+@pytest.mark.parametrize("destination", ["--output", "--output-prefix"])
+def test_data_of_other_programs_are_not_replaced(
+    run: Run, pile: Path, tmp_path: Path, destination: str, manifest: str | None
+) -> None:
+    """Of Megatron's preprocess_data, or of another version of this command."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for end in ("bin", "idx"):
+        (out / f"00.{end}").write_bytes(b"hours of work")
+    if manifest:
+        (out / "00.manifest.json").write_text(manifest)
+    before = contents(out)
+    place = out if destination == "--output" else out / "00"
+    command = ("--input", pile / "00.jsonl.zst", destination, place)
+    with pytest.raises(UserError, match=r"out/00\.bin is there, but no 00\.manifest\.json of.*--overwrite"):
+        run(*command)
+    assert contents(out) == before
+    run(*command, "--overwrite")
+    assert len(documents(out / "00")) == 4
+
+
+def test_other_settings_are_not_mixed_in(
+    run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run("--input", pile, "--output", out)
     before = contents(out)
     with pytest.raises(UserError, match=r"00 was made with other settings \(bos\).*--overwrite"):
         run("--input", pile, "--output", out, "--no-bos")
     assert contents(out) == before
-    run("--input", pile / "00.jsonl.zst", "--output", out, "--no-bos", "--overwrite")
+    command = ("--input", pile / "00.jsonl.zst", "--output", out, "--no-bos", "--overwrite")
+    text = output_of(capsys, lambda: run(*command))
+    assert "out/manifest.json leaves out datasets that were made with other settings" in text
+    assert "01, 02\n" in text
     assert list(read(out / "manifest.json")["shards"]) == ["00"]
     assert documents(out / "00")[0][0] != BOS
 
@@ -213,6 +265,13 @@ def test_a_broken_shard_stops_and_can_be_skipped(
     manifest = read(out / "manifest.json")
     assert list(manifest["shards"]) == ["00", "02"]
     assert "truncated" in manifest["broken_shards"]["01"]
+    # Other inputs do not mend it.
+    more = write_jsonl(tmp_path / "more.jsonl", ["more"])
+    run("--input", more, "--output", out)
+    manifest = read(out / "manifest.json")
+    assert (list(manifest["shards"]), list(manifest["broken_shards"])) == (["00", "02", "more"], ["01"])
+    # What was left out is no damage.
+    assert "01 was left out" in output_of(capsys, lambda: prepare("--verify", out))
     (pile / "01.jsonl.zst").write_bytes(whole)
     run("--input", pile, "--output", out)
     assert read(out / "manifest.json")["broken_shards"] == {}
@@ -331,6 +390,24 @@ def test_sigkill_costs_no_finished_shard(many: Path, run: Run, tmp_path: Path, t
     assert contents(out) == contents(tmp_path / "in one go")
 
 
+def test_data_without_their_manifest_yet_are_written_again(
+    run: Run, pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill when the data have their names, which another program's have too."""
+    out = tmp_path / "out"
+
+    def interrupted(*_args: Any) -> None:
+        raise OSError("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetManifest, "write", interrupted)
+        with pytest.raises(OSError, match="Input/output"):
+            run("--input", pile, "--output", out)
+    assert sorted(contents(out)) == ["00.bin", "00.idx", "00.partial"]
+    run("--input", pile, "--output", out)
+    assert not list(out.glob("*.partial"))
+
+
 def test_half_written_files_of_a_dead_machine_are_no_obstacle(run: Run, pile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -401,7 +478,9 @@ def test_any_change_makes_the_dataset_again(
         case "truncated":
             (tmp_path / "train.bin").write_bytes(b"12")
         case "unfinished":
+            # As after a kill between the data's renames and the manifest's.
             (tmp_path / "train.manifest.json").unlink()
+            (tmp_path / "train.partial").touch()
     if change in ("bos", "tokenizer"):
         # Other settings, not other text: perhaps a slip, and the work of hours.
         before = contents(tmp_path)
@@ -413,6 +492,7 @@ def test_any_change_makes_the_dataset_again(
     assert "up to date" not in output
     assert "cached" in output
     assert len(documents(prefix)) == (3 if change == "source" else 2)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_moved_tokenizer_or_source_is_the_same(
@@ -436,7 +516,7 @@ def test_a_moved_tokenizer_or_source_is_the_same(
 def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`refused(problem, flags...)`: the error, and no file that was not there before."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "p.malformed.jsonl"):
+    for name in ("a.jsonl", "a b.jsonl", "p.malformed.jsonl"):
         write_jsonl(tmp_path / name, ["text"])
 
     def check(problem: str, *flags: object) -> None:
@@ -464,6 +544,10 @@ def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("a.jsonl is in the output directory", "--input a.jsonl --output ."),
         ("p.malformed.jsonl would be replaced", "--input p.malformed.jsonl --output-prefix p"),
         ("--skip-broken-shards needs --output:", "--input a.jsonl --output-prefix p --skip-broken-shards"),
+        ("malformed.jsonl is not a directory", "--input a.jsonl --output p.malformed.jsonl"),
+        ("malformed.jsonl is not a directory", "--input a.jsonl --output-prefix p.malformed.jsonl/x"),
+        ("--output-prefix . is a directory; give DIR/NAME", "--input a.jsonl --output-prefix ."),
+        (r"a b\.jsonl: a dataset's name cannot have a space", "--input a?b.jsonl --output out"),
         ("none.model does not exist", "--input a.jsonl --output out --tokenizer-model none.model"),
     ],
 )

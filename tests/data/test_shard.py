@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_dyt.data.dataset_manifest import (
 from megatron_dyt.data.indexed_dataset import IndexedDatasetWriter
 from megatron_dyt.data.shard import Settings, Shard, finished, write
 from megatron_dyt.data.sources import BrokenSourceError, FileSource
+from megatron_dyt.data.word_cache import Ids
+from megatron_dyt.data.word_table import Integers
 from megatron_dyt.errors import UserError
 from tests.data.samples import documents, source_texts
 
@@ -156,11 +159,41 @@ def test_a_shard_of_which_nothing_is_left_has_no_files(settings: Settings, corpu
     assert finished(Shard(corpus.with_name("out"), (FileSource(corpus),)), nothing)
 
 
+def test_texts_without_ids_are_empty(settings: Settings, corpus: Path) -> None:
+    """As texts of spaces are to some tokenizers: Megatron takes no document of no tokens."""
+
+    def encode(texts: Sequence[str]) -> tuple[Ids, Integers]:
+        ids, lengths = settings.tokenizer.encoder()([text.strip() for text in texts])
+        return ids, lengths
+
+    corpus.write_text('{"text": "one"}\n{"text": "  "}\n{"text": "two"}\n')
+    for bos in (False, True):
+        shard = Shard(corpus.with_name("out"), (FileSource(corpus),))
+        manifest = write(shard, Settings(settings.tokenizer, bos, False), encode, lambda read, counts: None)
+        assert (manifest.documents, manifest.empty_documents) == (2, 1)
+        found = documents(corpus.with_name("out"))
+        assert found == [[1] * bos + encode([text])[0].tolist() for text in ("one", "two")]
+
+
+def test_each_source_must_have_text(settings: Settings, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"body": "x"}\n' * 3)
+    for sources in ((corpus, other), (other, corpus)):
+        with pytest.raises(
+            BrokenSourceError, match=r"no text in .*other\.jsonl: 3 records and all malformed\."
+        ):
+            make(settings, *sources)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         ('{"body": "x"}\n\n{"text": ""}\n', "1 records and all malformed, besides 2 empty ones"),
         ('[\n{"text": "x"},\n{"text": "y"},\n]', r"line 1: not valid JSON .*One record to a line is read"),
+        ('[{"text": "x"}]', r"not a JSON object \(a list\)\. One record to a line .* jq -c '\.\[\]' FILE$"),
+        ('"x"', r"not a JSON object \(a str\)\. --skip-broken-shards leaves this out$"),
+        ("\udcff", r"not UTF-8 \(.*\)\. Convert it \(iconv -t UTF-8\); --skip-broken-shards"),
+        ('{"text": 5}', r"is not a string \(it is int\)\. --json-key says"),
         ('{"body": "x"}\n' * 3, r"3 records and all malformed. The first, line 1: no \"text\" .*--json-key"),
         ('{"body": "x"}\n' * 5000 + '{"text": "y"}', r"1,000 records and all malformed"),
     ],
@@ -170,7 +203,7 @@ def test_no_text_leaves_the_old_dataset_whole(
 ) -> None:
     make(settings, corpus)
     before = {path.name: path.read_bytes() for path in corpus.parent.glob("out*")}
-    corpus.write_text(content)
+    corpus.write_text(content, errors="surrogateescape")
     with pytest.raises(BrokenSourceError, match=problem):
         make(settings, corpus)
     assert {path.name: path.read_bytes() for path in corpus.parent.glob("out*")} == before

@@ -355,6 +355,14 @@ def test_what_is_data_in_a_directory(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(find([str(tmp_path / "_delta_log" / "0.json"), str(tmp_path / ".git")])) == 2
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl is a link to nothing"):
+        find([str(tmp_path)])
+    assert [source.name for source in find([f"{tmp_path}/**/*.jsonl"])] == ["a"]
+
+
 def test_linked_directories_are_searched_once(tmp_path: Path) -> None:
     path = write(tmp_path / "elsewhere" / "1.jsonl", RECORDS[:1])
     inside = write(tmp_path / "in" / "0.jsonl", RECORDS[:1])

@@ -11,7 +11,8 @@ import tokenizers as library
 from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_dyt.data import tokenizers, train_tokenizer
-from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, Fields, Filters
+from megatron_dyt.data.prepare import find_settings
 from megatron_dyt.data.tokenizers import Tokenizer
 from megatron_dyt.errors import UserError
 from tests.data.samples import VOCAB_SIZE, source_texts
@@ -50,6 +51,18 @@ def test_hugging_face_directory(hugging_face: Path) -> None:
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (1, 2, plain.get_vocab_size())
     by_file = tokenizers.find(HUGGING_FACE, str(hugging_face / "tokenizer.json"))
     assert (by_file.sha256, by_file.bos) == (tokenizer.sha256, tokenizer.bos)
+
+
+def test_hugging_face_special_tokens_in_a_file_of_their_own(hugging_face: Path) -> None:
+    """As older versions of transformers wrote them."""
+    config = hugging_face / "tokenizer_config.json"
+    config.rename(hugging_face / "special_tokens_map.json")
+    config.write_text('{"bos_token": null}')
+    tokenizer = tokenizers.find(HUGGING_FACE, str(hugging_face))
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    (hugging_face / "special_tokens_map.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json names no bos_token .* or give --no-bos"):
+        find_settings(HUGGING_FACE, str(hugging_face), True, True, Fields(), Filters())
 
 
 def test_hugging_face_truncation_and_padding_are_off(hugging_face: Path) -> None:

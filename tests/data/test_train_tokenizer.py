@@ -136,6 +136,20 @@ def test_command_writes_the_model_and_nothing_else(source_jsonl: Path, tmp_path:
     assert sentencepiece.SentencePieceProcessor(model_file=str(output)).vocab_size() == 400
 
 
+def test_long_lines_are_not_lost(tmp_path: Path) -> None:
+    """SentencePiece passes over a line of more bytes than its limit, of which a character may take four."""
+    text = "漢字 仮名 " * 80_000
+    assert len(text) < 1 << 20 < len(text.encode())
+    model = train([write_jsonl(tmp_path / "in.jsonl", [text, "short"])], 270)
+    found = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert "漢字" in [found.id_to_piece(index) for index in range(270)]
+
+
+def test_an_output_that_is_a_directory_is_named_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a directory; give the name"):
+        command("--input", tmp_path / "none.jsonl", "--vocab-size", 300, "--output", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "vocab_size", "problem"),
     [

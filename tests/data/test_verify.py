@@ -120,6 +120,12 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
         blend([tmp_path])
 
 
+def test_a_current_directory_without_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"neither a directory with manifest\.json nor a prefix"):
+        verify(Path())
+
+
 # --- blends ----------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from megatron_dyt.errors import UserError
-from megatron_dyt.evaluation import checkpoint_model
+from megatron_dyt.evaluation import checkpoint_model, generation
 from megatron_dyt.evaluation import lm as lm_module
 from megatron_dyt.evaluation.cache import ResultCache
 from megatron_dyt.evaluation.checkpoint_model import load_model, prefix_token
@@ -270,6 +270,28 @@ def test_generated_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tokens = compute(prompts, max_new=5, max_length=64, done=lambda new: False, temperature=1.0)
     assert drawn == [ToyTokenizer().detokenize(new) for new in tokens]
     assert drawn[0] != drawn[1]
+
+
+def test_a_killed_generation_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ROUND", 1)
+    texts = ["a", "bcd", "efghijk", "lm"]
+    whole = generate(toy_lm(64), texts, max_gen_toks=5, until=["q"])
+    lm = toy_lm(64)
+    lm.generator.batch_tokens = 1  # A request to a batch.
+    lm.scorer.cache = ResultCache(tmp_path, "toy")
+    compute, computed = lm.generator._continue, []
+
+    def dies(rows: list[list[int]], *given: Any) -> list[list[int]]:
+        computed.append(rows)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(rows, *given)
+
+    monkeypatch.setattr(lm.generator, "_continue", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generate(lm, texts, max_gen_toks=5, until=["q"])
+    assert generate(lm, texts, max_gen_toks=5, until=["q"]) == whole
+    assert len(computed) == 3 + 2
 
 
 def test_longer_requests_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

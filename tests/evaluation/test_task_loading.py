@@ -103,6 +103,34 @@ def test_wrong_file(data: Path, text: str, message: str) -> None:
         load_tasks(["piqa"], data=data)
 
 
+def test_a_column_that_begins_later_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2, "b": 3}\n')
+    assert list(read_documents(tmp_path / "a.jsonl")) == [{"a": 1, "b": None}, {"a": 2, "b": 3}]
+
+
+GOOD = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"answerKey": 5}, r"the documents differ in the type of a column"),
+        ({"answerKey": "C"}, r"a document is not what task arc_easy takes \(ValueError: 'C' is not in list"),
+        ({"choices": None}, r"a document is not what task arc_easy takes \(UndefinedError"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_malformed_documents_are_the_file_s_fault(
+    data: Path, bad: dict[str, Any], message: str, first: bool
+) -> None:
+    rows = [GOOD, GOOD | bad]
+    (data / "arc_easy.test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[:: -1 if first else 1])
+    )
+    with pytest.raises(UserError, match=rf"arc_easy\.test\.jsonl: {message}"):
+        load_tasks(["arc_easy"], data=data)["tasks"]["arc_easy"].build_all_requests(rank=0, world_size=1)
+
+
 def test_lm_eval_downloads_again_afterwards(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
