@@ -14,13 +14,13 @@ import itertools
 import math
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
 
 from examples.beyond_llm import digits, mnist
 from examples.beyond_llm.domain import Data, Domain, Split
+from examples.beyond_llm.linear_probe import linear_probe
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 PATCH = 7
@@ -158,7 +158,7 @@ def follow(model: DINO, done: float) -> None:
 def evaluate(model: DINO, data: Data, split: Split) -> dict[str, float]:
     known, asked = (model.teacher.features(each.inputs) for each in (split.train, data))
     right = neighbours(known, split.train.targets, asked) == data.targets
-    probe = LogisticRegression(max_iter=2000).fit(known.numpy(), split.train.targets.numpy())
+    probe = linear_probe().fit(known.numpy(), split.train.targets.numpy())
     return {
         "k-NN accuracy": 100 * float(right.double().mean()),
         "linear probe accuracy": 100 * float(probe.score(asked.numpy(), data.targets.numpy())),

@@ -5,12 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from examples.beyond_llm.domain import Data, Split
+from examples.beyond_llm.linear_probe import linear_probe
 
 CLASSIFIED = "genome or decoy, accuracy of a linear probe"
 WINDOWS = 512  # of the training data
@@ -40,7 +38,7 @@ def measure(
 
 def accuracy(features: Callable[[Tensor], Tensor], data: Data, split: Split) -> float:
     """Windows of a genome or decoys, in per cent; chance 50. The features are means over the places."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe = linear_probe()
     probe.fit(*examples(features, split.train.inputs[:WINDOWS]))
     return 100 * float(probe.score(*examples(features, data.inputs)))
 

@@ -4,12 +4,12 @@ The paper fine-tunes; here the encoder is judged by a linear classifier on its f
 """
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from examples.beyond_llm import digits
 from examples.beyond_llm.domain import Data, Domain, Split
+from examples.beyond_llm.linear_probe import linear_probe
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 DECODER = {
@@ -61,7 +61,7 @@ def features(model: ViTMAEForPreTraining, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: ViTMAEForPreTraining, data: Data, split: Split) -> dict[str, float]:
-    probe = LogisticRegression(max_iter=2000)
+    probe = linear_probe()
     probe.fit(features(model, split.train.inputs).numpy(), split.train.targets.numpy())
     right = probe.score(features(model, data.inputs).numpy(), data.targets.numpy())
     # The same masks at each evaluation, ten an image.
