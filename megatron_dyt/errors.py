@@ -48,6 +48,8 @@ _OS_HINTS = {
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit the process with its code; see the module's docstring for failures."""
+    # None where it was closed (cron, a daemon): what is printed is lost then, and nothing else.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     log.show()
     try:
         code = main() or 0

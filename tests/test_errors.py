@@ -146,6 +146,17 @@ def test_output_that_nobody_reads_ends_silently(lines: int, buffered: bool) -> N
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+def test_a_closed_standard_output_takes_what_is_printed() -> None:
+    script = "from megatron_dyt.errors import run_main; run_main(lambda: print('x'))"
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_another_broken_pipe_is_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from megatron_dyt.atomic import partial_path, read_json, write_json
+from megatron_dyt.atomic import read_json, write_json
 from megatron_dyt.errors import UserError
 
 # Of the manifests that this version writes and reads.
@@ -41,7 +41,7 @@ def output_paths(prefix: Path) -> tuple[Path, Path]:
 
 def unfinished_mark(prefix: Path) -> Path:
     """What is there while the dataset at `prefix` has new files and no manifest yet: they are ours."""
-    return partial_path(prefix)
+    return prefix.parent / (prefix.name + ".unfinished")
 
 
 def malformed_path(prefix: Path) -> Path:

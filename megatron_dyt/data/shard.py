@@ -255,7 +255,10 @@ class _Work:
         key = self.settings.fields.text
         if first.kind == NO_JSON or (first.kind == NO_OBJECT and first.detail == "a list"):
             return "One record to a line is read; of an array: jq -c '.[]' FILE"
-        hint = "--skip-broken-shards leaves this out"
+        whole = len(self.shard.sources) == 1
+        hint = (
+            "--skip-broken-shards leaves this out" if whole else "To go on without it, leave this input out"
+        )
         if first.kind == NO_UTF8:
             return f"Convert it (iconv -t UTF-8); {hint}"
         if f'"{key}"' in first.kind:

@@ -55,7 +55,8 @@ def check_shard(prefix: Path, settings: Settings, sources: Sequence[Source]) -> 
 
 def check_not_foreign(prefix: Path) -> None:
     """What is at `prefix` was written by this version of this command; `UserError` otherwise."""
-    if DatasetManifest.read(prefix) or unfinished_mark(prefix).exists():
+    # In this order: a process that is done writes the manifest before it takes the mark away.
+    if unfinished_mark(prefix).exists() or DatasetManifest.read(prefix):
         return
     if there := [path for path in output_paths(prefix) if path.exists()]:
         raise UserError(
@@ -95,8 +96,9 @@ def write_manifest(
     names = set(wanted)
     before = DirectoryManifest.find(directory)
     if before and before.made_from == made_from:
-        old = {name: problem for name, problem in before.broken_shards.items() if name not in names}
-        broken = {**old, **broken}
+        for name, problem in before.broken_shards.items():
+            if name not in names and not _made_since(directory, name):
+                broken = {name: problem, **broken}
     ours = {
         name: manifest
         for name, manifest in manifests(directory).items()
@@ -118,6 +120,12 @@ def write_manifest(
     manifest = DirectoryManifest.over(ours, broken, tokenizer.name, tokenizer.vocab_size, made_from)
     manifest.write(directory)
     return manifest
+
+
+def _made_since(directory: Path, name: str) -> bool:
+    """Whether a dataset was finished after the directory's manifest: by a run that ended before its own."""
+    path = manifest_path(directory / name)
+    return path.exists() and path.stat().st_mtime_ns > DirectoryManifest.path(directory).stat().st_mtime_ns
 
 
 # --- which dataset an input goes to ----------------------------------------------------------------------

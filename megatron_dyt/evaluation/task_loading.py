@@ -150,7 +150,7 @@ def _naming_the_file(function: Callable[..., None], directory: Path, task: Any) 
     def named(*arguments: Any, **options: Any) -> None:
         try:
             function(*arguments, **options)
-        except UserError:
+        except (UserError, ImportError, NameError, MemoryError, OSError):
             raise
         # Whatever the task's templates and functions raise.
         except Exception as error:
@@ -158,8 +158,8 @@ def _naming_the_file(function: Callable[..., None], directory: Path, task: Any) 
                 raise
             path = _find_file(directory, task.config.task, evaluated_split(task.config))
             raise UserError(
-                f"{path}: a document is not what task {task.config.task} takes ({describe(error)}); make the "
-                "file again with megatron-dyt eval-data"
+                f"{path}: task {task.config.task} fails on its documents ({describe(error)}). Make the file "
+                "again with megatron-dyt eval-data, or mend the task's definition"
             ) from error
 
     return named

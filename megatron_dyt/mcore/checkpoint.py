@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
 from megatron_dyt.checkpoints import damage
-from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT
+from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT, TRACKER
 from megatron_dyt.checkpoints.metadata import read_metadata
 from megatron_dyt.errors import UserError
 from megatron_dyt.mcore import ranks
@@ -77,7 +77,10 @@ def wrap_load_checkpoint[R](
 
     There Megatron meets every parameter that does not fit by loading again without looking at their names.
     """
-    directory = getattr(parsed_args(), "load", None) or "of --load"
+    flags = parsed_args()
+    directory = getattr(flags, "load", None)
+    if directory is None or not (Path(directory) / TRACKER).is_file():
+        directory = getattr(flags, "pretrained_checkpoint", None) or directory or "of --load"
     with _other_norms_refused(ddp_model, directory):
         return original(ddp_model, *args, **kwargs)
 
@@ -94,8 +97,13 @@ def _other_norms_refused(chunks: Sequence[nn.Module], directory: Directory) -> I
     found: list[UserError] = []
 
     def look(_: nn.Module, names: Any) -> None:
+        # Those of Transformer Engine's state are what the second try is there for.
+        missing, unexpected = (
+            {key for key in keys if not key.endswith("_extra_state")}
+            for keys in (names.missing_keys, names.unexpected_keys)
+        )
         try:
-            compare(set(names.missing_keys), set(names.unexpected_keys), directory, norms_only=True)
+            compare(missing, unexpected, directory, norms_only=True)
         except UserError as error:
             found.append(error)
         if found:

@@ -181,9 +181,8 @@ class Monitor:
             samples = [self.samples[norm] for norm in norms]
             drives = [sample.drive for sample in samples]
             alphas = [float(sample.alpha) for sample in samples]
-            # A logarithm in bfloat16 is exact to a thousandth or so.
             fresh = all(
-                math.isclose(alpha, norm.alpha_init, rel_tol=0.01)
+                math.isclose(alpha, norm.alpha_init, rel_tol=_rounding(norm.alpha_init))
                 for alpha, norm in zip(alphas, norms, strict=True)
             )
             what = (
@@ -252,6 +251,11 @@ class Monitor:
             sites = [site for each in records for site in each["sites"]]
             scales = [each["embedding_scale"] for each in records if "embedding_scale" in each]
             trackers.log_sites(sites, scales[0] if scales else None, iteration)
+
+
+def _rounding(alpha: float) -> float:
+    """How far an alpha may be from its start by rounding: bfloat16 holds its logarithm to eight bits."""
+    return max(0.01, 2**-8 * abs(math.log(alpha)))
 
 
 def find_embedding_scale(chunks: list[nn.Module]) -> EmbeddingScale | None:

@@ -63,6 +63,8 @@ def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
 
 
 def _follow_output(directory: Path, display: Display, log: Path) -> None:
+    if sys.stdin is None:
+        raise UserError("--log keeps what comes by standard input, which is closed; give it the run's output")
     if not log.parent.is_dir():
         raise UserError(f"the directory of {log} does not exist; make it first: mkdir -p {log.parent}")
     try:

@@ -37,11 +37,11 @@ _IGNORED = {
 
 def check(args: Namespace) -> None:
     """Raise `UserError` for the first of the flags in `args`, Megatron's parsed ones, that cannot work."""
-    checks: tuple[Callable[[Namespace], None], ...] = (_check_ignored, _check_numbers, _check_muon)
+    checks: tuple[Callable[[Namespace], None], ...] = (_check_ignored, _check_numbers)
     if not getattr(args, "use_checkpoint_args", False):
         checks += (_check_attention, _check_feed_forward)
     if not getattr(args, "skip_train", False):
-        checks += (_check_schedule,)
+        checks += (_check_schedule, _check_muon)
     for each in checks:
         each(args)
 

@@ -277,6 +277,23 @@ def test_a_broken_shard_stops_and_can_be_skipped(
     assert read(out / "manifest.json")["broken_shards"] == {}
 
 
+def test_a_shard_mended_by_a_run_that_failed_later_counts(run: Run, pile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, *_, last = sorted(pile.iterdir())
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-10])
+    run("--input", pile, "--output", out, "--skip-broken-shards")
+    assert list(read(out / "manifest.json")["broken_shards"]) == ["00"]
+    first.write_bytes(whole)
+    last.write_bytes(last.read_bytes()[:-10])
+    with pytest.raises(UserError, match=last.name):
+        run("--input", pile, "--output", out)
+    run("--input", write_jsonl(tmp_path / "more.jsonl", ["more"]), "--output", out)
+    manifest = read(out / "manifest.json")
+    assert manifest["broken_shards"] == {}
+    assert "00" in manifest["shards"]
+
+
 def test_a_shard_that_is_broken_now_does_not_count(
     run: Run, pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,7 +420,7 @@ def test_data_without_their_manifest_yet_are_written_again(
         patch.setattr(DatasetManifest, "write", interrupted)
         with pytest.raises(OSError, match="Input/output"):
             run("--input", pile, "--output", out)
-    assert sorted(contents(out)) == ["00.bin", "00.idx", "00.partial"]
+    assert sorted(contents(out)) == ["00.bin", "00.idx", "00.unfinished"]
     run("--input", pile, "--output", out)
     assert not list(out.glob("*.partial"))
 
@@ -480,7 +497,7 @@ def test_any_change_makes_the_dataset_again(
         case "unfinished":
             # As after a kill between the data's renames and the manifest's.
             (tmp_path / "train.manifest.json").unlink()
-            (tmp_path / "train.partial").touch()
+            (tmp_path / "train.unfinished").touch()
     if change in ("bos", "tokenizer"):
         # Other settings, not other text: perhaps a slip, and the work of hours.
         before = contents(tmp_path)
@@ -492,7 +509,7 @@ def test_any_change_makes_the_dataset_again(
     assert "up to date" not in output
     assert "cached" in output
     assert len(documents(prefix)) == (3 if change == "source" else 2)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_moved_tokenizer_or_source_is_the_same(

@@ -81,6 +81,15 @@ def test_the_torch_format_is_refused_though_megatron_loads_a_second_time(
     megatrons([model])  # The hooks are gone.
 
 
+def test_state_of_transformer_engine_may_be_missing_in_the_torch_format(
+    make_config: Make, build_gpt: Make
+) -> None:
+    model = build_gpt(make_config())
+    state = model.state_dict() | {"decoder.final_layernorm._extra_state": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        checkpoint.wrap_load_checkpoint(lambda chunks: chunks[0].load_state_dict(state))([model])
+
+
 def make(make_config: Make, name: str = "DyT", dyt: DyTConfig | None = None) -> Any:
     config = make_config(name)
     if name == "DyT":

@@ -75,6 +75,25 @@ def test_a_site_far_from_the_range_that_trains_is_warned_about(
         assert f"--dyt-alpha-init-{role}" in warnings[0]
 
 
+def test_an_alpha_that_was_trained_is_not_the_initial_one(
+    make_monitor: Make, loss_of: LossOf, start_lines: StartLines
+) -> None:
+    watch, model = make_monitor()
+    with torch.no_grad():
+        model.decoder.final_layernorm.alpha.fill_(9.0)  # As from a checkpoint.
+    watch.look()
+    loss_of(model)
+    lines = [line for line in start_lines(watch) if "final" in line]
+    assert len(lines) == 1
+    assert "alpha 9 to 9 (trained)" in lines[0]
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.005, 0.3])
+def test_a_start_rounded_to_bfloat16_is_a_start(alpha: float) -> None:
+    rounded = torch.tensor(math.log(alpha)).bfloat16().exp().item()
+    assert math.isclose(rounded, alpha, rel_tol=monitor._rounding(alpha))
+
+
 @pytest.mark.parametrize(("gain", "warns"), [(0.16, True), (1.28, False), (9.0, True)])
 def test_fading_linear_layers_are_warned_about(
     make_monitor: Make, gain: float, warns: bool, start_lines: StartLines
