@@ -115,8 +115,8 @@ GOOD = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "
     ("bad", "message"),
     [
         ({"answerKey": 5}, r"the documents differ in the type of a column"),
-        ({"answerKey": "C"}, r"a document is not what task arc_easy takes \(ValueError: 'C' is not in list"),
-        ({"choices": None}, r"a document is not what task arc_easy takes \(UndefinedError"),
+        ({"answerKey": "C"}, r"task arc_easy fails on its documents \(ValueError: 'C' is not in list"),
+        ({"choices": None}, r"task arc_easy fails on its documents \(UndefinedError"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
