@@ -92,6 +92,7 @@ class Monitor:
     Args:
         chunks: the model's chunks on this rank (several under virtual pipeline stages).
         linear_gain: std * sqrt(hidden) of the linear layers, for the start-up warning.
+        preset: the one in use, which a warning must not advise.
         stats_file: where statistics are written, or None.
         interval: steps between two lines of it.
         reports: whether this rank logs and writes (one rank of each pipeline stage does).
@@ -102,6 +103,7 @@ class Monitor:
     chunks: InitVar[list[nn.Module]]
     _: KW_ONLY
     linear_gain: float
+    preset: str = ""
     stats_file: JsonLines | None = None
     interval: int = 0
     reports: bool = True
@@ -199,17 +201,22 @@ class Monitor:
                 if not low <= drive <= high:
                     warning(
                         f"DyT {role}: alpha*std(x) = {drive:.3g} is outside {low} to "
-                        f"{high}, where runs train. Change --dyt-alpha-init-{role} or "
-                        "--dyt-embedding-scale, or use --dyt-preset auto."
+                        f"{high}, where runs train. "
+                        + self._advice(f"change --dyt-alpha-init-{role} or --dyt-embedding-scale")
                     )
         if self.scale_value is not None:
             info(f"DyT embedding scale {float(self.scale_value):.4g}")
         if not GOOD_GAIN[0] <= self.linear_gain <= GOOD_GAIN[1]:
             warning(
                 f"DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
-                f"runs that train have {GOOD_GAIN[0]} to {GOOD_GAIN[1]}. DyT does not rescale: use "
-                "--dyt-preset auto, or --init-method-std near 1/sqrt(hidden)."
+                f"runs that train have {GOOD_GAIN[0]} to {GOOD_GAIN[1]}. DyT does not rescale. "
+                + self._advice("--init-method-std near 1/sqrt(hidden)")
             )
+
+    def _advice(self, change: str) -> str:
+        if self.preset == "auto":
+            return "--dyt-preset auto trains from its own start: take flags away that change it."
+        return f"Use --dyt-preset auto, or {change}."
 
     def record(self, iteration: int) -> StatsRecord:
         """The line of the statistics file for a step."""
@@ -312,6 +319,7 @@ def _monitor_of(chunks: list[nn.Module]) -> Monitor | None:
     return Monitor(
         chunks,
         linear_gain=config.init_method_std * config.hidden_size**0.5,
+        preset=config.dyt.name if is_dyt(config) else "",
         stats_file=JsonLines(Path(directory) / name, args.iteration) if directory else None,
         interval=getattr(args, "dyt_stats_interval", 0),  # Absent with --yaml-cfg.
         reports=ranks.is_first_of_stage(),

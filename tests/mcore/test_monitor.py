@@ -102,6 +102,18 @@ def test_fading_linear_layers_are_warned_about(
     assert any("std*sqrt(hidden)" in line for line in start_lines(watch)) is warns
 
 
+@pytest.mark.parametrize("preset", ["unit", "auto"])
+def test_a_warning_does_not_advise_the_preset_in_use(
+    make_monitor: Make, loss_of: LossOf, preset: str, start_lines: StartLines
+) -> None:
+    watch, model = make_monitor(DyTConfig.unit(32, alpha_ffn=9.0), gain=0.1, preset=preset)
+    watch.look()
+    loss_of(model)
+    warnings = [line for line in start_lines(watch) if line.startswith("WARNING")]
+    assert len(warnings) == 3  # Two sites in front of MLPs, and the linear layers.
+    assert all(("Use --dyt-preset auto" in line) is (preset == "unit") for line in warnings)
+
+
 def test_statistics_are_those_of_the_step_before_its_update(
     make_monitor: Make, loss_of: LossOf, tmp_path: Path
 ) -> None:
