@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_dyt.errors import UserError
+from megatron_dyt.errors import UserError, describe
 
 
 def partial_path(path: Path) -> Path:
@@ -49,6 +49,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in the file `path` of --text; `UserError` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read as UTF-8 text ({describe(error)})") from error
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_dyt import log
@@ -103,6 +103,11 @@ def root_user_error(error: BaseException) -> UserError | None:
         seen.add(id(link))
         link = link.__cause__ or link.__context__
     return None
+
+
+def some(words: Sequence[str], most: int = 4) -> str:
+    """The first words, and how many more there are."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def describe(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.parsed_args import on
 
 NORMS = ("DyT", "RMSNorm")
 
@@ -299,52 +300,48 @@ class _Refusal(NamedTuple):
     there: Callable[[Any], bool]
 
 
-def _on(*names: str) -> Callable[[Namespace], bool]:
-    return lambda args: any(getattr(args, name, None) for name in names)
-
-
 def _not(name: str, usual: object) -> Callable[[Namespace], bool]:
     return lambda args: getattr(args, name, usual) not in (usual, None)
 
 
 # Of Megatron's arguments; transformers' LLaMA has none of these.
 _REFUSED_ARGS = (
-    _Refusal("mixture of experts (--num-experts)", _on("num_experts")),
-    _Refusal("--multi-latent-attention", _on("multi_latent_attention")),
-    _Refusal("multi-token prediction (--mtp-num-layers)", _on("mtp_num_layers")),
+    _Refusal("mixture of experts (--num-experts)", on("num_experts")),
+    _Refusal("--multi-latent-attention", on("multi_latent_attention")),
+    _Refusal("multi-token prediction (--mtp-num-layers)", on("mtp_num_layers")),
     _Refusal(
         "a hybrid (Mamba, GDN, DSA) model",
-        _on(
+        on(
             *("hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model"),
             *("experimental_attention_variant", "linear_attention_freq"),
         ),
     ),
     _Refusal(
         "heterogeneous layers",
-        _on("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+        on("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
     ),
-    _Refusal("a layer specification of the user's own (--spec)", _on("spec")),
+    _Refusal("a layer specification of the user's own (--spec)", on("spec")),
     _Refusal("an MLP without --swiglu", lambda args: not getattr(args, "swiglu", False)),
     _Refusal("--glu-linear-offset", _not("glu_linear_offset", 0.0)),
     _Refusal("--activation-func-clamp-value", _not("activation_func_clamp_value", None)),
     _Refusal("--position-embedding-type other than rope", _not("position_embedding_type", "rope")),
     _Refusal("--rotary-percent other than 1", _not("rotary_percent", 1.0)),
-    _Refusal("--rotary-interleaved", _on("rotary_interleaved")),
-    _Refusal("layers without rotary embedding (--no-rope-freq)", _on("no_rope_freq")),
+    _Refusal("--rotary-interleaved", on("rotary_interleaved")),
+    _Refusal("layers without rotary embedding (--no-rope-freq)", on("no_rope_freq")),
     _Refusal(
         "--use-rope-scaling together with --rotary-seq-len-interpolation-factor",
-        lambda args: _on("use_rope_scaling")(args) and _on("rotary_seq_len_interpolation_factor")(args),
+        lambda args: on("use_rope_scaling")(args) and on("rotary_seq_len_interpolation_factor")(args),
     ),
-    _Refusal("--window-size", _on("window_size", "window_attn_skip_freq")),
+    _Refusal("--window-size", on("window_size", "window_attn_skip_freq")),
     _Refusal("--softmax-type other than vanilla", _not("softmax_type", "vanilla")),
-    _Refusal("--softmax-scale", _on("softmax_scale")),
-    _Refusal("--attention-output-gate", _on("attention_output_gate")),
-    _Refusal("--qk-l2-norm", _on("qk_l2_norm")),
-    _Refusal("--apply-layernorm-1p", _on("layernorm_zero_centered_gamma", "apply_layernorm_1p")),
-    _Refusal("--apply-residual-connection-post-layernorm", _on("apply_residual_connection_post_layernorm")),
-    _Refusal("--use-mup", _on("use_mup")),
+    _Refusal("--softmax-scale", on("softmax_scale")),
+    _Refusal("--attention-output-gate", on("attention_output_gate")),
+    _Refusal("--qk-l2-norm", on("qk_l2_norm")),
+    _Refusal("--apply-layernorm-1p", on("layernorm_zero_centered_gamma", "apply_layernorm_1p")),
+    _Refusal("--apply-residual-connection-post-layernorm", on("apply_residual_connection_post_layernorm")),
+    _Refusal("--use-mup", on("use_mup")),
     _Refusal(
-        "--qk-layernorm with RMSNorm", lambda args: _on("qk_layernorm")(args) and args.normalization != "DyT"
+        "--qk-layernorm with RMSNorm", lambda args: on("qk_layernorm")(args) and args.normalization != "DyT"
     ),
     _Refusal(
         "a hidden size that is no multiple of the attention heads",

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 
 _MODULE = "megatron.training.global_vars"
 
@@ -17,3 +18,8 @@ def set_parsed_args(args: Namespace) -> None:
     from megatron.training import global_vars
 
     global_vars._GLOBAL_ARGS = args
+
+
+def on(*names: str) -> Callable[[object], bool]:
+    """Whether any of these settings is switched on in what the function is given, args or a config."""
+    return lambda settings: any(bool(getattr(settings, name, None)) for name in names)

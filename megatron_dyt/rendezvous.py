@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_dyt.errors import TrainingFault, UserError
+from megatron_dyt.errors import TrainingFault, UserError, some
 
 # Seconds; instead of --distributed-timeout-minutes.
 VARIABLE = "MEGATRON_DYT_RANK_TIMEOUT"
@@ -192,9 +192,7 @@ def time_out(args: Namespace) -> float:
 
 def ranks(numbers: list[int]) -> str:
     """ "rank 3" or "ranks 3, 5 and 12 more"."""
-    shown = ", ".join(map(str, numbers[:8]))
-    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-    return f"rank{'s' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"rank{'s' if len(numbers) > 1 else ''} {some([str(number) for number in numbers], 8)}"
 
 
 def _connect(rank: int, seconds: float) -> dist.Store:

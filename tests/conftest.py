@@ -105,21 +105,28 @@ def megatron_run(
     """`megatron_run(argv)` trains by `megatron_dyt.pretrain` on CPU in this process.
 
     Returns `losses` (one exact float a step), `model` (Megatron's list of model chunks),
-    `optimizer` and `log` (stdout). The model can be used until the next call or the test's end.
+    `optimizer`, `log` (stdout) and `weights()` (copies of the model's parameters by name). The model can be
+    used until the next call or the test's end.
     """
+    start_alone(monkeypatch)
+    yield _run
+    forget_run()
+
+
+def start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process has that is no rank of a launch."""
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(sys, "argv", ["pretrain"])
-    yield _run
-    _forget_run()
 
 
 def _run(argv: list[str]) -> SimpleNamespace:
     from megatron_dyt import pretrain
     from megatron_dyt.patching import replaced
 
-    _forget_run()
+    forget_run()
     seen = SimpleNamespace(losses=[], model=None, optimizer=None, log="")
+    seen.weights = lambda: {name: p.detach().clone() for name, p in seen.model[0].named_parameters()}
     output = io.StringIO()
     try:
         # The observers come after the CPU runtime, which must be on before Megatron is imported.
@@ -157,7 +164,7 @@ def _observers(seen: SimpleNamespace) -> list[Any]:
     ]
 
 
-def _forget_run() -> None:
+def forget_run() -> None:
     """Put Megatron's global state, the process groups and the CPU runtime away."""
     import torch
 

@@ -1,8 +1,10 @@
 import errno
 import os
+import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +20,45 @@ def ended(main: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return end.value.code, capsys.readouterr().err  # type: ignore[return-value]
 
 
-def test_a_user_error_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def raising(error: BaseException) -> Callable[[], None]:
     def main() -> None:
-        raise UserError("alpha is 0; give > 0")
+        raise error
 
-    assert ended(main, capsys) == (2, "megatron_dyt: error: alpha is 0; give > 0\n")
+    return main
 
 
-def test_a_fault_of_training_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        raise TrainingFault("step 3: alpha")
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("alpha is 0; give > 0"), 2, "megatron_dyt: error: alpha is 0; give > 0\n"),
+        (TrainingFault("step 3: alpha"), 1, "megatron_dyt: stopped: step 3: alpha\n"),
+        (SystemExit(5), 5, ""),
+    ],
+    ids=["user error", "fault of training", "exit code"],
+)
+def test_what_is_known_has_no_traceback(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(raising(error), capsys) == (code, said)
 
-    assert ended(main, capsys) == (1, "megatron_dyt: stopped: step 3: alpha\n")
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full.*last complete checkpoint"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero$"),
+        (CheckpointException("read", {}), "CheckpointException"),  # no Exception to Python
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "BrokenPipeError"),  # not of standard output
+    ],
+    ids=["full disk", "other", "failed checkpoint", "broken pipe"],
+)
+def test_other_failures_have_their_line_after_the_traceback(
+    error: BaseException, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = ended(raising(error), capsys)
+    assert code == 1
+    assert text.startswith("Traceback")
+    assert re.match(f"megatron_dyt: stopped: .*{line}", text.splitlines()[-1])
 
 
 def test_a_user_error_that_megatron_wrapped_is_still_found(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,49 +74,11 @@ def test_a_user_error_that_megatron_wrapped_is_still_found(capsys: pytest.Captur
     assert "Traceback" in text
 
 
-def test_a_full_disk_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    code, text = ended(main, capsys)
-    assert code == 1
-    assert "the disk is full" in text.splitlines()[-1]
-    assert "last complete checkpoint" in text.splitlines()[-1]
-
-
-def test_other_failures_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = ended(lambda: 1 / 0, capsys)
-    assert code == 1
-    assert text.startswith("Traceback")
-    assert text.splitlines()[-1] == "megatron_dyt: stopped: ZeroDivisionError: division by zero"
-
-
-def test_a_failed_checkpoint_which_is_no_exception_to_python_has_its_line_too(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def main() -> None:
-        raise CheckpointException("read", {})
-
-    code, text = ended(main, capsys)
-    assert code == 1
-    assert text.splitlines()[-1].startswith("megatron_dyt: stopped: CheckpointException")
-
-
-def test_an_exit_code_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        raise SystemExit(5)
-
-    assert ended(main, capsys) == (5, "")
-
-
 def test_interrupted_and_successful_ends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setenv("RANK", "3")
-    code, text = ended(interrupted, capsys)
+    code, text = ended(raising(KeyboardInterrupt()), capsys)
     assert code == 130
     assert text.startswith("megatron_dyt [rank 3]: interrupted")
     assert ended(lambda: None, capsys) == (0, "")
@@ -155,12 +146,3 @@ def test_a_closed_standard_output_takes_what_is_printed() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-
-
-def test_another_broken_pipe_is_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    code, text = ended(main, capsys)
-    assert code == 1
-    assert text.splitlines()[-1].startswith("megatron_dyt: stopped: BrokenPipeError")

@@ -13,6 +13,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 
+from megatron_dyt.checkpoints.metadata import is_optimizer, read_metadata
+
 _CHUNK = 2**20  # Bytes that are read at once.
 _ZIP = b"PK\3\4"
 # Megatron's name for what is not sharded (arguments, iteration); before 0.19 it is a file of its own.
@@ -50,8 +52,6 @@ def find_damage(directory: Path, wanted: Callable[[str], bool], rank: int = 0, r
 
 def stored_items(directory: Path) -> list[Item]:
     """All items of a checkpoint by place. Raises what `read_metadata` raises."""
-    from megatron_dyt.checkpoints.metadata import read_metadata
-
     storage: dict[Any, Any] = read_metadata(directory).storage_data
     items = [
         Item(index.fqn, directory / info.relative_path, info.offset, info.length)
@@ -71,7 +71,7 @@ def weights_hash(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     for item in stored_items(directory):
-        if "optimizer." not in item.name:
+        if not is_optimizer(item.name):
             digest.update(f"{item.name} {item.length} {_stated_checksums(item)}\n".encode())
     return digest.hexdigest()
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
+from megatron_dyt import world
 from megatron_dyt.checkpoints import crc, iterations, optimizer_layout
 from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT, DamagedCheckpoint
-from megatron_dyt.checkpoints.saved_args import READ_ERRORS
+from megatron_dyt.checkpoints.metadata import READ_ERRORS
 from megatron_dyt.errors import UserError
 from megatron_dyt.parsed_args import parsed_args
 from megatron_dyt.patching import wrapper
@@ -73,7 +74,7 @@ def wrap_delete(original: Callable[..., None], save: str, iteration: int, *rest:
 
 
 def verify(
-    checkpoint_dir_: Any, wanted: set[str], check_data: bool = True, group: dist.ProcessGroup | None = None
+    checkpoint_dir_: Any, wanted: set[str], check_data: bool = True, group: ProcessGroup | None = None
 ) -> None:
     """Raise `DamagedCheckpoint` on all ranks of `group` when any of them finds damage.
 
@@ -85,11 +86,10 @@ def verify(
     path = Path(str(checkpoint_dir_))
     if not path.is_dir():
         return  # In an object store.
-    together = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if together else (0, 1)
+    rank = world.rank(group)
     problem = _problem_of_files(path) if rank == 0 else None
     if problem is None and check_data:
-        problem = _problem_of_data(path, wanted, rank, ranks)
+        problem = _problem_of_data(path, wanted, rank, world.size(group))
     _agree(problem, group)
 
 
@@ -113,13 +113,9 @@ def _problem_of_data(path: Path, wanted: set[str], rank: int, ranks: int) -> Use
     return DamagedCheckpoint(f"the checkpoint {path} is damaged. {found}. Restore it, or: {OTHER_CHECKPOINT}")
 
 
-def _agree(problem: UserError | None, group: dist.ProcessGroup | None = None) -> None:
+def _agree(problem: UserError | None, group: ProcessGroup | None = None) -> None:
     """Raise the first problem of any rank on all of them."""
-    problems = [problem]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        problems = [None] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
-    first = next((each for each in problems if each), None)
+    first = next(filter(None, world.gather(problem, group)), None)
     if first is not None:
         raise first
 
@@ -134,7 +130,7 @@ def _check_start(args: Any, *, alone: bool) -> None:
         path = _to_load(args)
     except UserError as error:
         problem = error
-    if path is not None and (alone or not dist.is_initialized() or dist.get_rank() == 0):
+    if path is not None and (alone or world.rank() == 0):
         problem = _problem_of_start(path, args)
     if not alone:
         # Whatever this rank has found: the others wait for it.
@@ -146,10 +142,7 @@ def _check_start(args: Any, *, alone: bool) -> None:
 
 def _agree_on(path: Path | None) -> None:
     """Raise UserError on all ranks unless all are to load `path`."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    paths: list[Path | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(paths, path)
+    paths = world.gather(path)
     if others := [rank for rank, each in enumerate(paths) if each != paths[0]]:
         raise UserError(
             f"rank 0 finds {paths[0] or 'no checkpoint'} to load, but rank {others[0]} "
@@ -211,7 +204,7 @@ def _set_aside(args: Any) -> None:
     _passed_over.clear()
     if not passed or loaded is None or args.save is None:
         return
-    if Path(args.save).resolve() != loaded.parent.resolve() or dist.get_rank() != 0:
+    if Path(args.save).resolve() != loaded.parent.resolve() or world.rank() != 0:
         return
     for path in filter(Path.is_dir, passed):
         _log.info(f"renamed {path} to {iterations.set_aside(path, loaded).name}")

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_dyt.checkpoints import iterations
-from megatron_dyt.checkpoints.saved_args import READ_ERRORS
+from megatron_dyt.checkpoints.metadata import READ_ERRORS, read_metadata
 from megatron_dyt.errors import UserError
 
 # What Megatron saves for `--dist-ckpt-optim-fully-reshardable`, and what older versions called so.
@@ -183,8 +183,6 @@ def _one_bucket(buffers: Counter[str], *given: object) -> bool:
 def _buffers(path: Path) -> Counter[str]:
     """Parameters in each gradient buffer of a checkpoint; empty if it is damaged, as in `_saved`."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from megatron_dyt.checkpoints.metadata import read_metadata
 
     buffers: Counter[str] = Counter()
     try:

@@ -4,14 +4,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from megatron_dyt.checkpoints import iterations
-from megatron_dyt.checkpoints.metadata import of_newer_torch
-from megatron_dyt.errors import UserError, describe
-
-# What reading a damaged file may raise is anything; torch's own is no Exception.
-READ_ERRORS = (Exception, CheckpointException)
+from megatron_dyt.checkpoints.metadata import READ_ERRORS, damaged
+from megatron_dyt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,21 +58,10 @@ def saved_args(checkpoint: Checkpoint) -> Namespace:
     try:
         common = dist_checkpointing.load_common_state_dict(str(where))
     except READ_ERRORS as error:
-        raise damaged(checkpoint, error) from error
+        raise damaged(where, error) from error
     if common.get("args") is None:
         raise UserError(
             f"{where} holds no arguments of the run that saved it, so its model is unknown. Save "
             f"it with Megatron's training loop, which stores them"
         )
     return common["args"]
-
-
-def damaged(checkpoint: Checkpoint, error: BaseException) -> UserError:
-    """For an `error` among `READ_ERRORS` while `checkpoint` was read."""
-    if isinstance(error, CheckpointException):
-        # Its own message is a traceback; each rank's failure is an (exception, stack) pair.
-        error = next((failure[0] for failure in error.failures.values()), error)
-    return of_newer_torch(checkpoint.directory, error) or UserError(
-        f"{checkpoint.directory} cannot be read ({describe(error)}). It is incomplete or damaged: "
-        f"choose another iteration with --ckpt-step, or copy it again"
-    )

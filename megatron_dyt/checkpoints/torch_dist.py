@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_dyt.checkpoints.metadata import read_metadata
-from megatron_dyt.errors import UserError, describe
+from megatron_dyt.checkpoints.metadata import damaged, is_optimizer, read_metadata
+from megatron_dyt.errors import UserError
 
 # Megatron's CheckpointingConfig; 0.19 ignores the common backend, earlier versions want it.
 _FORMAT = {
@@ -72,13 +72,11 @@ class TorchDistReader:
         except UserError:
             raise
         except Exception as error:
-            raise self._damaged(error) from error
+            raise damaged(directory, error) from error
         self.tensors: dict[str, tuple[torch.Size, torch.dtype]] = {
             key: (entry.size, entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-            and not key.startswith("optimizer.")
-            and ".optimizer." not in key
+            if isinstance(entry, TensorStorageMetadata) and not is_optimizer(key)
         }
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
@@ -96,20 +94,13 @@ class TorchDistReader:
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         covered = sum(torch.Size(item.lengths).numel() for item in items)
         if covered != target.numel():
-            raise self._damaged(
-                ValueError(f"{key} has {covered} of {target.numel()} values at {tuple(offsets)}")
-            )
+            lacking = ValueError(f"{key} has {covered} of {target.numel()} values at {tuple(offsets)}")
+            raise damaged(self.directory, lacking)
         try:
             self._files.read_data(LoadPlan(items), cast(LoadPlanner, _Into(target))).wait()
         except Exception as error:
-            raise self._damaged(error) from error
+            raise damaged(self.directory, error) from error
         return target
-
-    def _damaged(self, error: BaseException) -> UserError:
-        return UserError(
-            f"{self.directory} cannot be read ({describe(error)}). It is incomplete or damaged: choose "
-            f"another iteration with --ckpt-step, or copy it again"
-        )
 
 
 class _Into:

@@ -6,55 +6,47 @@ called, so that `--help` needs no torch. Under torchrun: `torchrun ... -m megatr
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from megatron_dyt.errors import UserError, run_main
 
-# Command -> (where it is, what it does).
-COMMANDS = {
-    "recipe": ("megatron_dyt.cli.recipes:recipe", "a LLaMA size and how it is trained, as text or as flags"),
-    "plan": ("megatron_dyt.cli.recipes:plan", "parallel layout, memory and days of a recipe on a cluster"),
-    "dry-run": (
-        "megatron_dyt.cli.recipes:dry_run",
-        "try a launch's flags under a simulated world, without GPUs",
-    ),
-    "scaling": ("megatron_dyt.cli.recipes:scaling", "what DyT adds to communication, up to 4,096 ranks"),
-    "prepare-data": ("megatron_dyt.cli.data:prepare_data", "tokenize text into Megatron's indexed data sets"),
-    "train-tokenizer": ("megatron_dyt.cli.data:train_tokenizer", "make a SentencePiece tokenizer"),
-    "eval": ("megatron_dyt.cli.evaluation:evaluate", "zero-shot evaluation of a checkpoint with lm-eval"),
-    "eval-data": (
-        "megatron_dyt.cli.evaluation:export_data",
-        "fetch the tasks' data for machines without network",
-    ),
-    "export": ("megatron_dyt.cli.hf:export_command", "a checkpoint as a Hugging Face model"),
-    "import": ("megatron_dyt.cli.hf:import_command", "a Hugging Face LLaMA as a Megatron checkpoint"),
-    "convert": ("megatron_dyt.cli.hf:convert_command", "a Hugging Face LLaMA as one with DyT (experimental)"),
-    "report": ("megatron_dyt.cli.report:report", "compare runs: results.json and report.html"),
-    "follow": ("megatron_dyt.cli.report:follow", "show the progress of a run"),
-    "sweep": (
-        "megatron_dyt.cli.sweep:sweep",
-        "train the runs of a grid, several at a time, and compare them",
-    ),
-    "probe": ("megatron_dyt.cli.probe:probe", "what the norms of a model do to their input, as figures"),
-}
 
-# The extras of pyproject.toml that a command needs, where it needs any.
-EXTRAS = {
-    "plan": "train",
-    "dry-run": "train",
-    "prepare-data": "train",
-    "train-tokenizer": "train",
-    "eval": "eval",
-    "eval-data": "eval",
-    "export": "hf,train",
-    "import": "hf,train",
-    "convert": "hf,train",
-    "report": "report",
-    "follow": "report",
-    "sweep": "report,train",
-    "probe": "report,train",
+class Command(NamedTuple):
+    """Where it is, in a module of this folder, and what it does; which extras of pyproject.toml it needs."""
+
+    place: str
+    what: str
+    extras: str = ""
+
+
+COMMANDS = {
+    "recipe": Command("recipes:recipe", "a LLaMA size and how it is trained, as text or as flags"),
+    "plan": Command("recipes:plan", "parallel layout, memory and days of a recipe on a cluster", "train"),
+    "dry-run": Command(
+        "recipes:dry_run", "try a launch's flags under a simulated world, without GPUs", "train"
+    ),
+    "scaling": Command("recipes:scaling", "what DyT adds to communication, up to 4,096 ranks"),
+    "prepare-data": Command("data:prepare_data", "tokenize text into Megatron's indexed data sets", "train"),
+    "train-tokenizer": Command("data:train_tokenizer", "make a SentencePiece tokenizer", "train"),
+    "eval": Command("evaluation:evaluate", "zero-shot evaluation of a checkpoint with lm-eval", "eval"),
+    "eval-data": Command(
+        "evaluation:export_data", "fetch the tasks' data for machines without network", "eval"
+    ),
+    "export": Command("hf:export_command", "a checkpoint as a Hugging Face model", "hf,train"),
+    "import": Command("hf:import_command", "a Hugging Face LLaMA as a Megatron checkpoint", "hf,train"),
+    "convert": Command(
+        "hf:convert_command", "a Hugging Face LLaMA as one with DyT (experimental)", "hf,train"
+    ),
+    "report": Command("report:report", "compare runs: results.json and report.html", "report"),
+    "follow": Command("report:follow", "show the progress of a run", "report"),
+    "sweep": Command(
+        "sweep:sweep", "train the runs of a grid, several at a time, and compare them", "report,train"
+    ),
+    "probe": Command(
+        "probe:probe", "what the norms of a model do to their input, as figures", "report,train"
+    ),
 }
 
 
@@ -67,8 +59,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name][0].split(":")
-        command = getattr(importlib.import_module(module), name)
+        module, name = COMMANDS[cmd_name].place.split(":")
+        command = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         assert isinstance(command, click.Command)
         return command
 
@@ -82,16 +74,17 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            command, package = ctx.invoked_subcommand or "", (error.name or "").split(".")[0]
-            if command not in EXTRAS or package == "megatron_dyt":
+            name, package = ctx.invoked_subcommand or "", (error.name or "").split(".")[0]
+            extras = COMMANDS[name].extras if name in COMMANDS else ""
+            if not extras or package == "megatron_dyt":
                 raise
             raise UserError(
-                f"megatron-dyt {command} needs {package}: pip install 'megatron-dyt[{EXTRAS[command]}]'"
+                f"megatron-dyt {name} needs {package}: pip install 'megatron-dyt[{extras}]'"
             ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, what) for name, (_where, what) in COMMANDS.items()])
+            formatter.write_dl([(name, command.what) for name, command in COMMANDS.items()])
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

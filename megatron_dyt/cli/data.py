@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
+from megatron_dyt.cli.options import PATH, POSITIVE
 from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE, Fields, Filters
 from megatron_dyt.errors import UserError
 
 _FORMATS = (
     "files, directories or quoted patterns: .jsonl, .json, .ndjson, with .zst, .zstd or .gz behind; .parquet"
 )
-_PATH = click.Path(path_type=Path)
 
 
 class _SeveralValues(click.Command):
@@ -58,12 +58,12 @@ class _SeveralValues(click.Command):
 )
 @click.option("--append-eod/--no-append-eod", default=True, show_default=True, help="end documents with EOS")
 @click.option("--bos/--no-bos", default=True, show_default=True, help="begin documents with BOS")
-@click.option("--output", type=_PATH, metavar="DIR", help="one dataset per file, and a manifest")
-@click.option("--output-prefix", type=_PATH, metavar="P", help="one dataset of all: P.bin, P.idx")
+@click.option("--output", type=PATH, metavar="DIR", help="one dataset per file, and a manifest")
+@click.option("--output-prefix", type=PATH, metavar="P", help="one dataset of all: P.bin, P.idx")
 @click.option("--overwrite", is_flag=True, help="replace data made with other settings")
 @click.option(
     "--workers",
-    type=int,
+    type=POSITIVE,
     metavar="N",
     help="processes (as many as cores); with --slurm-partition: tasks at a time (all)",
 )
@@ -71,13 +71,15 @@ class _SeveralValues(click.Command):
 @click.option("--slurm-time", default="24:00:00", show_default=True, metavar="T", help="time limit of a task")
 @click.option("--slurm-option", multiple=True, metavar="KEY=VALUE ...", help="more for sbatch: account=team")
 @click.option("--skip-broken-shards", is_flag=True, help="leave out files that are truncated or damaged")
-@click.option("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
-@click.option("--max-chars", type=int, metavar="N", help="leave out longer ones")
+@click.option(
+    "--min-chars", type=click.IntRange(min=0), default=0, metavar="N", help="leave out shorter documents"
+)
+@click.option("--max-chars", type=POSITIVE, metavar="N", help="leave out longer ones")
 @click.option("--domains", multiple=True, metavar="NAME ...", help="only documents of these")
 @click.option("--not-domains", multiple=True, metavar="NAME ...", help="no documents of these")
-@click.option("--verify", type=_PATH, metavar="DIR|P", help="read prepared data again and compare")
+@click.option("--verify", type=PATH, metavar="DIR|P", help="read prepared data again and compare")
 @click.option(
-    "--print-blend", type=_PATH, multiple=True, metavar="DIR|P ...", help="print what --train-data-path takes"
+    "--print-blend", type=PATH, multiple=True, metavar="DIR|P ...", help="print what --train-data-path takes"
 )
 def prepare_data(
     inputs: tuple[str, ...],
@@ -136,9 +138,7 @@ def prepare_data(
         raise UserError("--slurm-partition needs --output: a single dataset is the work of one process")
     if wrong := [each for each in slurm_option if "=" not in each]:
         raise UserError(f"--slurm-option {wrong[0]}: give KEY=VALUE, such as account=team")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, not {workers}")
-    if min_chars < 0 or (max_chars is not None and max_chars < max(min_chars, 1)):
+    if max_chars is not None and max_chars < min_chars:
         raise UserError(f"--min-chars {min_chars} --max-chars {max_chars} leave no document")
     if both := set(domains) & set(not_domains):
         raise UserError(f"--domains and --not-domains both name {', '.join(sorted(both))}")
@@ -166,11 +166,11 @@ def prepare_data(
 @click.option(
     "--json-key", default=Fields.text, show_default=True, help="key or column of the text, or path of keys"
 )
-@click.option("--vocab-size", type=int, required=True, help="number of pieces")
-@click.option("--output", type=_PATH, required=True, help="the .model file to write")
+@click.option("--vocab-size", type=POSITIVE, required=True, help="number of pieces")
+@click.option("--output", type=PATH, required=True, help="the .model file to write")
 @click.option(
     "--max-bytes",
-    type=int,
+    type=POSITIVE,
     default=16_000_000,
     show_default=True,
     help="train on an even sample of about this many bytes",
@@ -181,7 +181,4 @@ def train_tokenizer(
     """Train a SentencePiece BPE tokenizer with LLaMA 2's settings on a corpus."""
     from megatron_dyt.data.train_tokenizer import write_tokenizer
 
-    for name, value in (("--vocab-size", vocab_size), ("--max-bytes", max_bytes)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
     write_tokenizer(inputs, vocab_size, output, max_bytes, json_key)

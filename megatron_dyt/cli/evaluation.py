@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
+from megatron_dyt.cli.options import PATH, POSITIVE
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.batches import DEFAULT_BATCH_TOKENS, MODES
-
-_POSITIVE = click.IntRange(min=1)
-_PATH = click.Path(path_type=Path)
 
 
 def _names(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
@@ -28,7 +26,7 @@ _include_path = click.option(
 
 @click.command("eval")
 @click.option("--load", required=True, metavar="DIR", help="checkpoint: what training had as --save")
-@click.option("--ckpt-step", type=_POSITIVE, metavar="N", help="iteration (default: the latest)")
+@click.option("--ckpt-step", type=POSITIVE, metavar="N", help="iteration (default: the latest)")
 @click.option("--tokenizer-model", metavar="FILE", help="tokenizer instead of the checkpoint's path")
 @click.option(
     "--bos/--no-bos",
@@ -46,28 +44,19 @@ _include_path = click.option(
 @_include_path
 @click.option(
     "--task-data",
-    type=_PATH,
+    type=PATH,
     metavar="DIR",
     help="read the tasks' data from here, not from the Hub: what megatron-dyt eval-data wrote",
 )
-@click.option("--limit", type=_POSITIVE, metavar="N", help="only the first N documents of each task")
-@click.option("--output", required=True, type=_PATH, metavar="FILE", help="where to write the results, JSON")
+@click.option("--limit", type=POSITIVE, metavar="N", help="only the first N documents of each task")
+@click.option("--output", required=True, type=PATH, metavar="FILE", help="where to write the results, JSON")
 @click.option(
     "--tensor-model-parallel-size",
     "--tp",
     "tensor_parallel",
-    type=_POSITIVE,
+    type=POSITIVE,
     metavar="N",
     help="processes that hold a model together (default: the fewest whose memory suffices)",
-)
-@click.option(
-    "--pipeline-model-parallel-size",
-    "--pp",
-    "pipeline_parallel",
-    type=_POSITIVE,
-    default=1,
-    metavar="1",
-    help="other sizes are refused with the tensor-parallel size to use",
 )
 @click.option(
     "--mode",
@@ -78,14 +67,14 @@ _include_path = click.option(
 )
 @click.option(
     "--batch-tokens",
-    type=_POSITIVE,
+    type=POSITIVE,
     default=DEFAULT_BATCH_TOKENS,
     show_default=True,
     metavar="N",
     help="tokens in one forward pass, padding included",
 )
-@click.option("--max-length", type=_POSITIVE, metavar="N", help="of a sequence (default: the model's)")
-@click.option("--cache", type=_PATH, metavar="DIR", help="keep results here, and take known ones from here")
+@click.option("--max-length", type=POSITIVE, metavar="N", help="of a sequence (default: the model's)")
+@click.option("--cache", type=PATH, metavar="DIR", help="keep results here, and take known ones from here")
 @click.option("--device", metavar="{auto,cpu,cuda}", help="where to run (default: CUDA if there is any)")
 def evaluate(**options: Any) -> None:
     """Evaluate a checkpoint on lm-eval tasks, zero-shot.
@@ -102,7 +91,7 @@ def evaluate(**options: Any) -> None:
 
 
 @click.command("eval-data")
-@click.option("--output", required=True, type=_PATH, metavar="DIR", help="where to write the files")
+@click.option("--output", required=True, type=PATH, metavar="DIR", help="where to write the files")
 @click.option(
     "--tasks",
     default="dyt_paper",

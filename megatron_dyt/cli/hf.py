@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-_PATH = click.Path(path_type=Path)
+from megatron_dyt.cli.options import PATH, POSITIVE
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -36,7 +36,7 @@ _max_shard_size = click.option(
 @click.command("export")
 @click.option("--load", required=True, metavar="DIR", help="Checkpoint: what training had as --save.")
 @click.option("--ckpt-step", type=int, metavar="N", help="Iteration (default: the latest).")
-@click.option("--output", type=_PATH, required=True, metavar="DIR", help="To write; must be new or empty.")
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="To write; must be new or empty.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -105,8 +105,8 @@ def export_command(
 
 
 @click.command("import")
-@click.option("--load", type=_PATH, required=True, metavar="DIR", help="Directory of the Hugging Face model.")
-@click.option("--save", type=_PATH, required=True, metavar="DIR", help="To write; must be new or empty.")
+@click.option("--load", type=PATH, required=True, metavar="DIR", help="Directory of the Hugging Face model.")
+@click.option("--save", type=PATH, required=True, metavar="DIR", help="To write; must be new or empty.")
 def import_command(load: Path, save: Path) -> None:
     """Write a Hugging Face LLaMA, or an unfolded export, as a Megatron checkpoint for any parallel layout."""
     _use_large_pages()
@@ -116,22 +116,15 @@ def import_command(load: Path, save: Path) -> None:
 
 
 @click.command("convert")
-@click.option("--load", type=_PATH, required=True, metavar="DIR", help="Directory of a Hugging Face LLaMA.")
-@click.option("--output", type=_PATH, required=True, metavar="DIR", help="To write; must be new or empty.")
+@click.option("--load", type=PATH, required=True, metavar="DIR", help="Directory of a Hugging Face LLaMA.")
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="To write; must be new or empty.")
 @click.option(
-    "--text", type=_PATH, required=True, metavar="FILE", help="Text such as the model was trained on."
+    "--text", type=PATH, required=True, metavar="FILE", help="Text such as the model was trained on."
 )
 @click.option(
-    "--sequences",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="To calibrate with.",
+    "--sequences", type=POSITIVE, default=16, show_default=True, metavar="N", help="To calibrate with."
 )
-@click.option(
-    "--length", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens of each."
-)
+@click.option("--length", type=POSITIVE, default=512, show_default=True, metavar="N", help="Tokens of each.")
 @click.option("--no-bias", is_flag=True, help="DyT without a bias, as in the paper's LLaMA.")
 @_max_shard_size
 def convert_command(no_bias: bool, **options: Any) -> None:

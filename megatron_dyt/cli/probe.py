@@ -1,42 +1,40 @@
 """`megatron-dyt probe`: what the norms of a model do."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-_PATH = click.Path(path_type=Path)
-_POSITIVE = click.IntRange(min=1)
+from megatron_dyt.cli.options import PATH, POSITIVE
 
 
 @click.command()
 @click.option(
     "--load",
-    type=_PATH,
+    type=PATH,
     required=True,
     metavar="DIR",
     help="Checkpoint: what training had as --save; or a Hugging Face model's directory.",
 )
-@click.option("--ckpt-step", type=_POSITIVE, metavar="N", help="Iteration (default: the latest).")
-@click.option("--output", type=_PATH, required=True, metavar="DIR", help="Where to write.")
+@click.option("--ckpt-step", type=POSITIVE, metavar="N", help="Iteration (default: the latest).")
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="Where to write.")
 @click.option(
     "--data-path",
     metavar="PREFIX",
     help="Indexed data set to take tokens from (default: the run's validation or training data).",
 )
-@click.option("--text", type=_PATH, metavar="FILE", help="UTF-8 text to take tokens from.")
+@click.option("--text", type=PATH, metavar="FILE", help="UTF-8 text to take tokens from.")
 @click.option(
-    "--sequences", type=_POSITIVE, default=8, show_default=True, metavar="N", help="Sequences to look at."
+    "--sequences", type=POSITIVE, default=8, show_default=True, metavar="N", help="Sequences to look at."
 )
 @click.option(
     "--length",
-    type=_POSITIVE,
+    type=POSITIVE,
     metavar="N",
     help="Tokens of each (default: the model's positions, up to 1024).",
 )
 @click.option(
     "--iterations",
-    type=_POSITIVE,
+    type=POSITIVE,
     default=8,
     show_default=True,
     metavar="N",

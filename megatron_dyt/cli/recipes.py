@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from megatron_dyt.errors import UserError
+from megatron_dyt.cli.options import POSITIVE
 from megatron_dyt.llama import NORMS
 from megatron_dyt.recipes import load, memory, names
 from megatron_dyt.recipes import scaling as communication
 from megatron_dyt.recipes.layout import RECOMPUTE, Cluster
 from megatron_dyt.recipes.plan import Plan, Speeds, as_json, days, ranked, report
 
-POSITIVE = click.IntRange(min=1)
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
 NORM = click.Choice(NORMS)
 
 
@@ -35,16 +35,20 @@ def recipe(model: str | None, norm: str, form: str) -> None:
 @click.option("--model", required=True, help="A recipe; `megatron-dyt recipe` lists them.")
 @click.option("--nodes", type=POSITIVE, default=1, show_default=True)
 @click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True)
-@click.option("--gpu-memory", type=float, default=80.0, show_default=True, help="GB (1e9 bytes) per GPU.")
+@click.option("--gpu-memory", type=ABOVE_0, default=80.0, show_default=True, help="GB (1e9 bytes) per GPU.")
 @click.option(
     "--gpu-flops",
-    type=float,
+    type=ABOVE_0,
     default=989.0,
     show_default=True,
     help="Dense bf16 TFLOP/s; the default is an H100.",
 )
 @click.option(
-    "--mfu", type=float, default=0.4, show_default=True, help="Model FLOPs utilisation for the days."
+    "--mfu",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    default=0.4,
+    show_default=True,
+    help="Model FLOPs utilisation for the days.",
 )
 @click.option("--tp", type=POSITIVE, help="Tensor parallel size; what is not given is chosen.")
 @click.option("--pp", type=POSITIVE, help="Pipeline parallel size.")
@@ -75,11 +79,6 @@ def plan(
     With --format flags Megatron's flags for it, which the launch scripts use. With --dry-run these are tried:
     Megatron's own validation, and every pipeline stage's model, without a GPU.
     """
-    if gpu_memory <= 0 or gpu_flops <= 0 or not 0 < mfu <= 1:
-        raise UserError(
-            f"--gpu-memory {gpu_memory:g}, --gpu-flops {gpu_flops:g} and --mfu {mfu:g} were "
-            "given; they must be positive, and the MFU at most 1."
-        )
     found, cluster, peak = load(model), Cluster(nodes, gpus_per_node, gpu_memory * 1e9), gpu_flops * 1e12
     given = {name: value for name, value in sizes.items() if value is not None}
     plans = ranked(found, cluster, Speeds(peak=peak), given)

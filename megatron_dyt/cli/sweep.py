@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megatron_dyt.cli.options import POSITIVE
 from megatron_dyt.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ _RUN_MEMORY = 2 * 2**30
 )
 @click.option(
     "--parallel",
-    type=click.IntRange(1),
+    type=POSITIVE,
     help="Runs at a time. Default: cores / threads, of 2 GiB of memory each; on GPUs 1.",
 )
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each process.")
+@click.option("--threads", type=POSITIVE, default=1, show_default=True, help="Of each process.")
 @click.option(
     "--nproc",
     type=click.IntRange(0),

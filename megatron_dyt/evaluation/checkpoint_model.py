@@ -22,7 +22,8 @@ import megatron_dyt
 from megatron_dyt import compat
 from megatron_dyt.checkpoints import iterations
 from megatron_dyt.checkpoints.crc import weights_hash
-from megatron_dyt.checkpoints.saved_args import READ_ERRORS, Checkpoint, damaged, find_checkpoint, saved_args
+from megatron_dyt.checkpoints.metadata import READ_ERRORS, damaged
+from megatron_dyt.checkpoints.saved_args import Checkpoint, find_checkpoint, saved_args
 from megatron_dyt.data.tokenizer_check import (
     check_against_data,
     check_tokenizer,
@@ -127,7 +128,6 @@ def load_model(
     ckpt_step: int | None = None,
     tokenizer_model: str | None = None,
     tensor_parallel: int | None = None,
-    pipeline_parallel: int = 1,
     bos: bool | None = None,
     local: bool = False,
 ) -> LoadedModel:
@@ -140,7 +140,7 @@ def load_model(
         load: directory of the checkpoint, what training had as --save.
         ckpt_step: iteration; None takes the latest.
         tokenizer_model: replaces the tokenizer's path that is stored in the checkpoint.
-        tensor_parallel, pipeline_parallel: see `layout.choose`.
+        tensor_parallel: see `layout.choose`.
         bos: whether contexts begin with BOS, or else with an end of document; None asks the manifests of
             the training data, and takes BOS where they are not in reach.
         local: build it of Megatron's own layers, where each norm is a module, also where Transformer Engine
@@ -162,7 +162,7 @@ def load_model(
     dataset_helpers.prepare()
     with _quiet_megatron():
         saved = saved_args(checkpoint)
-        tp = layout.choose(saved, checkpoint.directory, tensor_parallel, pipeline_parallel)
+        tp = layout.choose(saved, checkpoint.directory, tensor_parallel)
         flags = model_flags(saved) | _run_flags(checkpoint, tokenizer_model, tp)
         flags |= {"transformer_impl": "local"} if local else {}
         check_tokenizer(flags)
@@ -293,4 +293,4 @@ def _load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     except UserError:
         raise
     except READ_ERRORS as error:
-        raise damaged(checkpoint, error) from error
+        raise damaged(checkpoint.directory, error) from error

@@ -16,6 +16,8 @@ from megatron_dyt.log import progress_bar
 
 # Batches of each rank between two exchanges of results: what a kill may cost. A batch is `max_new` passes.
 ROUND = 4
+# Of the first prompt's samples; each has a seed of its own.
+SEED = 1234
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
@@ -53,15 +55,14 @@ class Generator:
         max_length: int,
         done: Callable[[list[int]], bool],
         temperature: float = 0.0,
-        seed: int = 1234,
         what: str = "generating",
         keep: Callable[[dict[int, list[int]]], object] = lambda done: None,
     ) -> list[list[int]]:
         """New tokens for every prompt, until `done(new tokens)`, or `max_new` of them, or a whole
         sequence of `max_length` (prompts are shorter).
 
-        Greedy at temperature 0, else sampled; a prompt's random numbers depend on `seed` and its
-        place in `prompts` alone. There is no key-value cache: each token costs a full forward pass.
+        Greedy at temperature 0, else sampled; a prompt's random numbers depend on its place in
+        `prompts` alone. There is no key-value cache: each token costs a full forward pass.
         `keep` is called after each round with what it gave, by the places in `prompts`.
         """
         self.ranks.check_same(prompts)
@@ -74,7 +75,7 @@ class Generator:
                 mine: dict[int, list[int]] = {}
                 together = batches[start : start + ROUND * self.ranks.count]
                 for batch in together[self.ranks.index :: self.ranks.count]:
-                    samplers = [torch.Generator().manual_seed(seed + i) for i in batch]
+                    samplers = [torch.Generator().manual_seed(SEED + i) for i in batch]
                     rows = [list(prompts[i]) for i in batch]
                     new = self._continue(rows, samplers, max_new, max_length, done, temperature)
                     mine.update(zip(batch, new, strict=True))

@@ -18,9 +18,7 @@ from megatron_dyt.llama import query_groups
 _FOR_WEIGHTS = 0.7
 
 
-def choose(
-    saved: Namespace, directory: Path, tensor_parallel: int | None = None, pipeline_parallel: int = 1
-) -> int:
+def choose(saved: Namespace, directory: Path, tensor_parallel: int | None = None) -> int:
     """Tensor-parallel ranks for the model of `saved`, the arguments in the checkpoint `directory`.
 
     `tensor_parallel` is what the user asks for; None takes the fewest whose memory holds the weights.
@@ -29,11 +27,6 @@ def choose(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     allowed = [tp for tp in range(1, processes + 1) if processes % tp == 0 and _divides_model(saved, tp)]
     tp = tensor_parallel or _fewest(saved, directory, allowed, processes)
-    if pipeline_parallel != 1:
-        raise UserError(
-            f"pipeline parallelism of {pipeline_parallel} was asked for; an evaluation has one pipeline "
-            f"stage, whatever training had. Give --tensor-model-parallel-size {tp} instead"
-        )
     listed = ", ".join(map(str, allowed))
     if processes % tp:
         raise UserError(

@@ -34,7 +34,7 @@ from megatron_dyt.evaluation.scoring import Score, Scorer
 
 _log = logging.getLogger(__name__)
 
-_LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "pipeline_parallel", "bos")
+_LOAD_OPTIONS = ("load", "ckpt_step", "tokenizer_model", "tensor_parallel", "bos")
 _RUN_OPTIONS = ("mode", "batch_tokens", "cache", "max_length")
 
 

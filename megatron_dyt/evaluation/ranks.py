@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dyt import world
 from megatron_dyt.errors import UserError
 
 
@@ -48,9 +49,7 @@ class Ranks:
         """The union of all parts' dictionaries, on every process."""
         if self.count == 1:
             return part
-        parts: list[Any] = [None] * self.count
-        dist.all_gather_object(parts, part, group=self.group)
-        return {key: value for one in parts for key, value in one.items()}
+        return {key: value for one in world.gather(part, self.group) for key, value in one.items()}
 
     def from_first(self, value: Any) -> Any:
         """What the reporting process calls this with, on every process, tensor-parallel peers too."""
@@ -60,9 +59,8 @@ class Ranks:
         """Raise `UserError` on all processes unless all have the same `requests`, which they divide."""
         if self.count == 1:
             return
-        hashes: list[Any] = [None] * self.count
-        dist.all_gather_object(hashes, hashlib.sha256(repr(requests).encode()).hexdigest(), group=self.group)
-        if len(set(hashes)) > 1:
+        digest = hashlib.sha256(repr(requests).encode()).hexdigest()
+        if len(set(world.gather(digest, self.group))) > 1:
             raise UserError(
                 "the processes have made different requests of the same tasks: their documents or tokenizers "
                 "differ. Give all nodes the same --task-data and tokenizer, or empty the data sets' caches "
@@ -72,7 +70,7 @@ class Ranks:
 
 def from_first(value: Any) -> Any:
     """What the first process calls this with, on every process of the job."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world.size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)

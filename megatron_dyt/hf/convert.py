@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dyt.atomic import read_text
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.hf import modeling_llama_dyt
 from megatron_dyt.hf.directory import (
@@ -115,10 +116,7 @@ def _calibration_batch(job: Conversion, tokenizer: Any, config: Any) -> Tensor:
         raise UserError(
             f"--length {job.length} was given; the model has {config.max_position_embeddings} positions"
         )
-    try:
-        text = job.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {job.text} cannot be read as UTF-8 text ({describe(error)})") from error
+    text = read_text(job.text)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     body = job.length - len(first)

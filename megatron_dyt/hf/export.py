@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.checkpoints.torch_dist import TorchDistReader
-from megatron_dyt.errors import UserError
+from megatron_dyt.data.tokenizer_check import check_vocabulary
+from megatron_dyt.errors import UserError, some
 from megatron_dyt.hf import mapping, modeling_llama_dyt
 from megatron_dyt.hf.directory import (
     MAX_SHARD_BYTES,
@@ -81,7 +82,9 @@ def export(job: Export) -> None:
             raise UserError("--bos and --no-bos: the run had no tokenizer; give one with --tokenizer-model")
         if job.tokenizer and has_tokenizer:
             tokenizer = write_tokenizer(job.args, directory, job.bos)
-            model = _without_padding(model, tokenizer.vocab_size, job)
+            path = job.args.tokenizer_model
+            check_vocabulary(tokenizer.vocab_size, job.args, path, job.checkpoint.directory)
+            model = model.with_vocabulary(tokenizer.vocab_size)
         plan = Plan(model, folded, job.dtype or source.dtype)
         check_space("--output", job.output, plan.bytes)
         _write_texts(directory, plan, tokenizer, job.checkpoint.iteration)
@@ -134,17 +137,6 @@ def _folded_roles(model: Model) -> tuple[str, ...]:
         )
     within = ("attn", "ffn")
     return within if model.hf_shape(within).tie_embeddings or model.dyt.bias else (*within, "final")
-
-
-def _without_padding(model: Model, vocab_size: int, job: Export) -> Model:
-    """The model with the tokenizer's rows of the vocabulary alone."""
-    if vocab_size > model.shape.vocab_size:
-        raise UserError(
-            f"the tokenizer {job.args.tokenizer_model} has {vocab_size} tokens, but the model in "
-            f"{job.checkpoint.directory} knows at most {model.shape.vocab_size}. Give the tokenizer of its "
-            "training data with --tokenizer-model"
-        )
-    return model.with_vocabulary(vocab_size)
 
 
 def _write_texts(directory: Path, plan: Plan, tokenizer: TokenizerFacts | None, iteration: int) -> None:
@@ -211,8 +203,4 @@ def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
             if expected[key] != found[key]
         ],
     }
-    return ". ".join(
-        f"{what}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-        for what, keys in groups.items()
-        if keys
-    )
+    return ". ".join(f"{what}: {some(keys)}" for what, keys in groups.items() if keys)

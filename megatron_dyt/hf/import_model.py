@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.checkpoints.torch_dist import LazyTensor, write_torch_dist
-from megatron_dyt.errors import UserError
+from megatron_dyt.errors import UserError, some
 from megatron_dyt.hf import mapping
 from megatron_dyt.hf.directory import (
     SafetensorsReader,
@@ -72,8 +72,7 @@ def _check_tensors(model: Model, source: SafetensorsReader, load: Path) -> None:
     if wrong:
         raise UserError(
             f"--load {load}: the tensors are not those that config.json describes: "
-            + ", ".join(f"{name} {found.get(name)} instead of {expected.get(name)}" for name in wrong[:4])
-            + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+            + some([f"{name} {found.get(name)} instead of {expected.get(name)}" for name in wrong])
         )
     if model.shape.qkv_bias and not model.shape.linear_bias:
         _refuse_output_bias(model, source, load)

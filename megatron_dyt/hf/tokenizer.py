@@ -9,11 +9,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_dyt.data.dataset_manifest import HUGGING_FACE, SENTENCEPIECE
 from megatron_dyt.data.tokenizer_check import check_tokenizer, documents_begin_with_bos
+from megatron_dyt.data.tokenizers import TOKENIZER_KINDS
 from megatron_dyt.errors import UserError, describe
 from megatron_dyt.hf import register_auto_classes
 
-SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # What a conversion gets wrong shows in spaces, digits, line ends, bytes outside the vocabulary, and scripts.
 PROBES = (
     "Hello world, this is a test.",
@@ -40,9 +41,9 @@ class TokenizerFacts(NamedTuple):
 def type_of(model: str) -> str:
     """Megatron's type of the tokenizer `model`, given for a run that had none."""
     if Path(model).is_dir():
-        return "HuggingFaceTokenizer"
+        return HUGGING_FACE
     if Path(model).is_file() and model.endswith(".model"):
-        return "SentencePieceTokenizer"
+        return SENTENCEPIECE
     raise UserError(
         f"--tokenizer-model {model}: the run had no tokenizer; give a SentencePiece model (*.model) or the "
         "directory of a Hugging Face tokenizer"
@@ -63,21 +64,23 @@ def write_tokenizer(args: Namespace, directory: Path, bos: bool | None = None) -
             gives other ids than the original.
     """
     check_tokenizer(vars(args))
-    if args.tokenizer_type in SENTENCEPIECE:
+    kind = TOKENIZER_KINDS.get(args.tokenizer_type)
+    if kind == SENTENCEPIECE:
         if bos is None:
             bos = documents_begin_with_bos(args)
         model, length = Path(args.tokenizer_model), args.max_position_embeddings
         return _write_sentencepiece(model, directory, length, bos is not False)
-    if args.tokenizer_type == "HuggingFaceTokenizer":
+    if kind == HUGGING_FACE:
         if bos is not None:
             raise UserError(
                 f"--{'' if bos else 'no-'}bos was given, but the tokenizer {args.tokenizer_model} is a "
                 "Hugging Face one, which says itself what a text begins with. Leave the flag out"
             )
         return _copy(str(args.tokenizer_model), directory)
+    *others, last = TOKENIZER_KINDS
     raise UserError(
-        f"the run's tokenizer is a {args.tokenizer_type}; exported are {', '.join(SENTENCEPIECE)} and "
-        "HuggingFaceTokenizer. Give --no-tokenizer to export the model without one"
+        f"the run's tokenizer is a {args.tokenizer_type}; exported are {', '.join(others)} and {last}. Give "
+        "--no-tokenizer to export the model without one"
     )
 
 

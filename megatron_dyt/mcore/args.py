@@ -51,7 +51,7 @@ def wrap_add_arguments(
     norm.choices = [*(norm.choices or ()), NORMALIZATION]
     init_std = parser.get_default("init_method_std")
     parser.set_defaults(init_method_std=_Unset(init_std))
-    for title, settings in (("dynamic tanh", SETTINGS), ("recipe", recipe_flags.SETTINGS)):
+    for title, settings in (("dynamic tanh", SETTINGS), ("any norm", recipe_flags.SETTINGS)):
         group = parser.add_argument_group(title=f"{title} (megatron_dyt)")
         for setting in settings:
             group.add_argument(setting.flag, help=setting.help, default=setting.default, **_how(setting))

@@ -19,11 +19,10 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
-from megatron_dyt.checkpoints import damage
+from megatron_dyt import world
+from megatron_dyt.checkpoints import damage, metadata
 from megatron_dyt.checkpoints.iterations import OTHER_CHECKPOINT, TRACKER
-from megatron_dyt.checkpoints.metadata import read_metadata
-from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import ranks
+from megatron_dyt.errors import UserError, some
 from megatron_dyt.parsed_args import parsed_args
 from megatron_dyt.patching import wrapper
 
@@ -37,8 +36,6 @@ type Directory = str | os.PathLike[str]
 
 # Megatron's `StrictHandling` when --dist-ckpt-strictness is not given.
 DEFAULT_STRICTNESS = "assume_ok_unexpected"
-# Keys named in a message: a model that does not fit has hundreds.
-SHOWN = 4
 
 
 @wrapper
@@ -190,7 +187,7 @@ def checkpoint_tensor_keys(checkpoint_dir: Directory) -> set[str]:
     """
     # Not by Megatron's `load_tensors_metadata`: see `refuse_strictness`.
     try:
-        entries = read_metadata(Path(checkpoint_dir)).state_dict_metadata
+        entries = metadata.read_metadata(Path(checkpoint_dir)).state_dict_metadata
     except UserError:
         raise
     except Exception as error:
@@ -198,15 +195,13 @@ def checkpoint_tensor_keys(checkpoint_dir: Directory) -> set[str]:
     return {
         key
         for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and not _is_optimizer(key)
+        if isinstance(entry, TensorStorageMetadata) and not metadata.is_optimizer(key)
     }
 
 
 def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:
     """An error of one rank, so no `DamagedCheckpoint`, on which all ranks agree."""
-    # CheckpointException holds one failure per rank that had one.
-    failures: dict[int, tuple[BaseException, object]] = getattr(error, "failures", {})
-    cause = next((failure[0] for failure in failures.values()), error)
+    cause = metadata.cause(error)
     text = " ".join(str(cause).split()) or "no message"
     what = f"the checkpoint {checkpoint_dir} cannot be read ({type(cause).__name__}: {text})."
     if "shape mismatch" in text.lower():
@@ -222,13 +217,9 @@ def _unreadable(checkpoint_dir: Directory, error: BaseException) -> UserError:
     return UserError(f"{what} It may be incomplete or damaged: {OTHER_CHECKPOINT}.")
 
 
-def _is_optimizer(key: str) -> bool:
-    return key.startswith("optimizer.") or ".optimizer." in key
-
-
 def gather(keys: Iterable[str], group: ProcessGroup | None = None) -> set[str]:
     """Union over all ranks of `group` (None: all): a pipeline stage has only its own layers."""
-    return set().union(*ranks.gather(set(keys), group))
+    return set().union(*world.gather(set(keys), group))
 
 
 def compare(
@@ -282,10 +273,7 @@ def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
 
 
 def _some(keys: set[str]) -> str:
-    if not keys:
-        return "nothing"
-    shown = ", ".join(sorted(keys, key=lambda key: (not _is_dyt(key), key))[:SHOWN])
-    return shown + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+    return some(sorted(keys, key=lambda key: (not _is_dyt(key), key))) or "nothing"
 
 
 # --- the distributed optimizer's state ------------------------------------------------------------------

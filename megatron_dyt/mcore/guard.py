@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_dyt import world
 from megatron_dyt.config import DyTConfig, is_dyt
 from megatron_dyt.errors import TrainingFault
-from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import Site, find_sites, global_name, unwrap
 from megatron_dyt.patching import wrapper
@@ -157,7 +157,7 @@ class Guard:
         flag = torch.zeros((), dtype=torch.int32, device=self._device())
         if checks:
             flag += ~torch.stack(checks).all()
-        if ranks.world_size() > 1:
+        if world.size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return not flag
 
@@ -201,7 +201,7 @@ class Guard:
         bad = _turned_bad(before, after).any()
         refused = torch.full_like(bad, self.refused)
         flags = torch.stack([refused, bad]).int()
-        if ranks.world_size() > 1:
+        if world.size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         any_refused, any_bad = flags.tolist()
         if any_refused:
@@ -231,7 +231,7 @@ class Guard:
         )
         fatal = any(not math.isfinite(now) for _, _, now in bad)
         what = f"{self._when()}an update made alpha <= 0 or not finite: {merge(found)}"
-        if self.on_bad_alpha == "stop" or any(ranks.gather(fatal)):
+        if self.on_bad_alpha == "stop" or any(world.gather(fatal)):
             raise TrainingFault(
                 f"{what} Nothing of it was saved. Go on from the last checkpoint with a smaller --lr or a "
                 "longer warm-up; --dyt-on-bad-alpha report goes on where alpha is finite."
@@ -313,7 +313,7 @@ def _part(name: str) -> str:
 def gather[T](items: list[T]) -> dict[T, list[int]]:
     """What any rank has, each with the ranks that have it."""
     found: dict[T, list[int]] = {}
-    for rank, part in enumerate(ranks.gather(items)):
+    for rank, part in enumerate(world.gather(items)):
         for item in part:
             found.setdefault(item, []).append(rank)
     return found
@@ -385,7 +385,7 @@ def wrap_train_step[**P, R: tuple[object, ...]](
         result = original(*args, **kwargs)
     except RuntimeError as error:
         if not isinstance(error, TrainingFault) and (found := _active.bad_gradients()):
-            error.add_note(f"megatron_dyt: not finite: {merge({each: [ranks.rank()] for each in found})}")
+            error.add_note(f"megatron_dyt: not finite: {merge({each: [world.rank()] for each in found})}")
         raise
     should_exit = result[3]
     if should_exit:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_dyt.errors import UserError
+from megatron_dyt.parsed_args import on
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,6 @@ class Limit:
     clashes: Callable[[object], bool]
 
 
-def _on(*names: str) -> Callable[[object], bool]:
-    """Whether any of these settings is switched on."""
-    return lambda config: any(bool(getattr(config, name, None)) for name in names)
-
-
 def _has_unshared_experts(args: object) -> bool:
     """Whether Megatron-FSDP, sharding gradients, has experts of one data parallel rank each.
 
@@ -35,7 +31,7 @@ def _has_unshared_experts(args: object) -> bool:
     experts = getattr(args, "expert_model_parallel_size", 1)
     sharding = getattr(args, "data_parallel_sharding_strategy", None)
     if (
-        not _on("use_megatron_fsdp")(args)
+        not on("use_megatron_fsdp")(args)
         or experts == 1
         or sharding not in ("optim_grads", "optim_grads_params")
     ):
@@ -58,24 +54,24 @@ def _size(args: object, name: str) -> int:
 def _decays_qk_norms(args: object) -> bool:
     # Megatron makes the one of the other, after these checks.
     condition = getattr(args, "no_weight_decay_cond_type", None)
-    return condition == "apply_wd_to_qk_layernorm" or _on("apply_wd_to_qk_layernorm")(args)
+    return condition == "apply_wd_to_qk_layernorm" or on("apply_wd_to_qk_layernorm")(args)
 
 
 LIMITS = (
     Limit(
-        "fused_residual_rmsnorm", "it is an RMSNorm kernel", "Remove the flag.", _on("fused_residual_rmsnorm")
+        "fused_residual_rmsnorm", "it is an RMSNorm kernel", "Remove the flag.", on("fused_residual_rmsnorm")
     ),
     Limit(
         "layernorm_zero_centered_gamma (--apply-layernorm-1p)",
         "DyT's weight is not stored as weight - 1",
         "Remove the flag.",
-        _on("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+        on("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
     ),
     Limit(
         "memory_efficient_layer_norm",
         "it saves LayerNorm's output in place of its input",
         "Remove the flag; DyT saves no statistics.",
-        _on("memory_efficient_layer_norm"),
+        on("memory_efficient_layer_norm"),
     ),
     Limit(
         "transformer_impl inference_optimized",
@@ -87,25 +83,25 @@ LIMITS = (
         "inference_fuse_tp_communication",
         "it fuses RMSNorm into the reduce-scatter",
         "Remove the flag.",
-        _on("inference_fuse_tp_communication"),
+        on("inference_fuse_tp_communication"),
     ),
     Limit(
         "use_transformer_engine_op_fuser",
         "TE's fused MLP contains its own norm",
         "Remove the flag.",
-        _on("use_transformer_engine_op_fuser", "use_te_op_fuser"),
+        on("use_transformer_engine_op_fuser", "use_te_op_fuser"),
     ),
     Limit(
         "qk_l2_norm",
         "it is a normalization of queries and keys",
         "Use --qk-layernorm, which becomes DyT, or remove the flag.",
-        _on("qk_l2_norm"),
+        on("qk_l2_norm"),
     ),
     Limit(
         "a heterogeneous layer configuration",
         "it requires RMSNorm",
         "Remove --heterogeneous-layers-config-path.",
-        _on(
+        on(
             "heterogeneous_block_specs",
             "heterogeneous_layers_config_path",
             "heterogeneous_layers_config_encoded_json",
@@ -115,13 +111,13 @@ LIMITS = (
         "Kitchen quantization (use_kitchen)",
         "its layers fuse the norm",
         "Remove the flag.",
-        _on("use_kitchen"),
+        on("use_kitchen"),
     ),
     Limit(
         "ModelOpt or TensorRT-LLM export (modelopt_enabled, export_*)",
         "their specs know LayerNorm and RMSNorm only",
         "Export through Hugging Face, or train with RMSNorm.",
-        _on("modelopt_enabled", "export_te_mcore_model", "export_kd_teacher_load"),
+        on("modelopt_enabled", "export_te_mcore_model", "export_kd_teacher_load"),
     ),
     Limit(
         "qk_layernorm of multi-latent attention without q_lora_rank",
@@ -138,9 +134,9 @@ LIMITS = (
         "Megatron-FSDP forgets the mark that keeps the gradients of the query norm from being doubled",
         "Add --sequence-parallel.",
         lambda config: (
-            _on("use_megatron_fsdp")(config)
-            and _on("multi_latent_attention")(config)
-            and _on("qk_layernorm")(config)
+            on("use_megatron_fsdp")(config)
+            and on("multi_latent_attention")(config)
+            and on("qk_layernorm")(config)
             and getattr(config, "tensor_model_parallel_size", 1) > 1
             and not getattr(config, "sequence_parallel", False)
         ),
@@ -151,10 +147,10 @@ LIMITS = (
         "and the ranks' copies of the down-projection drift apart",
         "Add --sequence-parallel.",
         lambda config: (
-            _on("multi_latent_attention")(config)
+            on("multi_latent_attention")(config)
             and getattr(config, "transformer_impl", None) == "transformer_engine"
             and _size(config, "tensor_model_parallel_size") > 1
-            and not _on("sequence_parallel")(config)
+            and not on("sequence_parallel")(config)
         ),
     ),
     Limit(
@@ -168,14 +164,14 @@ LIMITS = (
         "--dyt-log-alpha with --weight-decay-on all",
         "the decay of a logarithm pulls every alpha to 1",
         "Add --no-dyt-log-alpha, or leave out --weight-decay-on all.",
-        lambda config: _on("dyt_log_alpha")(config) and getattr(config, "weight_decay_on", None) == "all",
+        lambda config: on("dyt_log_alpha")(config) and getattr(config, "weight_decay_on", None) == "all",
     ),
     Limit(
         "--dyt-log-alpha with weight decay of --qk-layernorm's norms (apply_wd_to_qk_layernorm)",
         "it decays all that these norms learn, and the decay of a logarithm pulls alpha to 1",
         "Add --no-dyt-log-alpha, or leave out --no-weight-decay-cond-type and --apply-wd-to-qk-layernorm.",
         lambda config: (
-            _on("dyt_log_alpha")(config) and _on("qk_layernorm")(config) and _decays_qk_norms(config)
+            on("dyt_log_alpha")(config) and on("qk_layernorm")(config) and _decays_qk_norms(config)
         ),
     ),
     Limit(
@@ -183,19 +179,19 @@ LIMITS = (
         "MuP divides the linear layers' initial std by the root of the width's multiple, which the start of "
         "DyT has in it already, and nothing behind a DyT restores the scale",
         "Remove --use-mup.",
-        _on("use_mup"),
+        on("use_mup"),
     ),
     Limit(
         "mla_down_proj_fusion",
         "it fuses the norm in front of attention into the down-projection",
         "Remove --mla-down-proj-fusion.",
-        _on("mla_down_proj_fusion"),
+        on("mla_down_proj_fusion"),
     ),
     Limit(
         "cache_mla_latents",
         "it takes the norm on the latents out of Transformer Engine's fused linear",
         "Remove --cache-mla-latents.",
-        _on("cache_mla_latents"),
+        on("cache_mla_latents"),
     ),
     Limit(
         "an experimental_attention_variant other than gated_delta_net and dsa",

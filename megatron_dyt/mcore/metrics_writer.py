@@ -7,9 +7,9 @@ more. docs/metrics.md describes the fields; `report/metrics.py` reads them.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,7 +70,7 @@ class MetricsWriter:
         args: Megatron's validated arguments, after a checkpoint was loaded.
     """
 
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+    def __init__(self, path: Path, args: Namespace) -> None:
         # --skip-train evaluates a checkpoint, which may be an earlier one: no step is done again.
         self.file = JsonLines(path, sys.maxsize if getattr(args, "skip_train", False) else args.iteration)
         self.args = args
@@ -195,21 +195,6 @@ def _global_batch_size() -> int:
 
 
 _active: MetricsWriter | None = None
-
-
-@wrapper
-def wrap_add_arguments(
-    original: Callable[..., Any], parser: argparse.ArgumentParser
-) -> argparse.ArgumentParser:
-    """`arguments.add_megatron_arguments` with `--metrics-dir`."""
-    parser = original(parser)
-    parser.add_argument_group(title="metrics (megatron_dyt)").add_argument(
-        "--metrics-dir",
-        metavar="DIR",
-        help=f"Where {FILE_NAME} is written: the logged numbers, one JSON object per line. "
-        "Default: the --save directory; nowhere without one.",
-    )
-    return parser
 
 
 @wrapper

@@ -1,39 +1,15 @@
-"""What one rank says for others, and what all ranks know of each other."""
+"""What one rank says for others."""
 
 from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_dyt import log
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from megatron_dyt import log, world
 
 _logged: set[str] = set()
-
-
-def world_size(group: ProcessGroup | None = None) -> int:
-    """How many ranks `group` has (None: all); 1 without process groups."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This rank's number among all; 0 without process groups."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def gather[T](item: T, group: ProcessGroup | None = None) -> list[T]:
-    """What each rank of `group` (None: all) gives, in the order of the ranks. A collective."""
-    size = world_size(group)
-    if size == 1:
-        return [item]
-    items: list[T] = [item] * size
-    dist.all_gather_object(items, item, group=group)
-    return items
 
 
 def is_first_of_stage() -> bool:
@@ -70,12 +46,12 @@ def send_to_last(topic: str, sender: int | None, senders: int, text: str, second
     Raises:
         TimeoutError: a text did not come in time.
     """
-    if world_size() == 1:
+    if world.size() == 1:
         return [text]
     store = dist.distributed_c10d._get_default_store()
     if sender is not None:
         store.set(f"megatron_dyt/{topic}/{sender}", text)
-    if rank() != world_size() - 1:
+    if world.rank() != world.size() - 1:
         return []
     keys = [f"megatron_dyt/{topic}/{number}" for number in range(senders)]
     try:

@@ -1,4 +1,4 @@
-"""Settings that Megatron has no flag for, for any norm: three of the paper's LLaMA recipe, and a seed.
+"""Settings that Megatron has no flag for, for any norm: three of the paper's LLaMA recipe, and two of a run.
 
 - `--weight-decay-on all`: weight decay on every parameter. Megatron leaves out biases and 1-D parameters,
   and so alpha, gamma and the embedding scale; the paper's code decays them too.
@@ -7,6 +7,7 @@
 - `--lr-warmup-style quadratic`: the learning rate grows with the square of the step during warmup.
 - `--data-seed N`: the order of the data has a seed of its own. Megatron's --seed moves it together with the
   weights, so that runs cannot share the one and differ in the other.
+- `--metrics-dir DIR`: where `metrics.jsonl` is written, which `metrics_writer.py` does.
 
 The defaults are Megatron's behaviour, and nothing is touched without the flags.
 """
@@ -59,6 +60,14 @@ SETTINGS = (
         "Default: --seed, as in Megatron.",
         int,
         metavar="N",
+        needs_dyt=False,
+    ),
+    Setting(
+        "metrics_dir",
+        "Where metrics.jsonl is written: the logged numbers, one JSON object per line. "
+        "Default: the --save directory; nowhere without one.",
+        str,
+        metavar="DIR",
         needs_dyt=False,
     ),
 )

@@ -112,7 +112,6 @@ TRANSFORMER_ENGINE = (
 
 TRAINING = (
     Replacement(_ARGUMENTS, "add_megatron_arguments", args.wrap_add_arguments),
-    Replacement(_ARGUMENTS, "add_megatron_arguments", metrics_writer.wrap_add_arguments),
     Replacement(_ARGUMENTS, "validate_args", args.wrap_validate),
     Replacement(_GLOBALS, "_set_tensorboard_writer", trackers.wrap_tensorboard_writer),
     Replacement(_GLOBALS, "_set_wandb_writer", trackers.wrap_wandb_writer),

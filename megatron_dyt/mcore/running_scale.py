@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_dyt import world
 from megatron_dyt.errors import UserError
-from megatron_dyt.mcore import ranks
 from megatron_dyt.mcore.norm import DyTNorm
 from megatron_dyt.mcore.norm_sites import dyt_sites, unwrap
 from megatron_dyt.patching import wrapper
@@ -129,7 +129,7 @@ def _sites_of(chunk: nn.Module) -> list[DyTNorm]:
 
 def _same_layers(chunk: nn.Module) -> list[ProcessGroup]:
     """Groups that together are this rank's pipeline stage: its tensor, context and data parallel ranks."""
-    if ranks.world_size() == 1:
+    if world.size() == 1:
         return []
     from megatron.core import parallel_state
 

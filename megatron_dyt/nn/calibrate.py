@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron_dyt.errors import some
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
 from megatron_dyt.ops.reference import Function, by_channel, value_of
 
@@ -219,11 +220,6 @@ def hooks(sites: Sequence[Site], forward: Callable[[Site, Tensor], Tensor]) -> I
             handle.remove()
             assert site.dyt.replaces is not None
             site.dyt.replaces.train(site.dyt.training)
-
-
-def some(names: Sequence[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from megatron_dyt.nn.calibrate import calibrate, set_parameters, some
+from megatron_dyt.errors import some
+from megatron_dyt.nn.calibrate import calibrate, set_parameters
 from megatron_dyt.nn.callers import fused_reads, set_fast_paths
 from megatron_dyt.nn.dynamic_tanh import DynamicTanh
 from megatron_dyt.nn.norms import Norm, examine, tensors_of

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from megatron_dyt.atomic import read_text
 from megatron_dyt.errors import UserError, describe
 
 # Megatron's flags that name data sets; validation data first, which the model has not seen.
@@ -169,11 +170,7 @@ def tokens(
 
 
 def _of_text(source: Source, path: Path, needed: int) -> npt.NDArray[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} cannot be read as UTF-8 text ({describe(error)})") from error
-    ids = source.tokenize(text)
+    ids = source.tokenize(read_text(path))
     if len(ids) < needed:
         raise UserError(
             f"--text {path} has {len(ids)} tokens, and {needed} are needed; give more text, or fewer "

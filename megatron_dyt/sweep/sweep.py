@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 LIMIT = 100
 
 
-def check_size(sweep: Sweep, limit: int = LIMIT) -> None:
-    """Raises UserError when there are more than `limit` runs."""
-    if len(sweep.runs) > limit:
+def check_size(sweep: Sweep) -> None:
+    """Raises UserError when there are more than `LIMIT` runs."""
+    if len(sweep.runs) > LIMIT:
         seeds = len({run.seed for run in sweep.runs})
         points = len(sweep.runs) // seeds
         raise UserError(
-            f"the grid has {len(sweep.runs)} runs ({points} points with {seeds} seeds), more than {limit}; "
+            f"the grid has {len(sweep.runs)} runs ({points} points with {seeds} seeds), more than {LIMIT}; "
             "take values away, or say --yes"
         )
 

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_dyt.ops.triton_launch import PLANS, read_table
+from tests.ops.interpreter import interpreted_kernels
+
 ROOT = Path(__file__).parents[2]
 # A torch that says of its GPU what a test wants.
 TORCH = """
@@ -52,7 +55,8 @@ def machine(
 def stage(hour: ModuleType, tmp_path: Path, name: str, code: str, **options: Any) -> Any:
     script = tmp_path / f"{name}.py"
     script.write_text(code)
-    return hour.Stage(name, f"the stage {name}", f"{script} {{dir}}", "", **options)
+    command = f"{script} {{dir}}"
+    return hour.Stage(name, f"the stage {name}", command, command, **options)
 
 
 def run(hour: ModuleType, tmp_path: Path, *options: str) -> int:
@@ -162,6 +166,16 @@ def test_a_stage_that_fails_again_keeps_its_result(
     (tmp_path / "good.py").write_text("raise SystemExit(3)")
     assert run(hour, tmp_path, "--again") == 1
     assert states(tmp_path) == {"good": "done"}
+
+
+def test_a_rehearsal_is_not_taken_for_a_run(
+    hour: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hour, "STAGES", (stage(hour, tmp_path, "good", ""),))
+    machine(tmp_path, init='raise RuntimeError("Found no NVIDIA driver")')
+    assert run(hour, tmp_path, "--rehearse") == 0
+    assert states(tmp_path, "rehearsal") == {"good": "done"}
+    assert states(tmp_path) == {}
 
 
 def test_without_time_a_stage_is_left_out(
@@ -290,19 +304,17 @@ def rehearse(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter's own
 def test_rehearsal_of_tuning(tmp_path: Path) -> None:
-    done = rehearse(tmp_path, "tune")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert states(tmp_path) == {}  # A later run on a GPU must not take it for its own.
-    out = tmp_path / "out" / "rehearsal"
-    result = json.loads((out / "tune.json").read_text())
+    tune = importlib.import_module("tune")
+    with interpreted_kernels():
+        tune.main(["--rehearse", "--rounds", "2", "--output", str(tmp_path)])
     # What was chosen is a table that the kernels can read.
-    from megatron_dyt.ops.triton_launch import PLANS, read_table
-
-    table = read_table(out / "work" / "launch_table.json")
+    table = read_table(tmp_path / "launch_table.json")
     assert table.keys() == {("sm90", 2), ("sm90", 4)}
     assert table["sm90", 2].warps == PLANS["sm90", 2].warps
-    (report,) = result["reports"]
+    (figures,) = tmp_path.glob("tune-*.json")
+    report = json.loads(figures.read_text())
     assert {row["part"] for row in report["results"]} == {"forward", "tanh", "erf"}
 
 

@@ -3,7 +3,6 @@
 import itertools
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_dyt.checkpoints import crc
 from megatron_dyt.checkpoints.crc import Item, find_damage, stored_items, weights_hash
+from tests.bits import flip
 
 
 @pytest.fixture
@@ -27,22 +27,13 @@ def everything(_name: str) -> bool:
     return True
 
 
-def flip(item: Item, position: int, bit: int = 0) -> Callable[[], object]:
-    """Flip a bit at `position` of an item; returns what puts it back."""
-    whole = item.file.read_bytes()
-    changed = bytearray(whole)
-    changed[item.offset + position] ^= 1 << bit
-    item.file.write_bytes(changed)
-    return lambda: item.file.write_bytes(whole)
+def flip_value(item: Item, bit: int = 0) -> None:
+    """Of a one-tensor archive."""
+    flip(item.file, place_of(item, b"data/0") + 100, bit)  # Less than 64 bytes of padding come first.
 
 
-def value_position(item: Item) -> int:
-    """Where in a one-tensor archive a byte of the values is."""
-    return position_of(item, b"data/0") + 100  # Less than 64 bytes of padding come first.
-
-
-def position_of(item: Item, text: bytes) -> int:
-    return item.file.read_bytes().index(text, item.offset) - item.offset
+def place_of(item: Item, text: bytes) -> int:
+    return item.file.read_bytes().index(text, item.offset)
 
 
 def item_of(directory: Path, name: str) -> Item:
@@ -60,7 +51,7 @@ def test_a_flip_that_torch_does_not_see_is_found_and_placed(saved: Path) -> None
     item = item_of(saved, "weight")
     before = {"weight": torch.zeros(200)}
     dcp.load(before, checkpoint_id=saved, no_dist=True)
-    flip(item, value_position(item), bit=6)
+    flip_value(item, bit=6)
     loaded = {"weight": torch.zeros(200)}
     dcp.load(loaded, checkpoint_id=saved, no_dist=True)
     assert not torch.equal(loaded["weight"], before["weight"])
@@ -72,11 +63,11 @@ def test_a_flip_that_torch_does_not_see_is_found_and_placed(saved: Path) -> None
 
 def test_only_what_is_wanted_is_looked_at_and_what_is_common(saved: Path) -> None:
     item = item_of(saved, "weight")
-    restore = flip(item, value_position(item))
+    flip_value(item)
     assert find_damage(saved, lambda name: name == "bias") is None
-    restore()
+    flip_value(item)
     common = item_of(saved, "common_state")
-    flip(common, position_of(common, b"args"))
+    flip(common.file, place_of(common, b"args"))
     assert find_damage(saved, lambda _name: False) is not None
 
 
@@ -88,12 +79,13 @@ def test_no_flip_changes_what_is_loaded_unnoticed(saved: Path) -> None:
     for _ in range(120):
         item = generator.choice(items)
         whole = value_of(item)
-        restore = flip(item, generator.randrange(item.length), generator.randrange(8))
+        place = item.file, item.offset + generator.randrange(item.length), generator.randrange(8)
+        flip(*place)
         if find_damage(saved, everything) is None:
             assert same(value_of(item), whole), item
         else:
             found += 1
-        restore()
+        flip(*place)
     assert found > 30
 
 
@@ -112,7 +104,7 @@ def test_the_ranks_parts_are_the_whole(saved: Path, ranks: int) -> None:
     parts = [list(crc._part(items, rank, ranks)) for rank in range(ranks)]
     assert list(itertools.chain(*parts)) == items
     item = item_of(saved, "bias")
-    flip(item, value_position(item))
+    flip_value(item)
     assert sum(find_damage(saved, everything, rank, ranks) is not None for rank in range(ranks)) == 1
 
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from megatron_dyt.checkpoints import crc, damage
 from megatron_dyt.checkpoints.iterations import TRACKER, DamagedCheckpoint
 from megatron_dyt.errors import UserError
+from tests import bits
 
 Run = Callable[[list[str]], SimpleNamespace]
 
@@ -41,10 +41,8 @@ def resuming(tiny_llama: list[str], directory: Path, *flags: str) -> list[str]:
 def flip(checkpoint: Path, name: str) -> None:
     """Change a value of the stored tensor or object `name`."""
     item = next(each for each in crc.stored_items(checkpoint) if each.name.startswith(name))
-    data = bytearray(item.file.read_bytes())
-    place = data.index(b"data/0" if name != "common_state" else b"iteration", item.offset)
-    data[place + (100 if name != "common_state" else 0)] ^= 64
-    item.file.write_bytes(data)
+    text, further = (b"iteration", 0) if name == "common_state" else (b"data/0", 100)
+    bits.flip(item.file, item.file.read_bytes().index(text, item.offset) + further, bit=6)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -170,14 +168,11 @@ def test_a_rank_without_the_directory_is_found_out(
     mine = tmp_path / "iter_0000007" if here else None
     theirs = None if here else tmp_path / "iter_0000007"
 
-    def gather(found: list[Any], value: Any, group: Any = None) -> None:
+    def gather(value: Path | None) -> list[Path | None]:
         assert value == mine
-        found[:] = [mine, theirs]
+        return [mine, theirs]
 
-    monkeypatch.setattr(damage.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(damage.dist, "get_rank", lambda group=None: 0)
-    monkeypatch.setattr(damage.dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(damage.dist, "all_gather_object", gather)
+    monkeypatch.setattr(damage.world, "gather", gather)
     monkeypatch.setattr(damage, "_problem_of_start", lambda path, args: None)
     monkeypatch.setattr(damage, "_agree", lambda problem, group=None: None)
     with pytest.raises(UserError, match=r"but rank 1 .*1 of 2 ranks differ.*mounted on all nodes"):

@@ -1,4 +1,4 @@
-"""A checkpoint of a newer torch is told from a damaged one, by everything that reads the metadata."""
+"""Keys of the metadata; a newer torch's checkpoint is told from a damaged one by all that reads them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,15 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_dyt.checkpoints import damage, iterations
 from megatron_dyt.checkpoints.iterations import DamagedCheckpoint
-from megatron_dyt.checkpoints.metadata import read_metadata
+from megatron_dyt.checkpoints.metadata import is_optimizer, read_metadata
 from megatron_dyt.checkpoints.torch_dist import TorchDistReader
 from megatron_dyt.errors import UserError
+
+
+def test_entries_of_the_optimizer() -> None:
+    assert is_optimizer("optimizer.state.exp_avg.decoder.x")
+    assert is_optimizer("chained_0.optimizer.state.x")
+    assert not is_optimizer("decoder.final_layernorm.alpha")
 
 
 @pytest.fixture

@@ -46,3 +46,13 @@ def hugging_face(tmp_path: Path) -> Path:
     settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Ten shards, of about 0.05 s each."""
+    directory = tmp_path / "many"
+    directory.mkdir()
+    for number in range(10):
+        write_jsonl(directory / f"{number:02d}.jsonl", [f"{number} {text}" for text in source_texts() * 3])
+    return directory

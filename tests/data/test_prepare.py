@@ -365,16 +365,6 @@ def test_a_hugging_face_tokenizer(hugging_face: Path, pile: Path, tmp_path: Path
 # --- interrupted -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
-    """Ten shards, of about 0.05 s each."""
-    directory = tmp_path / "many"
-    directory.mkdir()
-    for number in range(10):
-        write_jsonl(directory / f"{number:02d}.jsonl", [f"{number} {text}" for text in source_texts() * 3])
-    return directory
-
-
 def children(pid: int) -> list[Path]:
     """Where /proc has the processes that `pid` has started."""
     return [Path("/proc", child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -554,7 +544,6 @@ def refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("either --output or --output-prefix", "--input a.jsonl --output out --output-prefix p"),
         ("--slurm-partition needs --output:", "--input a.jsonl --output-prefix p --slurm-partition x"),
         ("--slurm-option team: give KEY=VALUE", "--input a.jsonl --output out --slurm-option team"),
-        ("--workers must be at least 1, not 0", "--input a.jsonl --output out --workers 0"),
         ("leave no document", "--input a.jsonl --output out --min-chars 5 --max-chars 4"),
         ("both name ArXiv", "--input a.jsonl --output out --domains ArXiv --not-domains ArXiv Books"),
         ("none.jsonl does not exist", "--input none.jsonl --output out"),

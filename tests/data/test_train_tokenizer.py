@@ -155,7 +155,6 @@ def test_an_output_that_is_a_directory_is_named_first(tmp_path: Path) -> None:
     [
         ('{"text": "abc abd"}\n', "4096", "at most [0-9]+ pieces"),
         ('{"text": "abc abd"}\n', "100", "at least 26[0-9] are needed"),
-        ('{"text": "abc abd"}\n', "0", "must be at least 1, not 0"),
         ('{"text": ""}\n', "300", "no text in"),
         ('{"text": "abc"}\n{"text"\n', "300", "in.jsonl, line 2: not valid JSON"),
         ("", "300", "no text in"),

@@ -12,6 +12,7 @@ from megatron_dyt.atomic import sha256
 from megatron_dyt.data.indexed_dataset import HEADER
 from megatron_dyt.data.verify import blend, verify
 from megatron_dyt.errors import UserError
+from tests.bits import flip
 from tests.data.samples import VOCAB_SIZE, prepare, source_texts, write_jsonl
 
 
@@ -32,12 +33,6 @@ def test_what_was_written_is_good(prepared: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"{prepared}: 2 shards are as they were written\n"
     moved = prepared.rename(prepared.with_name("moved"))
     assert verify(moved) == (2, [])
-
-
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -135,17 +135,13 @@ ONE_PROCESS = chosen(
         case("dense", "full_recompute", FULL),
         case("dense", "selective_recompute", SELECTIVE),
         case("dense", "unfused", UNFUSED),
-        case("dense", "unfused_selective_recompute", f"{UNFUSED} {SELECTIVE}"),
-        case("auto", "one_microbatch", "--micro-batch-size 4"),
         case("running", "one_microbatch", "--micro-batch-size 4"),
         case("running", "full_recompute", FULL),
         case("running", "selective_recompute", SELECTIVE),
         case("moe", "full_recompute", FULL),
         case("moe", "selective_recompute", SELECTIVE_MOE),
-        case("moe", "unfused", UNFUSED),
         case("latent", "full_recompute", FULL),
         case("mtp", "full_recompute", FULL),
-        case("mtp", "unfused", UNFUSED),
     ]
 )
 
@@ -166,9 +162,7 @@ TWO_PROCESSES = chosen(
         case("dense", "pp2_uneven", f"{PP2} --decoder-first-pipeline-num-layers 1"),
         case("bf16", "dp2_distributed_optimizer", DIST_OPT, allowed="bf16_data_parallel"),
         case("dense", "tp2_sp_unfused", f"{TP2_SP} {UNFUSED}"),
-        case("dense", "pp2_full_recompute", f"{PP2} {FULL}"),
         case("auto", "tp2", TP2),
-        case("auto", "dp2_fsdp", f"{FSDP} {ACCUMULATED}"),
         case("running", "tp2", TP2),
         case("running", "tp2_sp", TP2_SP),
         case("running", "pp2", PP2),
@@ -188,7 +182,6 @@ TWO_PROCESSES = chosen(
         case("moe", "ep2_distributed_optimizer", f"{EP2} {DIST_OPT}"),
         case("moe", "tp2_sp", TP2_SP),
         case("moe", "tp2_sp_ep2", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1"),
-        case("moe", "ep2_allgather", f"{EP2} {ALLGATHER}"),
         case("moe", "tp2_sp_ep2_allgather", f"{TP2_SP} {EP2} --expert-tensor-parallel-size 1 {ALLGATHER}"),
         *(case(model, "tp2", TP2) for model in LATENTS),
         *(case(model, "tp2_sp", TP2_SP) for model in LATENTS),
@@ -230,9 +223,6 @@ FOUR_PROCESSES = [
 
 UNMARKED = {
     "norms": ("dense", {"norm": ["alpha", "weight", "bias"]}),
-    "alpha": ("dense", {"norm": ["alpha"]}),
-    "weight": ("dense", {"norm": ["weight"]}),
-    "bias": ("dense", {"norm": ["bias"]}),
     "embedding_scale": ("dense", {"embedding": ["scale"]}),
     "moe_norms": ("moe", {"norm": ["alpha", "weight", "bias"]}),
     "latent_norms": ("latent", {"norm": ["alpha", "weight", "bias"]}),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dyt.mcore import args, metrics_writer
+from megatron_dyt.mcore import args
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/flags.md").read_text()
 
@@ -17,8 +17,7 @@ def plugin_actions() -> list[argparse.Action]:
     parser.add_argument("--normalization", choices=["RMSNorm"])
     parser.add_argument("--init-method-std", type=float, default=0.02)
     before = len(parser._actions)
-    for wrap in (args.wrap_add_arguments, metrics_writer.wrap_add_arguments):
-        wrap(lambda parser: parser)(parser)
+    args.wrap_add_arguments(lambda parser: parser)(parser)
     return parser._actions[before:]
 
 

@@ -1,7 +1,5 @@
 """Tiny trained checkpoints with a real tokenizer, made once a session inside the test process."""
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,11 @@ import pytest
 import torch
 
 from megatron_dyt import cpu
-from megatron_dyt.data import train_tokenizer
+from tests.conftest import forget_run, start_alone
+from tests.license_tokenizer import write_tokenizer_model
 
 VOCABULARY = 400  # Megatron pads it to 512.
 SEQUENCE = 48
-TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 # Flags that a loader which restores too few of the stored ones would get wrong.
 UNUSUAL = "--norm-epsilon 1e-2 --rotary-base 500 --rotary-percent 0.5 --qk-layernorm"
 
@@ -36,10 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_model(home: Path) -> Path:
-    text, model = home / "text.jsonl", home / "tokenizer.model"
-    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in TEXT.split("\n\n")))
-    model.write_bytes(train_tokenizer.train([text], VOCABULARY, max_bytes=10**6))
-    return model
+    return write_tokenizer_model(home / "tokenizer.model", VOCABULARY)
 
 
 _trained: dict[tuple[str, str], Trained] = {}
@@ -63,8 +58,7 @@ def trained(
             flags += f" --save {directory} --save-interval 2 --ckpt-format torch_dist"
             run = megatron_run([*tiny_llama, *unusual.split(), *flags.split()])
             _trained[key] = Trained(directory, tokenizer_model, run.model[0].module)
-            forget_megatron()
-            cpu.enable()
+            restart()
         return _trained[key]
 
     return train
@@ -73,29 +67,16 @@ def trained(
 @pytest.fixture
 def fresh_megatron(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Megatron as in a new process, on the CPU, and again afterwards."""
-    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(sys, "argv", ["evaluation"])
+    start_alone(monkeypatch)
     monkeypatch.setenv("MEGATRON_DYT_DEVICE", "cpu")
-    forget_megatron()
-    cpu.enable()
+    restart()
     yield
-    forget_megatron()
-
-
-def forget_megatron() -> None:
-    if "megatron.training.training" in sys.modules:
-        from megatron.training.training import destroy_global_state
-
-        destroy_global_state()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    cpu.disable()
+    forget_run()
 
 
 def restart() -> None:
     """Megatron as in a new process, once more."""
-    forget_megatron()
+    forget_run()
     cpu.enable()
 
 

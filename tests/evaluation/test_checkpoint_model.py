@@ -1,7 +1,6 @@
 """A model from a checkpoint alone: the same as the one that was saved, or a clear error."""
 
 import dataclasses
-import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dyt.checkpoints.iterations import TRACKER
 from megatron_dyt.checkpoints.saved_args import Checkpoint
-from megatron_dyt.data import train_tokenizer
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import checkpoint_model
 from megatron_dyt.evaluation.checkpoint_model import LoadedModel, load_model
+from tests.license_tokenizer import write_tokenizer_model
 
-from .conftest import SEQUENCE, TEXT, VOCABULARY, Trained
+from .conftest import SEQUENCE, VOCABULARY, Trained
 from .toy import ToyTokenizer
 
 Train = Callable[[str], Trained]
@@ -157,9 +156,7 @@ def test_missing_tokenizer(trained: Train, fresh_megatron: None) -> None:
 
 
 def test_tokenizer_of_another_model(trained: Train, fresh_megatron: None, tmp_path: Path) -> None:
-    text, small = tmp_path / "text.jsonl", tmp_path / "small.model"
-    text.write_text(json.dumps({"text": TEXT[:3000]}) + "\n")
-    small.write_bytes(train_tokenizer.train([text], 350, max_bytes=10**6))
+    small = write_tokenizer_model(tmp_path / "small.model", 350)
     with pytest.raises(UserError, match=r"small.model has 350 tokens, too few for the 512"):
         load_model(str(trained("DyT").directory), tokenizer_model=str(small))
 
@@ -171,17 +168,21 @@ def test_hybrid_model(trained: Train, fresh_megatron: None, monkeypatch: pytest.
         checkpoint_model.build(loaded.args)
 
 
-def test_a_release_is_not_taken_for_an_iteration(copy: Path, fresh_megatron: None) -> None:
-    """Megatron would load it whatever --ckpt-step says."""
-    (copy.parent / TRACKER).write_text("release")
-    with pytest.raises(UserError, match=r"names a release.*--ckpt-step.*Write 4 into it"):
-        load_model(str(copy.parent), ckpt_step=4)
-
-
-def test_a_damaged_tracker_is_an_error_with_a_step_too(copy: Path, fresh_megatron: None) -> None:
-    """Megatron would exit with code 0."""
-    (copy.parent / TRACKER).write_text("")
-    with pytest.raises(UserError, match=r"holds ''; it must hold the number.*there: 2, 4"):
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        # Megatron would load it whatever --ckpt-step says.
+        ("release", r"names a release.*--ckpt-step.*Write 4 into it"),
+        # Megatron would exit with code 0.
+        ("", r"holds ''; it must hold the number.*there: 2, 4"),
+    ],
+    ids=["release", "damaged"],
+)
+def test_a_tracker_without_an_iteration_is_an_error_with_a_step_too(
+    copy: Path, fresh_megatron: None, tracker: str, message: str
+) -> None:
+    (copy.parent / TRACKER).write_text(tracker)
+    with pytest.raises(UserError, match=message):
         load_model(str(copy.parent), ckpt_step=4)
 
 

@@ -12,8 +12,9 @@ from megatron_dyt import cli, cpu
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.lm import MegatronDyTLM
 from megatron_dyt.evaluation.task_loading import load_tasks
+from tests.license_tokenizer import TEXT
 
-from .conftest import SEQUENCE, TEXT, Trained
+from .conftest import SEQUENCE, Trained
 from .task_data import write_all
 
 PARAGRAPHS = [part for part in TEXT.split("\n\n") if len(part) > 200][:4]

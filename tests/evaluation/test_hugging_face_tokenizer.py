@@ -12,8 +12,10 @@ from lm_eval.api.instance import Instance
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation.checkpoint_model import load_model
 from megatron_dyt.evaluation.lm import MegatronDyTLM
+from tests.conftest import forget_run
+from tests.license_tokenizer import TEXT
 
-from .conftest import SEQUENCE, TEXT, forget_megatron
+from .conftest import SEQUENCE
 from .toy import naive_score
 
 BOS, END = 0, 2
@@ -56,7 +58,7 @@ def checkpoint(
         flags += f" --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer_directory}"
         flags += f" --save {directory} --save-interval 2 --ckpt-format torch_dist"
         megatron_run([*tiny_llama, *flags.split()])
-        forget_megatron()
+        forget_run()
     return directory
 
 

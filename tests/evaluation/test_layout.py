@@ -14,8 +14,8 @@ from megatron_dyt.evaluation import layout
 MODEL = Namespace(num_attention_heads=12, padded_vocab_size=512, bf16=True)
 
 
-def choose(tp: int | None = None, pp: int = 1) -> int:
-    return layout.choose(MODEL, Path("nowhere"), tp, pp)
+def choose(tp: int | None = None) -> int:
+    return layout.choose(MODEL, Path("nowhere"), tp)
 
 
 @pytest.fixture
@@ -51,18 +51,16 @@ def test_fewest_whose_memory_suffices(world: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "message"),
+    ("tp", "message"),
     [
-        (3, 1, r"3 does not divide the 16 processes; allowed here: 1, 2, 4\."),
-        (8, 1, r"8 does not divide the model \(12 attention heads.*16 processes: 1, 2, 4"),
-        (None, 4, r"pipeline parallelism of 4.*Give --tensor-model-parallel-size 2 instead"),
-        (4, 2, r"Give --tensor-model-parallel-size 4 instead"),
+        (3, r"3 does not divide the 16 processes; allowed here: 1, 2, 4\."),
+        (8, r"8 does not divide the model \(12 attention heads.*16 processes: 1, 2, 4"),
     ],
 )
-def test_what_cannot_work(world: pytest.MonkeyPatch, tp: int | None, pp: int, message: str) -> None:
+def test_what_cannot_work(world: pytest.MonkeyPatch, tp: int, message: str) -> None:
     on_gpus(world, 80, weights=68)
     with pytest.raises(UserError, match=message):
-        choose(tp, pp)
+        choose(tp)
 
 
 @pytest.mark.parametrize(("groups", "allowed"), [(3, "1"), (12, "1, 2, 4"), (4, "1, 2, 4, 8, 16")])

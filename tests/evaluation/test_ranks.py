@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron_dyt import world
 from megatron_dyt.errors import UserError
 from megatron_dyt.evaluation import ranks
 from megatron_dyt.evaluation.batches import Item
@@ -13,11 +14,8 @@ from megatron_dyt.evaluation.batches import Item
 def test_processes_with_other_requests_do_not_divide_them(
     monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:
-    def gather(found: list[Any], value: Any, group: Any) -> None:
-        found[:] = [value, value if same else "another"]
-
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(ranks.dist, "all_gather_object", gather)
+    monkeypatch.setattr(world, "gather", lambda value, group: [value, value if same else "another"])
     ours: Any = object()
     requests = [Item([1, 2], [3]), Item([4], [5])]
     if same:
@@ -30,9 +28,7 @@ def test_processes_with_other_requests_do_not_divide_them(
 def test_what_differs_tells_requests_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(
-        ranks.dist, "all_gather_object", lambda found, value, group: (seen.append(value), found.clear())
-    )
+    monkeypatch.setattr(world, "gather", lambda value, group: [seen.append(value)])
     ours: Any = object()
     for requests in ([Item([1], [2])], [Item([1], [3])], [Item([1], [2])]):
         ranks.Ranks(ours).check_same(requests)

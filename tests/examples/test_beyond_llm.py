@@ -8,7 +8,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +22,10 @@ from examples.beyond_llm.domain import Data, Domain, Split
 from megatron_dyt import convert_norms
 from megatron_dyt.errors import UserError
 from tests.examples import made_up
+from tests.shaken import shaken
 
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("small_data")
 
 # The one domain with a library of its own, which is no dependency.
 DIFFUSERS = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="no diffusers")
@@ -57,7 +58,7 @@ SITES = {
     "caduceus": ["mamba.layers.0.norm", "mamba.layers.1.norm", "mamba.norm_f"],
     "hyena": ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"],
 }
-# Modules of this project, saved as torch saves any (test_beyond_llm_sequence.py, test_beyond_llm_dino.py).
+# Modules of this project, saved as torch saves any.
 NO_LIBRARY = ("hyena", "caduceus", "dino")
 SITES["dino"] = [
     f"{part}.vit.{name}" for part in ("student", "teacher") for name in (*BLOCKS[:4], "layernorm")
@@ -91,13 +92,6 @@ class PlainDyT(nn.Module):
         return (self.weight * (self.alpha * moved).tanh() + bias).movedim(-1, self.dim)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        made_up.install(patch, tmp_path_factory.mktemp("made-up"))
-        yield
-
-
 def made(name: str, norm: str, seed: int = 1) -> nn.Module:
     domain = frame.load(name)
     return frame.start(frame.Run(name, norm, domain.rates[0], seed), domain)
@@ -112,12 +106,7 @@ def test_sites_values_and_gradients(name: str) -> None:
     for site in SITES[name]:
         dyt, dim = found.get_submodule(site), 1 if site in CHANNELS_FIRST else -1
         expected.set_submodule(site, PlainDyT(len(dyt.weight), dim, dyt.bias is not None).double())
-    # Other values than those of the start, where every gain is 1 and most sites have the same alpha.
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    expected.load_state_dict(found.state_dict())
+    expected.load_state_dict(shaken(found).state_dict())
     data = domain.data().train
     inputs = data.inputs[:8]
     batch = Data(inputs.double() if inputs.is_floating_point() else inputs, data.targets[:8])

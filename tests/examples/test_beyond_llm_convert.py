@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +14,13 @@ from examples.beyond_llm import run as frame
 from examples.beyond_llm.domain import Data, Domain, Split
 from megatron_dyt import DynamicTanh, convert_norms
 from megatron_dyt.errors import UserError
-from tests.examples import made_up
 from tests.examples.test_beyond_llm import NAMES
 
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("small_data")
 OWN, PLAIN, FITTED = "LayerNorm, as it was", "DyT, alpha 0.5", "DyT, calibrated"
 INPUTS = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
 DATA = Data(INPUTS, torch.stack([INPUTS[:, 0] * INPUTS[:, 1], INPUTS[:, 2]], 1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        made_up.install(patch, tmp_path_factory.mktemp("made-up"))
-        yield
 
 
 def loss(model: nn.Module, batch: Data, generator: torch.Generator) -> torch.Tensor:

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from examples.beyond_llm import mae, methods, vit
 from examples.beyond_llm import run as frame
 from examples.beyond_llm.domain import Data
+from tests.shaken import shaken
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"vit": (vit.model, 4), "mae": (mae.model, 5)}
 
@@ -24,15 +25,6 @@ def made(name: str, method: str | None = None) -> nn.Module:
     if method is not None:
         methods.METHODS[method](model)
     return model.double()
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """Other values than those of the start, for all that is learned."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def images() -> Tensor:

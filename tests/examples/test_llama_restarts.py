@@ -177,18 +177,13 @@ def test_a_signal_for_the_group_of_one_node_ends_both(home: Path) -> None:
     assert not (home / "run/lock").exists()
 
 
-def test_a_prepared_directory_becomes_its_blend(home: Path) -> None:
+@pytest.mark.parametrize("looking", [{}, {"PLAN_ONLY": "1"}], ids=["training", "looking"])
+def test_a_prepared_directory_becomes_its_blend(home: Path, looking: dict[str, str]) -> None:
     (home / "prepared").mkdir()
-    result = run(home, TRAIN_DATA=str(home / "prepared"), FAKE_TRAIN='echo 10 > "$TRACKER"')
+    result = run(home, TRAIN_DATA=str(home / "prepared"), FAKE_TRAIN='echo 10 > "$TRACKER"', **looking)
     assert result.returncode == 0, result.stderr
-    assert "--train-data-path 0.25 some/prefix 0.75 other/prefix --valid-data-path" in told(home, "python")
-
-
-def test_looking_first_prints_what_would_run(home: Path) -> None:
-    (home / "prepared").mkdir()
-    result = run(home, TRAIN_DATA=str(home / "prepared"), PLAN_ONLY="1")
-    assert result.returncode == 0, result.stderr
-    assert "--train-data-path 0.25 some/prefix 0.75 other/prefix --valid-data-path" in result.stdout
+    flags = result.stdout if looking else told(home, "python")
+    assert "--train-data-path 0.25 some/prefix 0.75 other/prefix --valid-data-path" in flags
 
 
 def test_weights_and_biases(home: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ import torch
 
 from megatron_dyt import cli
 from megatron_dyt.checkpoints.saved_args import Checkpoint
-from megatron_dyt.data import train_tokenizer
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.tokenizer import write_tokenizer
+from tests.license_tokenizer import write_tokenizer_model
 from tests.mcore.conftest import build_gpt, make_config, make_spec, world  # noqa: F401
 
 PADDED = 64
@@ -37,7 +36,6 @@ HF_SMALL: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 HF_TOKENS = torch.arange(2 * 16).reshape(2, 16) * 37 % 350
-TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 
 
 @dataclass(frozen=True)
@@ -167,12 +165,7 @@ def run_arguments(config: Any, model: dict[str, Any], more: dict[str, Any]) -> N
 
 @pytest.fixture(scope="session")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece BPE model of 350 pieces."""
-    home = tmp_path_factory.mktemp("tokenizer")
-    text, model = home / "text.jsonl", home / "tokenizer.model"
-    text.write_text("".join(json.dumps({"text": part}) + "\n" for part in TEXT.split("\n\n")))
-    model.write_bytes(train_tokenizer.train([text], 350, max_bytes=10**6))
-    return model
+    return write_tokenizer_model(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 350)
 
 
 @contextlib.contextmanager

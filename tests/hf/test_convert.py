@@ -19,8 +19,9 @@ from megatron_dyt.hf import register_auto_classes
 from megatron_dyt.hf.directory import SafetensorsReader
 from megatron_dyt.hf.export import Export, export
 from megatron_dyt.hf.import_model import import_model
+from tests.license_tokenizer import TEXT
 
-from .conftest import HF_TOKENS, TEXT, add_tokenizer, command, hf_directory
+from .conftest import HF_TOKENS, add_tokenizer, command, hf_directory
 
 SEQUENCES, LENGTH = 6, 20
 

@@ -203,6 +203,13 @@ def with_tokenizer(model: Path, **more: Any) -> dict[str, Any]:
     return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model)} | more
 
 
+@pytest.fixture
+def tokenized(save_gpt: Save, tokenizer_model: Path) -> Saved:
+    """A model of the tokenizer's vocabulary, padded."""
+    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
+    return save_gpt("DyT", args=args, model={"vocab_size": 384})
+
+
 def run_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the card's example leaves, where our classes are not registered and nobody answers questions."""
     from transformers import CONFIG_MAPPING, dynamic_module_utils
@@ -218,16 +225,14 @@ def run_card(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 
 
 def test_command_with_tokenizer(
-    save_gpt: Save,
+    tokenized: Saved,
     tmp_path: Path,
     tokenizer_model: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
-    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
     output = tmp_path / "new" / "out"
-    command("export", "--load", saved.checkpoint.root, "--output", output, "--max-shard-size", "40KB")
+    command("export", "--load", tokenized.checkpoint.root, "--output", output, "--max-shard-size", "40KB")
     assert "exported" in capsys.readouterr().out
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "generation_config.json", "README.md", "modeling_llama_dyt.py"} <= names
@@ -235,7 +240,7 @@ def test_command_with_tokenizer(
     assert "model.safetensors.index.json" in names
     config = json.loads((output / "config.json").read_text())
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (350, 1, 2)
-    assert_close(hf_logits(output), saved.logits()[..., :350])
+    assert_close(hf_logits(output), tokenized.logits()[..., :350])
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
     assert "| vocabulary, positions | 350, 16 |" in (output / "README.md").read_text()
     loaded = run_card(output, monkeypatch)
@@ -284,13 +289,9 @@ def test_options_that_contradict_each_other(tmp_path: Path) -> None:
         command(*words, "--max-shard-size", "5GiB")
 
 
-def test_transformers_uses_an_export_as_its_own(
-    save_gpt: Save, tmp_path: Path, tokenizer_model: Path
-) -> None:
+def test_transformers_uses_an_export_as_its_own(tokenized: Saved, tmp_path: Path) -> None:
     """Shards, dtype on load, SDPA, the key-value cache, and a generation that ends at the tokenizer's EOS."""
-    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
-    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
-    output = saved.export(tmp_path / "out", max_shard_bytes=40_000)
+    output = tokenized.export(tmp_path / "out", max_shard_bytes=40_000)
     assert len(list(output.glob("*.safetensors"))) > 1
 
     half = hf_model(output, torch_dtype=torch.bfloat16)
@@ -315,14 +316,10 @@ def test_transformers_uses_an_export_as_its_own(
     assert torch.equal(ended, cached[:, : first + 1])
 
 
-def test_texts_generated_together_are_those_generated_one_by_one(
-    save_gpt: Save, tmp_path: Path, tokenizer_model: Path
-) -> None:
+def test_texts_generated_together_are_those_generated_one_by_one(tokenized: Saved, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    args = with_tokenizer(tokenizer_model, padded_vocab_size=384)
-    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
-    output = saved.export(tmp_path / "out")
+    output = tokenized.export(tmp_path / "out")
     model, tokenizer = hf_model(output), AutoTokenizer.from_pretrained(str(output), trust_remote_code=True)
     texts = ["a", "Permission is", "The work"]
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

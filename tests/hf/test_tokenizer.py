@@ -17,8 +17,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.hf import tokenizer as module
 from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
 from tests.data.samples import manifest
-
-from .conftest import TEXT
+from tests.license_tokenizer import TEXT
 
 CODE = Path(module.__file__).read_text()
 

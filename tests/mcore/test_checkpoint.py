@@ -117,23 +117,20 @@ def test_other_dyt_settings_are_named(
         load(build_gpt(config), tmp_path / "c")
 
 
-def test_a_damaged_checkpoint_is_named(
-    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (".metadata", r"metadata of checkpoint .*c cannot be read .*--ckpt-step"),
+        ("*.distcp", r"is truncated: \d+ of \d+ bytes.*--dyt-load-fallback"),
+    ],
+)
+def test_a_cut_off_file_is_named(
+    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path, damaged: str, message: str
 ) -> None:
     save_model(build_gpt(make_config()), tmp_path / "c")
-    metadata = tmp_path / "c" / ".metadata"
-    metadata.write_bytes(metadata.read_bytes()[: metadata.stat().st_size // 2])
-    with pytest.raises(DamagedCheckpoint, match=r"metadata of checkpoint .*c cannot be read .*--ckpt-step"):
-        load(build_gpt(make_config()), tmp_path / "c")
-
-
-def test_a_cut_off_shard_is_named(
-    make_config: Make, build_gpt: Make, save_model: Make, tmp_path: Path
-) -> None:
-    save_model(build_gpt(make_config()), tmp_path / "c")
-    for shard in (tmp_path / "c").glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(DamagedCheckpoint, match=r"is truncated: \d+ of \d+ bytes.*--dyt-load-fallback"):
+    for file in (tmp_path / "c").glob(damaged):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DamagedCheckpoint, match=message):
         load(build_gpt(make_config()), tmp_path / "c")
 
 
@@ -153,12 +150,6 @@ def test_long_lists_are_cut_and_dyt_comes_first() -> None:
     missing = {f"a{i}" for i in range(6)} | {"z.alpha"}
     with pytest.raises(UserError, match=r"z\.alpha, a0, a1, a2 and 3 more"):
         checkpoint.compare(missing, set(), "c")
-
-
-def test_optimizer_entries_do_not_count() -> None:
-    assert checkpoint._is_optimizer("optimizer.state.exp_avg.decoder.x")
-    assert checkpoint._is_optimizer("chained_0.optimizer.state.x")
-    assert not checkpoint._is_optimizer("decoder.final_layernorm.alpha")
 
 
 def test_loading_something_without_a_model_is_not_checked() -> None:

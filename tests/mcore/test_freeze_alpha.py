@@ -23,7 +23,7 @@ def without_gradient(norm: DyTNorm, build: Callable[..., None], *args: object, *
     norm.alpha.register_hook(torch.zeros_like)
 
 
-@pytest.mark.parametrize("more", [[], ["--use-distributed-optimizer"], ["--weight-decay-on", "all"]])
+@pytest.mark.parametrize("more", [["--use-distributed-optimizer"], ["--weight-decay-on", "all"]])
 def test_it_trains_as_with_a_gradient_of_zero(
     megatron_run: Run, tiny_llama: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:

@@ -63,12 +63,7 @@ def push_alpha_down(model: Any) -> None:
     alpha.main_grad.fill_(1.0)
 
 
-def parameters(run: SimpleNamespace) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.model[0].named_parameters()}
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("clip", ["1.0", "0"])
+@pytest.mark.parametrize(("clip", "value"), [("1.0", math.nan), ("0", math.inf)])
 def test_a_gradient_that_is_not_finite_stops_the_run(
     megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str, value: float
 ) -> None:
@@ -94,32 +89,32 @@ def test_a_gradient_of_alpha_that_no_norm_counts_stops_the_run_too(
         megatron_run([*tiny_llama, "--normalization", "DyT", "--dyt-preset", "auto", *optimizer])
 
 
-@pytest.mark.parametrize("clip", ["1.0", "0"])
 def test_without_megatrons_check_such_a_step_is_skipped(
-    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
 ) -> None:
-    flags = [*tiny_llama, *DYT, UNCHECKED, "--train-iters", "1", "--clip-grad", clip]
-    first = parameters(megatron_run([*flags, "--lr", "0", "--min-lr", "0"]))
+    """Where it clips nothing; it clips in `test_training_goes_on_after_a_skipped_step`."""
+    flags = [*tiny_llama, *DYT, UNCHECKED, "--train-iters", "1", "--clip-grad", "0"]
+    first = megatron_run([*flags, "--lr", "0", "--min-lr", "0"]).weights()
     harm_in_step(1, spoil_gradient(math.nan))
     run = megatron_run(flags)
     assert (
         "WARNING: step 1: the gradient is not finite (norm nan) and was not applied. layer 2 ffn" in run.log
     )
     assert "number of skipped iterations:   1" in run.log
-    for name, parameter in run.model[0].named_parameters():
-        assert torch.equal(parameter, first[name]), name
+    torch.testing.assert_close(run.weights(), first, rtol=0, atol=0)
 
 
 @pytest.mark.needs("detached_mtp")
-@pytest.mark.parametrize("clip", ["1.0", "0"])
 def test_a_norm_of_mtp_layers_apart_counts_too(
-    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None], clip: str
+    megatron_run: Run, tiny_llama: list[str], harm_in_step: Callable[..., None]
 ) -> None:
+    """Without clipping, where Megatron computes it only because the guard asks for it."""
+
     def harm(model: Any) -> None:
         model.mtp.layers[0].enorm.weight.main_grad[3] = math.nan
 
     harm_in_step(1, harm)
-    flags = ["--mtp-num-layers", "1", "--mtp-detach-heads", "--clip-grad", clip]
+    flags = ["--mtp-num-layers", "1", "--mtp-detach-heads", "--clip-grad", "0"]
     with pytest.raises(TrainingFault, match=r"step 1: .* was not applied\. .*mtp\.layers\.0\.enorm\.weight"):
         megatron_run([*tiny_llama, *DYT, *flags])
 

@@ -75,17 +75,20 @@ def test_a_site_far_from_the_range_that_trains_is_warned_about(
         assert f"--dyt-alpha-init-{role}" in warnings[0]
 
 
-def test_an_alpha_that_was_trained_is_not_the_initial_one(
+def test_an_alpha_that_was_trained_is_called_so_and_not_warned_about(
     make_monitor: Make, loss_of: LossOf, start_lines: StartLines
 ) -> None:
     watch, model = make_monitor()
-    with torch.no_grad():
-        model.decoder.final_layernorm.alpha.fill_(9.0)  # As from a checkpoint.
+    with torch.no_grad():  # As from a checkpoint.
+        model.decoder.layers[0].pre_mlp_layernorm.alpha.fill_(9.0)
+        model.decoder.final_layernorm.alpha.fill_(9.0)
     watch.look()
     loss_of(model)
-    lines = [line for line in start_lines(watch) if "final" in line]
-    assert len(lines) == 1
-    assert "alpha 9 to 9 (trained)" in lines[0]
+    lines = start_lines(watch)
+    assert "alpha 0.25 to 9 (trained)" in lines[1]
+    (final,) = [line for line in lines if "final" in line]
+    assert "alpha 9 to 9 (trained)" in final
+    assert not [line for line in lines if "WARNING" in line]
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.005, 0.3])
@@ -205,19 +208,6 @@ def test_the_training_log_seam_finds_the_iteration(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(monitor, "_active", None)
     wrapped({}, {}, 0.1, 9)
     assert steps == [7, 8]
-
-
-def test_a_resumed_run_is_not_told_to_change_its_start(
-    make_monitor: Make, loss_of: LossOf, start_lines: StartLines
-) -> None:
-    watch, model = make_monitor()
-    with torch.no_grad():
-        model.decoder.layers[0].pre_mlp_layernorm.alpha.fill_(9.0)
-    watch.look()
-    loss_of(model)
-    lines = start_lines(watch)
-    assert "alpha 0.25 to 9 (trained)" in lines[1]
-    assert not [line for line in lines if "WARNING" in line]
 
 
 def test_evaluation_is_not_recorded(make_monitor: Make, loss_of: LossOf) -> None:

@@ -35,8 +35,7 @@ def test_weight_decay(megatron_run: Run, tiny_llama: list[str], flags: list[str]
 
 def test_plain_output_init(megatron_run: Run, tiny_llama: list[str]) -> None:
     def weights(flags: list[str]) -> dict[str, torch.Tensor]:
-        run = megatron_run([*tiny_llama, *DYT, *STILL, *flags])
-        return {name: p.detach().clone() for name, p in run.model[0].named_parameters()}
+        return megatron_run([*tiny_llama, *DYT, *STILL, *flags]).weights()
 
     scaled, plain = weights([]), weights(["--output-init", "plain"])
     outputs = [name for name in plain if "linear_proj" in name or "linear_fc2" in name]

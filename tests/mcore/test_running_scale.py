@@ -234,7 +234,7 @@ def test_a_step_that_is_left_for_a_rerun_leaves_the_average_as_it_was(
 def test_ranks_without_groups_are_told(make_norm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     norm = make_norm()
     norm(torch.randn(4, 8))
-    monkeypatch.setattr("megatron_dyt.mcore.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("megatron_dyt.world.size", lambda: 2)
     monkeypatch.setattr("megatron.core.parallel_state.model_parallel_is_initialized", lambda: False)
     with pytest.raises(UserError, match="--dyt-running-scale none"):
         running_scale.update([norm])
@@ -244,7 +244,7 @@ def test_a_models_own_groups_are_taken(make_norm: Make, monkeypatch: pytest.Monk
     model = nn.Sequential(make_norm())
     model[0](torch.full((4, 8), 3.0))
     asked = []
-    monkeypatch.setattr("megatron_dyt.mcore.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("megatron_dyt.world.size", lambda: 2)
     monkeypatch.setattr(running_scale.dist, "all_reduce", lambda sums, group: asked.append(group))
     model.pg_collection = SimpleNamespace(tp="tensor", dp_cp="data", tp_dp_cp=None)
     running_scale.update([model])

@@ -44,15 +44,35 @@ def test_paper_preset_at_a_small_width_is_warned_about(megatron_run: Run, tiny_l
     assert "WARNING: DyT: linear layers start with gain std*sqrt(hidden) = 0.11" in run.log
 
 
-def test_resuming_equals_never_stopping(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
-    flags = [*tiny_llama, *DYT, "--dyt-bias", "--train-iters", "8"]
+@pytest.mark.parametrize(
+    ("saved", "averaged"),
+    [([*DYT, "--dyt-bias"], 0), (RUNNING, 2)],
+    ids=["alpha", "log alpha"],
+)
+def test_resuming_equals_never_stopping(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], averaged: int
+) -> None:
+    """A running scale is in front of the MLPs only: attention has a plain log_alpha."""
+    flags = [*tiny_llama, *saved, "--train-iters", "8"]
     whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
+    averages = running_averages(whole)
+    assert len(averages) == averaged
+    assert 1 not in averages
     resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
     assert resumed.losses == whole.losses[4:]
+    assert running_averages(resumed) == averages
 
 
-@pytest.mark.parametrize("flag", ["--dyt-alpha-in-grad-norm", "--no-dyt-alpha-in-grad-norm"])
-@pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]])
+def running_averages(run: SimpleNamespace) -> list[float]:
+    sites = [module for module in run.model[0].modules() if isinstance(module, DyTNorm)]
+    return [float(site.input_rms) for site in sites if site.input_rms is not None]
+
+
+@pytest.mark.parametrize(
+    ("flag", "optimizer"),
+    [("--dyt-alpha-in-grad-norm", []), ("--no-dyt-alpha-in-grad-norm", ["--use-distributed-optimizer"])],
+    ids=["counted", "not counted, distributed"],
+)
 def test_the_gradient_norm_counts_the_alphas_or_not(
     megatron_run: Run, tiny_llama: list[str], flag: str, optimizer: list[str]
 ) -> None:
@@ -63,43 +83,6 @@ def test_the_gradient_norm_counts_the_alphas_or_not(
         if flag == "--dyt-alpha-in-grad-norm" or not name.endswith(".alpha")
     ]
     assert float(run.optimizer.get_grad_norm()) == pytest.approx(float(sum(counted)) ** 0.5, rel=1e-5)
-
-
-def test_the_other_norms_checkpoint_is_refused(
-    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
-) -> None:
-    saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
-    megatron_run([*tiny_llama, *saving])
-    with pytest.raises(UserError, match="holds a LayerNorm or RMSNorm model and this one is DyT"):
-        megatron_run([*tiny_llama, *DYT, "--load", str(tmp_path)])
-
-
-def test_a_log_alpha_is_resumed_too(megatron_run: Run, tiny_llama: list[str], tmp_path: Path) -> None:
-    flags = [*tiny_llama, *AUTO, "--train-iters", "8"]
-    whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
-    resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
-    assert resumed.losses == whole.losses[4:]
-    alphas = ["--dyt-alpha-init-ffn", "1", "--dyt-alpha-init-final", "0.5"]
-    unit = megatron_run([*tiny_llama, *DYT, *alphas, "--train-iters", "8"])
-    assert unit.losses[0] == pytest.approx(whole.losses[0], rel=1e-6)
-    assert unit.losses[7] != whole.losses[7]
-
-
-def test_a_running_scale_is_trained_and_resumed_too(
-    megatron_run: Run, tiny_llama: list[str], tmp_path: Path
-) -> None:
-    flags = [*tiny_llama, *RUNNING, "--train-iters", "8"]
-    whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
-    resumed = megatron_run([*flags, "--load", str(tmp_path), "--ckpt-step", "4"])
-    assert resumed.losses == whole.losses[4:]
-    averages = running_averages(whole)
-    assert len(averages) == 2
-    assert 1 not in averages
-
-
-def running_averages(run: SimpleNamespace) -> list[float]:
-    sites = [module for module in run.model[0].modules() if isinstance(module, DyTNorm)]
-    return [float(site.input_rms) for site in sites if site.input_rms is not None]
 
 
 def test_a_step_that_is_run_twice_moves_a_running_scale_once(
@@ -125,23 +108,27 @@ def test_a_step_that_is_run_twice_moves_a_running_scale_once(
     assert running_averages(twice) == running_averages(once)
 
 
-@pytest.mark.parametrize(("saved", "given"), [(RUNNING, AUTO), (AUTO, RUNNING)])
-def test_a_running_scale_does_not_come_or_go_unnoticed(
-    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], given: list[str]
+OTHER_NORM = "holds a LayerNorm or RMSNorm model and this one is DyT"
+RUNNING_SCALE = r"The DyT settings differ .*running scale"
+LOG_ALPHA = r"The DyT settings differ .*log alpha"
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "message"),
+    [
+        pytest.param([], DYT, OTHER_NORM, id="norm"),
+        pytest.param(RUNNING, AUTO, RUNNING_SCALE, id="running scale goes"),
+        pytest.param(AUTO, RUNNING, RUNNING_SCALE, id="running scale comes"),
+        pytest.param(DYT, AUTO, LOG_ALPHA, id="alpha as its logarithm"),
+        pytest.param(AUTO, DYT, LOG_ALPHA, id="logarithm as alpha"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(
+    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], given: list[str], message: str
 ) -> None:
     saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
     megatron_run([*tiny_llama, *saved, *saving])
-    with pytest.raises(UserError, match=r"The DyT settings differ .*running scale"):
-        megatron_run([*tiny_llama, *given, "--load", str(tmp_path)])
-
-
-@pytest.mark.parametrize(("saved", "given"), [(DYT, AUTO), (AUTO, DYT)])
-def test_alpha_and_its_logarithm_do_not_load_as_each_other(
-    megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], given: list[str]
-) -> None:
-    saving = ["--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1"]
-    megatron_run([*tiny_llama, *saved, *saving])
-    with pytest.raises(UserError, match=r"The DyT settings differ .*log alpha"):
+    with pytest.raises(UserError, match=message):
         megatron_run([*tiny_llama, *given, "--load", str(tmp_path)])
 
 
@@ -192,14 +179,12 @@ def test_a_checkpoint_brings_every_dyt_setting(
 def test_both_norms_start_from_the_same_weights(megatron_run: Run, tiny_llama: list[str]) -> None:
     std = ["--init-method-std", "0.1768", "--embedding-init-method-std", "0.02"]
     start = ["--train-iters", "1", "--lr", "0", "--min-lr", "0"]
-    rms = megatron_run([*tiny_llama, *start, *std, "--embedding-scale", "unit"])
-    weights = {name: p.detach().clone() for name, p in rms.model[0].named_parameters()}
-    dyt = megatron_run([*tiny_llama, *start, *std, *DYT])
-    shared = [name for name, _ in dyt.model[0].named_parameters() if "norm" not in name]
+    rms = megatron_run([*tiny_llama, *start, *std, "--embedding-scale", "unit"]).weights()
+    dyt = megatron_run([*tiny_llama, *start, *std, *DYT]).weights()
+    shared = [name for name in dyt if "norm" not in name]
     assert len(shared) == 2 * 4 + 3
-    for name, parameter in dyt.model[0].named_parameters():
-        if name in shared:
-            assert torch.equal(parameter, weights[name]), name
+    for name in shared:
+        assert torch.equal(dyt[name], rms[name]), name
 
 
 def test_bf16_trains(megatron_run: Run, tiny_llama: list[str]) -> None:

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 
 from megatron_dyt import DynamicTanh, convert_norms, restore_norms
 from megatron_dyt.nn.calibrate import fit
+from tests.shaken import shaken
 
 SIZE = 12
-
-
-def randomized(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def test_places_and_names() -> None:
@@ -114,7 +107,7 @@ def test_kinds_are_converted_as_asked() -> None:
 )
 def test_batch_norm(norm: Any, shape: tuple[int, ...], affine: bool) -> None:
     torch.manual_seed(6)
-    model = nn.Sequential(nn.Identity(), randomized(norm(SIZE, affine=affine)))
+    model = nn.Sequential(nn.Identity(), shaken(norm(SIZE, affine=affine)))
     x = torch.randn(8, SIZE, *shape) * torch.linspace(0.5, 2, SIZE).view(SIZE, *[1] * len(shape)) + 0.3
     model(x)  # It has seen something now.
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -163,7 +156,7 @@ def test_a_norm_without_parameters_follows_its_neighbours(around: bool) -> None:
 def mixed_model() -> nn.Module:
     torch.manual_seed(3)
     shared = nn.RMSNorm(SIZE)
-    return randomized(
+    return shaken(
         nn.Sequential(nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE), shared, nn.Sequential(shared, nn.Tanh()))
     )
 
@@ -256,7 +249,7 @@ class Blocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(randomized(nn.RMSNorm(SIZE)) for _ in range(3))
+        self.norms = nn.ModuleList(shaken(nn.RMSNorm(SIZE)) for _ in range(3))
         self.linears = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -391,7 +384,7 @@ class Wrapped(nn.Module):
 def test_the_sequences_are_found_wherever_they_stand(
     arrange: Callable[[Tensor], Tensor], sequential: bool
 ) -> None:
-    model = Wrapped(arrange, randomized(nn.RMSNorm(SIZE)))
+    model = Wrapped(arrange, shaken(nn.RMSNorm(SIZE)))
     expected = model(inputs()).detach()
     (found,) = convert_norms(model, inputs(), sequential=sequential, refine=False)
     best = fit(arrange(inputs()), expected)
@@ -411,14 +404,14 @@ def test_a_channel_that_is_large_everywhere_hides_no_sequences(
     """As trained transformers have them: against it all tokens look the same."""
     batch = inputs()
     batch[..., 0] = scale
-    model = Wrapped(arrange, randomized(nn.RMSNorm(SIZE)))
+    model = Wrapped(arrange, shaken(nn.RMSNorm(SIZE)))
     expected = model(batch).detach()
     (found,) = convert_norms(model, batch, refine=False)
     assert found.error == pytest.approx(fit(arrange(batch), expected).error, rel=1e-4)
 
 
 def test_channels_first_is_fitted_along_its_channels() -> None:
-    norm = randomized(LayerNorm2d(SIZE))
+    norm = shaken(LayerNorm2d(SIZE))
     model = Wrapped(lambda x: x.unflatten(1, (4, 5)).permute(0, 3, 1, 2), norm)
     expected = model(inputs()).detach()
     (found,) = convert_norms(model, inputs(), refine=False)

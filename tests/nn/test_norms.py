@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_dyt import DynamicTanh, convert_norms
 from megatron_dyt.nn.norms import Norm, examine
+from tests.shaken import shaken
 
 SIZE = 12
 
@@ -168,14 +169,6 @@ KINDS = {
 }
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
-    return module
-
-
 def values(norm: nn.Module, name: str | None, less: int = 0) -> Tensor:
     """A norm's gain or shift by the name of the tensor, as an independent reader has it."""
     return getattr(norm, name).detach().float().reshape(-1) + less if name else torch.tensor(float(less == 0))
@@ -185,7 +178,7 @@ def values(norm: nn.Module, name: str | None, less: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_dyt_has_the_norms_gain_shift_and_dimension(kind: str, dtype: torch.dtype) -> None:
     given = KINDS[kind]
-    norm = randomized(given.make()).to(dtype)
+    norm = shaken(given.make(), 0.3, buffers=True).to(dtype)
     model = nn.Sequential(nn.Identity(), norm)
     (found,) = convert_norms(model.to(dtype), alpha_init=0.3)
     assert (found.name, found.alpha, found.error) == ("1", 0.3, None)
@@ -350,7 +343,7 @@ def test_what_is_no_norm_is_not_mentioned(make: Callable[[], nn.Module]) -> None
 
 
 def test_the_norm_itself_is_not_touched() -> None:
-    norm = randomized(LayerNorm2d(SIZE))
+    norm = shaken(LayerNorm2d(SIZE))
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
     state = torch.get_rng_state()
     examine(norm)

@@ -34,15 +34,18 @@ from tests.ops.cases import (
 dyt_module = importlib.import_module("megatron_dyt.ops.dyt")
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_gradcheck(function: str, bias: bool) -> None:
-    inputs = make_inputs(function=function, bias=bias, dtype=torch.float64)
-
+def check_gradients(inputs: dict[str, Tensor], function: Any) -> None:
     def run(*tensors: Tensor) -> Tensor:
         return call(dict(zip(inputs, tensors, strict=True)), function)
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradcheck(function: str, bias: bool) -> None:
+    inputs = make_inputs(function=function, bias=bias, dtype=torch.float64)
+    check_gradients(inputs, function)
 
 
 def plain(function: Any, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -92,11 +95,7 @@ def test_alpha_by_group_and_functions_of_ones_own(
 def test_gradcheck_of_groups(function: Any, groups: int) -> None:
     inputs = make_inputs(function=function, dtype=torch.float64)
     inputs["alpha"] = torch.linspace(0.3, 1.7, groups, dtype=torch.float64).requires_grad_()
-
-    def run(*tensors: Tensor) -> Tensor:
-        return call(dict(zip(inputs, tensors, strict=True)), function)
-
-    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+    check_gradients(inputs, function)
 
 
 def test_kernels_are_for_one_alpha() -> None:

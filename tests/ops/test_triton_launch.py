@@ -60,23 +60,21 @@ def test_row_programs_all_have_rows_and_run_at_once(hidden: int) -> None:
         assert programs * tiles > places - tiles or programs == 1 or tile.rows * programs >= rows
 
 
+CUDA_FAMILIES = {7: "sm80", 8: "sm80", 9: "sm90", 10: "sm100", 12: "sm100"}
+
+
 @pytest.mark.parametrize(
-    ("major", "family"), [(7, "sm80"), (8, "sm80"), (9, "sm90"), (10, "sm100"), (12, "sm100")]
+    ("hip", "major", "warp_size", "family"),
+    [*((None, major, 32, family) for major, family in CUDA_FAMILIES.items()), ("6.4", 9, 64, "gfx9")],
 )
-def test_chip_of_a_cuda_device(major: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(major=major, multi_processor_count=99, warp_size=32)
+def test_chip_of_a_device(
+    hip: str | None, major: int, warp_size: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(major=major, multi_processor_count=99, warp_size=warp_size)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
     launch.chip_of.cache_clear()
-    assert launch.chip_of(torch.device("cuda", 0)) == Chip(family, 99, 32, ptx=True)
-    launch.chip_of.cache_clear()
-
-
-def test_chip_of_a_rocm_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(major=9, multi_processor_count=304, warp_size=64)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    launch.chip_of.cache_clear()
-    assert launch.chip_of(torch.device("cuda", 0)) == Chip("gfx9", 304, 64, ptx=False)
+    assert launch.chip_of(torch.device("cuda", 0)) == Chip(family, 99, warp_size, ptx=hip is None)
     launch.chip_of.cache_clear()
 
 

@@ -18,7 +18,6 @@ from megatron_dyt.probe.run import _earlier
 from megatron_dyt.probe.sources import Source, tokens
 from tests.evaluation.conftest import (  # noqa: F401
     SEQUENCE,
-    TEXT,
     Trained,
     fresh_megatron,
     home,
@@ -26,6 +25,7 @@ from tests.evaluation.conftest import (  # noqa: F401
     trained,
 )
 from tests.hf.conftest import add_tokenizer, hf_directory, without_cpu_runtime
+from tests.license_tokenizer import TEXT
 
 FIGURES = ("maps_by_token", "maps_by_channel", "alpha", "by_layer")
 

@@ -118,15 +118,13 @@ def test_missing_directory_and_metrics(runs: Path) -> None:
         load_run("dyt", runs / "dyt")
 
 
-def test_metrics_without_a_step(runs: Path) -> None:
-    change_metrics(runs / "dyt", lambda line: None if line["event"] == "train" else line)
-    with pytest.raises(UserError, match="no training step"):
-        load_run("dyt", runs / "dyt")
-
-
-def test_metrics_without_validation(runs: Path) -> None:
-    change_metrics(runs / "dyt", lambda line: None if line["event"] == "validation" else line)
-    with pytest.raises(UserError, match=r"no validation loss.*--eval-interval"):
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [("train", "no training step"), ("validation", r"no validation loss.*--eval-interval")],
+)
+def test_metrics_without(runs: Path, event: str, message: str) -> None:
+    change_metrics(runs / "dyt", lambda line: None if line["event"] == event else line)
+    with pytest.raises(UserError, match=message):
         results_of(runs)
 
 

@@ -69,61 +69,28 @@ def test_a_stop_file_made_in_the_queue_ends_a_requeued_job(alone: dict[str, Job]
     assert "finished: all steps" not in job.text()
 
 
-@pytest.mark.parametrize("code", [0, 137])
-def test_an_unfinished_run_is_requeued(code: int, alone: dict[str, Job]) -> None:
-    job = alone[str(code)]
-    assert job.wait() == 0, job.text()
-    assert job.field("Restarts") == "1"
-    assert f"not finished (exit code {code}); requeued, it resumes from step 3" in job.text()
-    assert "finished: all steps are in" in job.text()
+# Of the others: exit code, restarts, and what is said.
+ENDS = {
+    "0": (0, 1, "not finished (exit code 0); requeued, it resumes from step 3"),
+    "137": (0, 1, "not finished (exit code 137); requeued, it resumes from step 3"),
+    "a rank is killed": (0, 1, "requeued, it resumes from step 3"),
+    "time limit": (0, 1, "requeued, it resumes from step 3"),
+    "stop file left": (0, 1, ""),
+    "saved anew": (0, 3, ""),
+    "no requeue": (1, 0, "not finished (exit code 0), and Slurm does not requeue this job"),
+    "in vain": (1, 2, "three starts in a row brought no new checkpoint"),
+    "wrong input": (2, 0, "the input is wrong (see above); not requeued"),
+    "short": (2, 0, "--time of 10 minutes leaves no time to train"),
+}
 
 
-@pytest.mark.parametrize("name", ["a rank is killed", "time limit"])
-def test_so_is_one_that(name: str, alone: dict[str, Job]) -> None:
-    job = alone[name]
-    assert job.wait() == 0, job.text()
-    assert job.field("Restarts") == "1"
-    assert "requeued, it resumes from step 3" in job.text()
-    assert "finished: all steps are in" in job.text()
-
-
-def test_a_step_saved_once_more_is_progress(alone: dict[str, Job]) -> None:
-    job = alone["saved anew"]
-    assert job.wait() == 0, job.text()
-    assert job.field("Restarts") == "3"
-
-
-def test_a_job_without_requeue_says_so(alone: dict[str, Job]) -> None:
-    job = alone["no requeue"]
-    assert job.wait() == 1, job.text()
-    assert "not finished (exit code 0), and Slurm does not requeue this job" in job.text()
-
-
-def test_three_starts_without_progress_end_it(alone: dict[str, Job]) -> None:
-    job = alone["in vain"]
-    assert job.wait() == 1, job.text()
-    assert job.field("Restarts") == "2"
-    assert "three starts in a row brought no new checkpoint" in job.text()
-
-
-def test_wrong_input_on_one_rank_ends_the_job_with_2(alone: dict[str, Job]) -> None:
-    job = alone["wrong input"]
-    assert job.wait() == 2, job.text()
-    assert job.field("Restarts") == "0"
-    assert "the input is wrong (see above); not requeued" in job.text()
-
-
-def test_a_stop_file_of_an_earlier_job_stops_nothing(alone: dict[str, Job]) -> None:
-    job = alone["stop file left"]
-    assert job.wait() == 0, job.text()
-    assert job.field("Restarts") == "1"
-    assert "finished: all steps are in" in job.text()
-
-
-def test_a_time_limit_shorter_than_the_signals_lead_is_refused(alone: dict[str, Job]) -> None:
-    job = alone["short"]
-    assert job.wait() == 2, job.text()
-    assert "--time of 10 minutes leaves no time to train" in job.text()
+@pytest.mark.parametrize("name", ENDS)
+def test_how_a_job_ends(name: str, alone: dict[str, Job]) -> None:
+    job, (code, restarts, said) = alone[name], ENDS[name]
+    assert job.wait() == code, job.text()
+    assert job.field("Restarts") == str(restarts)
+    assert said in job.text()
+    assert ("finished: all steps are in" in job.text()) == (code == 0)
 
 
 # --- what somebody ends --------------------------------------------------------------------------------
