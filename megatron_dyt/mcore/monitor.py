@@ -215,7 +215,10 @@ class Monitor:
 
     def _advice(self, change: str) -> str:
         if self.preset == "auto":
-            return "--dyt-preset auto trains from its own start: take flags away that change it."
+            return (
+                "--dyt-preset auto, which is in use, trains from its own start: leave out "
+                "--dyt-alpha-init-*, --dyt-embedding-scale and --init-method-std, if given."
+            )
         return f"Use --dyt-preset auto, or {change}."
 
     def record(self, iteration: int) -> StatsRecord:

@@ -1,7 +1,8 @@
 """Reads `metrics.jsonl`, which `mcore/metrics_writer.py` writes: `read(path)` gives a run's numbers, typed.
 
-docs/metrics.md describes the fields. A run that was stopped and resumed has one file, in which each step
-stands once. Half a line, which a killed run leaves, is passed over. A number that was not finite is nan.
+docs/metrics.md describes the fields. A run that was stopped and resumed has one file: where the iteration
+goes back, what came from there on belongs to the abandoned part and is left out, so that the last one
+wins. Half a line, which a killed run leaves, is passed over. A number that was not finite is nan.
 """
 
 import json
@@ -154,18 +155,24 @@ def parse(lines: Iterable[str]) -> Iterator[Record]:
 def collect(path: Path, records: Iterable[Record]) -> RunMetrics:
     """The run that `records`, in the order of the file, make up."""
     starts: list[Start] = []
-    steps: list[Step] = []
+    steps: dict[int, Step] = {}
     evaluations: dict[tuple[int, bool, str | None], Evaluation] = {}
+    latest = 0
     for record in records:
         if isinstance(record, Start):
             starts.append(record)
-        elif isinstance(record, Evaluation):
-            # One after training is of the same iteration as the last one in it.
+            continue
+        if isinstance(record, Evaluation):
             evaluations[record.iteration, record.is_test, record.name] = record
         else:
-            steps.append(record)
-    ordered = sorted(evaluations.values(), key=lambda each: each.iteration)
-    return RunMetrics(path, tuple(starts), tuple(steps), tuple(ordered))
+            if record.iteration <= latest:  # Resumed from before: the later ones are void.
+                latest = record.iteration
+                steps = {at: step for at, step in steps.items() if at < latest}
+                evaluations = {key: value for key, value in evaluations.items() if key[0] < latest}
+            steps[record.iteration] = record
+        latest = max(latest, record.iteration)
+    ordered = sorted(evaluations.items(), key=lambda item: item[0][0])
+    return RunMetrics(path, tuple(starts), tuple(steps.values()), tuple(value for _, value in ordered))
 
 
 def _start(data: dict[str, Any]) -> Start:

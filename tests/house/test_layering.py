@@ -134,6 +134,10 @@ def test_only_compat_reads_the_megatron_version(file: str) -> None:
         ("nn/convert.py", "def f():\n    from megatron.core import parallel_state"),
         ("ops/dyt.py", "from ..nn import dynamic_tanh"),
         ("nn/dynamic_tanh.py", "from megatron_dyt import register"),
+        ("ops/dyt.py", "import megatron.core"),
+        ("nn/convert.py", "import transformer_engine.pytorch as te"),
+        ("hf/export.py", "import megatron_dyt.cli"),
+        ("surprise.py", ""),
     ],
 )
 def test_wrong_import_is_noticed(file: str, source: str) -> None:
@@ -151,6 +155,7 @@ def test_right_import_is_let_through() -> None:
         "from megatron import core as mcore\nmcore.__version__",
         "from megatron.core.package_info import MAJOR",
         "from importlib.metadata import version\nversion('megatron_core')",
+        "from megatron.core import __version__",
     ],
 )
 def test_version_read_is_noticed(source: str) -> None:

@@ -42,17 +42,24 @@ def test_paper_preset_at_a_small_width_is_warned_about(megatron_run: Run, tiny_l
     flags = ["--normalization", "DyT", "--dyt-preset", "paper", "--train-iters", "1"]
     run = megatron_run([*tiny_llama, *flags])
     assert "WARNING: DyT: linear layers start with gain std*sqrt(hidden) = 0.11" in run.log
+    assert "Use --dyt-preset auto" in run.log
+
+
+def test_a_start_of_ones_own_is_warned_about_under_auto(megatron_run: Run, tiny_llama: list[str]) -> None:
+    run = megatron_run([*tiny_llama, *AUTO, "--init-method-std", "0.02", "--train-iters", "1"])
+    assert "WARNING: DyT: linear layers start with gain std*sqrt(hidden) = 0.11" in run.log
+    assert "leave out --dyt-alpha-init-*, --dyt-embedding-scale and --init-method-std" in run.log
+    assert "Use --dyt-preset auto" not in run.log
 
 
 @pytest.mark.parametrize(
     ("saved", "averaged"),
-    [([*DYT, "--dyt-bias"], 0), (RUNNING, 2)],
-    ids=["alpha", "log alpha"],
+    [([*DYT, "--dyt-bias"], 0), (AUTO, 0), (RUNNING, 2)],
+    ids=["alpha", "log alpha", "running scale"],
 )
 def test_resuming_equals_never_stopping(
     megatron_run: Run, tiny_llama: list[str], tmp_path: Path, saved: list[str], averaged: int
 ) -> None:
-    """A running scale is in front of the MLPs only: attention has a plain log_alpha."""
     flags = [*tiny_llama, *saved, "--train-iters", "8"]
     whole = megatron_run([*flags, "--save", str(tmp_path), "--save-interval", "4"])
     averages = running_averages(whole)
@@ -70,8 +77,12 @@ def running_averages(run: SimpleNamespace) -> list[float]:
 
 @pytest.mark.parametrize(
     ("flag", "optimizer"),
-    [("--dyt-alpha-in-grad-norm", []), ("--no-dyt-alpha-in-grad-norm", ["--use-distributed-optimizer"])],
-    ids=["counted", "not counted, distributed"],
+    [
+        ("--dyt-alpha-in-grad-norm", []),
+        ("--no-dyt-alpha-in-grad-norm", []),
+        ("--no-dyt-alpha-in-grad-norm", ["--use-distributed-optimizer"]),
+    ],
+    ids=["counted", "not counted", "not counted, distributed"],
 )
 def test_the_gradient_norm_counts_the_alphas_or_not(
     megatron_run: Run, tiny_llama: list[str], flag: str, optimizer: list[str]
