@@ -1,8 +1,10 @@
 """`recipe`, `plan`, `dry-run` and `scaling`: what a training will be, before it takes a GPU."""
 
 import json
+import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +15,18 @@ from megatron_dyt.recipes import scaling as communication
 from megatron_dyt.recipes.layout import RECOMPUTE, Cluster
 from megatron_dyt.recipes.plan import Plan, Speeds, as_json, days, ranked, report
 
-ABOVE_0 = click.FloatRange(min=0, min_open=True)
+
+class _Finite(click.FloatRange):
+    """A range without NaN, which compares as inside of any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+ABOVE_0 = _Finite(min=0, min_open=True)
 NORM = click.Choice(NORMS)
 
 
@@ -45,7 +58,7 @@ def recipe(model: str | None, norm: str, form: str) -> None:
 )
 @click.option(
     "--mfu",
-    type=click.FloatRange(min=0, min_open=True, max=1),
+    type=_Finite(min=0, min_open=True, max=1),
     default=0.4,
     show_default=True,
     help="Model FLOPs utilisation for the days.",

@@ -82,6 +82,7 @@ def export(job: Export) -> None:
             raise UserError("--bos and --no-bos: the run had no tokenizer; give one with --tokenizer-model")
         if job.tokenizer and has_tokenizer:
             tokenizer = write_tokenizer(job.args, directory, job.bos)
+            # The arguments name the tokenizer that was given, if one was: only one too large is noticed.
             path = job.args.tokenizer_model
             check_vocabulary(tokenizer.vocab_size, job.args, path, job.checkpoint.directory)
             model = model.with_vocabulary(tokenizer.vocab_size)

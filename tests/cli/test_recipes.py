@@ -83,6 +83,7 @@ def test_few_gpu_hours_are_not_rounded_to_one() -> None:
         ("recipe 7b --norm LayerNorm", "'LayerNorm' is not one of 'DyT', 'RMSNorm'"),
         ("plan --model 7b --nodes 0", "0 is not in the range x>=1"),
         ("plan --model 7b --mfu 1.5", "1.5 is not in the range 0<x<=1"),
+        ("plan --model 7b --mfu nan", "nan is not a finite number"),
         ("plan --model 7b --gpu-memory 0", "0.0 is not in the range x>0"),
         ("dry-run -- --bf16", "give one of --vocab-size and --tokenizer-model"),
         ("dry-run --vocab-size 8 --tokenizer-model t -- --bf16", "give one of"),
