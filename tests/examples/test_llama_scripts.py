@@ -77,7 +77,7 @@ def looked_at(script: str, home: Path, *flags: str, **settings: str) -> tuple[st
     return result.stdout, asked[: asked.index("--")], asked[asked.index("--") + 1 :]
 
 
-@pytest.mark.parametrize(("name", "norm"), [("125m", "DyT"), ("70b", "DyT"), ("70b", "RMSNorm")])
+@pytest.mark.parametrize(("name", "norm"), [*((name, "DyT") for name in SCRIPTS), ("70b", "RMSNorm")])
 def test_look_first_prints_the_plan_and_what_would_run(name: str, norm: str, tmp_path: Path) -> None:
     recipe, cluster = load(name), Cluster(128, 8, 80e9)
     layout = ranked(recipe, cluster, Speeds())[0].layout
