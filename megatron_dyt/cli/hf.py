@@ -81,23 +81,18 @@ def export_command(
     from megatron_dyt.checkpoints.saved_args import find_checkpoint, saved_args
     from megatron_dyt.hf.directory import check_free
     from megatron_dyt.hf.export import Export, export
-    from megatron_dyt.hf.tokenizer import type_of
 
     check_free("--output", output)
     checkpoint = find_checkpoint(load, ckpt_step)
-    args = saved_args(checkpoint)
-    if tokenizer_model:
-        args.tokenizer_model = tokenizer_model
-        if args.tokenizer_type == "NullTokenizer":
-            args.tokenizer_type = type_of(tokenizer_model)
     export(
         Export(
             checkpoint,
-            args,
+            saved_args(checkpoint),
             output,
             fold_weight=fold_weight,
             dtype=getattr(torch, dtype) if dtype else None,
             tokenizer=not no_tokenizer,
+            tokenizer_model=tokenizer_model,
             bos=bos,
             max_shard_bytes=max_shard_size,
         )

@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from megatron_dyt.data.dataset_manifest import Fields, Identity
 from megatron_dyt.data.sources import BrokenSourceError, Item, as_item
@@ -31,10 +31,11 @@ class HubDataset:
         """The `datasets.IterableDataset`; `UserError` when it cannot be opened."""
         import datasets
 
+        return self._open(datasets.load_dataset, split=self.split, streaming=True)
+
+    def _open(self, function: Callable[..., Any], **options: Any) -> Any:
         try:
-            return datasets.load_dataset(
-                self.path, self.config, split=self.split, revision=self.revision, streaming=True
-            )
+            return function(self.path, self.config, revision=self.revision, **options)
         # The library raises its own, the Hub's and the readers' errors, without a common base.
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -43,13 +44,18 @@ class HubDataset:
                 "--hf-split and --hf-revision"
             ) from error
 
-    def content(self) -> str:
-        """A hash of what the Hub (commit, file hashes) or the file system (times) says of its files."""
+    def pinned(self) -> tuple[Self, str]:
+        """This at the commit that it has on the Hub now, as parts are read hours after one another; and a
+        hash of what the Hub (commit) or the file system (times) says of its files."""
         import datasets
 
-        builder = datasets.load_dataset_builder(self.path, self.config, revision=self.revision)
+        builder = self._open(datasets.load_dataset_builder)
         files = (builder.config.data_files or {}).get(self.split)
-        return hashlib.sha256(repr(getattr(files, "origin_metadata", builder.hash)).encode()).hexdigest()
+        origins = getattr(files, "origin_metadata", builder.hash)
+        content = hashlib.sha256(repr(origins).encode()).hexdigest()
+        # Of a file on the Hub: repository and commit.
+        commits = {origin[1] for origin in origins or () if len(origin) == 2 and origin[0] == self.path}
+        return replace(self, revision=commits.pop() if len(commits) == 1 else self.revision), content
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.path, self.config, self.split)))
@@ -106,6 +112,7 @@ def find(dataset: HubDataset, fields: Fields) -> list[HubSource]:
     Raises:
         UserError: it cannot be opened, or has no column with the text.
     """
+    dataset, content = dataset.pinned()
     stream = dataset.stream()
     columns = stream.column_names
     # What is in a column shows when its rows are read.
@@ -114,5 +121,4 @@ def find(dataset: HubDataset, fields: Fields) -> list[HubSource]:
             f'Hugging Face data set {dataset} has no column "{fields.text}"; it has {", ".join(columns)}: '
             "choose with --json-key"
         )
-    content = dataset.content()
     return [HubSource(dataset, content, index, stream.num_shards) for index in range(stream.num_shards)]

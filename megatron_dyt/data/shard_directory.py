@@ -160,7 +160,7 @@ def shards_of(
         if not overwrite and _replaces(source, shard, there.get(shard or name)):
             raise UserError(
                 f"{directory / (shard or name)} was made of other data than {source} is now; write to "
-                "another directory, or give --overwrite to replace it"
+                f"another directory, or give --overwrite to replace it{_earlier(there[shard or name])}"
             )
         names.append(shard or name)
     if twice := _twice(names):
@@ -209,7 +209,13 @@ class _Known:
         return shard
 
 
-def _check_parts(directory: Path, sources: Sequence[Source], there: Iterable[str]) -> None:
+def _earlier(manifest: DatasetManifest) -> str:
+    """How to go on with the revision of a data set of the Hub that a dataset was made of."""
+    revision = manifest.made_from.sources[0].get("revision")
+    return f". --hf-revision {revision} goes on with what it was made of" if revision else ""
+
+
+def _check_parts(directory: Path, sources: Sequence[Source], there: Mapping[str, DatasetManifest]) -> None:
     """A data set of the Hub is not there in another number of parts."""
     counts = {source.base: source.count for source in sources if isinstance(source, HubSource)}
     for part in filter(None, map(_PART.fullmatch, there)):
@@ -217,7 +223,7 @@ def _check_parts(directory: Path, sources: Sequence[Source], there: Iterable[str
         if counts.get(base, count) != count:
             raise UserError(
                 f"{directory} has {base} in {count} parts, but it has {counts[base]} now: they would "
-                "be there twice. Write to another directory"
+                f"be there twice. Write to another directory{_earlier(there[part[0]])}"
             )
 
 

@@ -146,7 +146,7 @@ def check_vocabulary(size: int, saved: Namespace, path: str | None, directory: P
         raise UserError(
             f"the tokenizer {path} has {size} tokens, too few for the {rows} of the model in {directory} "
             f"(Megatron pads to a multiple of {multiple}). Give the tokenizer of its training data with "
-            f"--tokenizer-model"
+            f"--tokenizer-model; if this is it, put it at the path that the run had"
         )
 
 

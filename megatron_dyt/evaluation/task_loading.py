@@ -56,7 +56,8 @@ def load_tasks(names: list[str], include_path: str | None = None, data: Path | N
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
         if data:
-            task.build_all_requests = _naming_the_file(task.build_all_requests, data, task)
+            for name in ("build_all_requests", "apply_filters", "process_results"):
+                setattr(task, name, _naming_the_file(getattr(task, name), data, task))
     return loaded
 
 
@@ -144,12 +145,12 @@ def _from_files(directory: Path) -> Iterator[None]:
         yield
 
 
-def _naming_the_file(function: Callable[..., None], directory: Path, task: Any) -> Callable[..., None]:
+def _naming_the_file(function: Callable[..., Any], directory: Path, task: Any) -> Callable[..., Any]:
     """`function`, which reads the task's documents: what it finds wrong in them is a `UserError`."""
 
-    def named(*arguments: Any, **options: Any) -> None:
+    def named(*arguments: Any, **options: Any) -> Any:
         try:
-            function(*arguments, **options)
+            return function(*arguments, **options)
         except (UserError, ImportError, NameError, MemoryError, OSError):
             raise
         # Whatever the task's templates and functions raise.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dyt.checkpoints.saved_args import Checkpoint
 from megatron_dyt.checkpoints.torch_dist import TorchDistReader
-from megatron_dyt.data.tokenizer_check import check_vocabulary
+from megatron_dyt.data.tokenizer_check import check_against_data, check_vocabulary
 from megatron_dyt.errors import UserError, some
 from megatron_dyt.hf import mapping, modeling_llama_dyt
 from megatron_dyt.hf.directory import (
@@ -35,7 +35,7 @@ from megatron_dyt.hf.directory import (
 from megatron_dyt.hf.mapping import EMBEDDING, LAYERS, megatron_sizes
 from megatron_dyt.hf.model import MODELING_FILE, Model
 from megatron_dyt.hf.model_card import model_card
-from megatron_dyt.hf.tokenizer import TokenizerFacts, write_tokenizer
+from megatron_dyt.hf.tokenizer import TokenizerFacts, type_of, write_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Export:
         fold_weight: put DyT's weight and bias into the linear layers behind them.
         dtype: of the exported tensors; None for the checkpoint's own.
         tokenizer: whether to export the run's tokenizer.
+        tokenizer_model: its place, where it is not the one in `args`.
         bos: what its texts begin with; see `write_tokenizer`.
         max_shard_bytes: size of a safetensors file.
     """
@@ -59,6 +60,7 @@ class Export:
     fold_weight: bool = False
     dtype: torch.dtype | None = None
     tokenizer: bool = True
+    tokenizer_model: str | None = None
     bos: bool | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
 
@@ -68,23 +70,24 @@ def export(job: Export) -> None:
 
     Raises:
         UserError: a model without a LLaMA form, a checkpoint that does not hold the tensors its
-            arguments describe, no room for the output, or a tokenizer that cannot be exported.
+            arguments describe, no room for the output, or a tokenizer that cannot be exported or is
+            another than the run's.
     """
     started = time.monotonic()
     check_free("--output", job.output)
     model = Model.from_megatron(job.args)
     folded = _folded_roles(model) if job.fold_weight else ()
+    args = _with_tokenizer(job)
     source = ModelSource(job.checkpoint.directory, model)
     with whole_directory(job.output) as directory:
         tokenizer = None
-        has_tokenizer = job.args.tokenizer_type != "NullTokenizer"
+        has_tokenizer = args.tokenizer_type != "NullTokenizer"
         if job.bos is not None and not has_tokenizer:
             raise UserError("--bos and --no-bos: the run had no tokenizer; give one with --tokenizer-model")
         if job.tokenizer and has_tokenizer:
-            tokenizer = write_tokenizer(job.args, directory, job.bos)
-            # The arguments name the tokenizer that was given, if one was: only one too large is noticed.
-            path = job.args.tokenizer_model
-            check_vocabulary(tokenizer.vocab_size, job.args, path, job.checkpoint.directory)
+            tokenizer = write_tokenizer(args, directory, job.bos)
+            check_against_data(job.args, args.tokenizer_model)
+            check_vocabulary(tokenizer.vocab_size, job.args, args.tokenizer_model, job.checkpoint.directory)
             model = model.with_vocabulary(tokenizer.vocab_size)
         plan = Plan(model, folded, job.dtype or source.dtype)
         check_space("--output", job.output, plan.bytes)
@@ -100,6 +103,16 @@ def export(job: Export) -> None:
             "SGLang cannot serve this export: it puts a plain embedding in the place of one with a scale "
             "(docs/serving.md). For SGLang, export with --fold-weight"
         )
+
+
+def _with_tokenizer(job: Export) -> Namespace:
+    """The stored arguments, with the tokenizer that was given."""
+    args = Namespace(**vars(job.args))
+    if job.tokenizer_model:
+        args.tokenizer_model = job.tokenizer_model
+        if args.tokenizer_type == "NullTokenizer":
+            args.tokenizer_type = type_of(job.tokenizer_model)
+    return args
 
 
 class Plan:

@@ -3,7 +3,10 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pytest
 
 from megatron_dyt.data.dataset_manifest import Fields
@@ -40,6 +43,34 @@ def test_identity_changes_with_the_files(directory: Path) -> None:
     assert before == [part.identity() for part in find(dataset, Fields())]
     os.utime(directory / "train-1.jsonl", (1, 1))
     assert before != [part.identity() for part in find(dataset, Fields())]
+
+
+def test_all_parts_are_of_the_commit_that_the_data_set_had_at_the_start(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the Hub, in whose place a directory stands, it may get another between two parts."""
+    load, commits, read = datasets.load_dataset, {None: "first"}, []
+
+    def builder(path: str, config: str | None, revision: str | None) -> SimpleNamespace:
+        files = SimpleNamespace(origin_metadata=[(path, commits.get(revision, revision))] * 3)
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}), hash="hash")
+
+    def stream(path: str, config: str | None, revision: str | None, **options: Any) -> Any:
+        read.append(commits.get(revision, revision))
+        return load(str(directory), config, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    parts = find(HubDataset("some/set"), Fields())
+    commits[None] = "second"
+    for part in parts:
+        assert len(list(part.read(Fields()))) == 4
+    assert read == ["first"] * 4
+    assert [part.identity()["revision"] for part in parts] == ["first"] * 3
+    # What a run that goes on with them gives.
+    same = find(HubDataset("some/set", revision="first"), Fields())
+    assert [part.identity() for part in same] == [part.identity() for part in parts]
+    assert parts[0].identity() != find(HubDataset("some/set"), Fields())[0].identity()
 
 
 def test_rows_without_text_are_malformed(directory: Path) -> None:

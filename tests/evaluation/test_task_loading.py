@@ -131,6 +131,33 @@ def test_malformed_documents_are_the_file_s_fault(
         load_tasks(["arc_easy"], data=data)["tasks"]["arc_easy"].build_all_requests(rank=0, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("task", "bad", "error"),
+    [
+        ("piqa", {"label": None}, "TypeError: list indices|TypeError: tuple indices"),
+        ("truthfulqa_mc2", {"mc2_targets": {"choices": ["a", "b"], "labels": [1]}}, "IndexError: boolean"),
+    ],
+)
+def test_what_shows_as_documents_are_scored(data: Path, task: str, bad: dict[str, Any], error: str) -> None:
+    """In lm-eval's own function, and in one of a task."""
+    path = data / f"{task}.validation.jsonl"
+    first, second, *_ = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, second | bad)))
+    loaded = load_tasks([task], data=data)["tasks"][task]
+    loaded.build_all_requests(rank=0, world_size=1)
+    for instance in loaded.instances:
+        instance.resps = [(-1.0, False)]
+    loaded.apply_filters()
+    answers = [[each.filtered_resps["none"] for each in loaded.instances if each.doc_id == i] for i in (0, 1)]
+    assert "acc" in loaded.process_results(loaded.eval_docs[0], answers[0])
+    with pytest.raises(UserError, match=rf"{path}: task {task} fails on its documents \(({error})"):
+        loaded.process_results(loaded.eval_docs[1], answers[1])
+    # Filters may look at documents too.
+    loaded._filters[0].apply = lambda _: {}["choices"]
+    with pytest.raises(UserError, match=rf"{path}: task {task} fails .*KeyError: 'choices'"):
+        loaded.apply_filters()
+
+
 def test_lm_eval_downloads_again_afterwards(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

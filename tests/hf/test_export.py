@@ -20,6 +20,7 @@ from megatron_dyt.errors import UserError
 from megatron_dyt.hf import export as module
 from megatron_dyt.hf.directory import SafetensorsReader
 from megatron_dyt.mcore.norm import DyTNorm
+from tests.data.samples import manifest
 
 from .conftest import TOKENS, Saved, command, hf_logits, hf_model
 
@@ -258,12 +259,34 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_tokenizer_with_fewer_tokens_than_the_run_s_is_refused(
+    save_gpt: Save, tmp_path: Path, tokenizer_model: Path
+) -> None:
+    """It would lose rows of the embedding; but those that Megatron pads with are no loss."""
+    args = with_tokenizer(tmp_path / "moved.model", padded_vocab_size=384, make_vocab_size_divisible_by=32)
+    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
+    words = ["export", "--load", saved.checkpoint.root, "--output", tmp_path / "new" / "out"]
+    with pytest.raises(UserError, match=r"has 350 tokens, too few for the 384 .*a multiple of 32\)"):
+        command(*words, "--tokenizer-model", tokenizer_model)
+    assert list((tmp_path / "new").iterdir()) == []
+    saved.args.make_vocab_size_divisible_by = 64
+    saved.export(tmp_path / "out", tokenizer_model=str(tokenizer_model))
+
+
+def test_a_tokenizer_that_the_data_were_not_made_with_is_refused(tokenized: Saved, tmp_path: Path) -> None:
+    manifest("0" * 64).write(tmp_path / "train")
+    tokenized.args.data_path = [str(tmp_path / "train")]
+    with pytest.raises(UserError, match=r"not the one that the training data was made with \(0{12}"):
+        tokenized.export(tmp_path / "out")
+
+
 def test_a_tokenizer_for_a_run_without_one(
     save_gpt: Save, tmp_path: Path, tokenizer_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import CONFIG_MAPPING, AutoTokenizer
 
-    saved = save_gpt("DyT", args={"padded_vocab_size": 384}, model={"vocab_size": 384})
+    args = {"padded_vocab_size": 384, "make_vocab_size_divisible_by": 128}
+    saved = save_gpt("DyT", args=args, model={"vocab_size": 384})
     words = ["export", "--load", saved.checkpoint.root, "--output"]
     command(*words, tmp_path / "first", "--tokenizer-model", tokenizer_model)
     # Of a directory with code, which transformers asks about where our classes are not registered.
