@@ -118,6 +118,12 @@ def save_figures(report: dict[str, Any], directory: Path | None) -> None:
     print(f"written: {path}")
 
 
+def write_into(page: Path, name: str, text: str) -> None:
+    """Put `text` between `<!-- NAME -->` and `<!-- end -->` of a page."""
+    marked = re.compile(f"(<!-- {name} -->\\n).*?(<!-- end -->)", re.DOTALL)
+    write_atomically(page, marked.sub(lambda m: f"{m[1]}{text}\n{m[2]}", page.read_text()).encode())
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common_report import markdown_table, versions
+from common_report import markdown_table, versions, write_into
 from machine_code import CHIPS, Code, CompileInsteadOfLaunch, compiler_for, compiling_for
 from torch import Tensor
 
-from megatron_dyt.atomic import write_atomically
 from megatron_dyt.ops import triton_dyt
 from megatron_dyt.ops.parameters import Parameters
 
@@ -294,11 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, why in left_out.items():
         print(f"left out: {name}: {why}", file=sys.stderr)
     if args.write:
-        page = DOCS.read_text()
-        marked = re.sub(
-            r"(<!-- compiled -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.S
-        )
-        write_atomically(DOCS, marked.encode())
+        write_into(DOCS, "compiled", text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ mkdir -p "$OUT"
 # Seconds of the interrupted attempts before this one.
 before=$(cat "$OUT/elapsed_seconds" 2>/dev/null || echo 0)
 elapsed() { echo $((before + SECONDS)); }
-trap 'elapsed >"$OUT/elapsed_seconds"' EXIT
+follower=
+stop_following() { { kill "$follower" && wait "$follower"; } 2>/dev/null || true; }
+trap 'elapsed >"$OUT/elapsed_seconds"; stop_following' EXIT
 say() { printf '\n== %s (%d s so far)\n' "$*" "$(elapsed)"; }
 
 # The model: 2.4M parameters in the matrices, LLaMA's parts. The two runs differ in NORM alone.
@@ -78,7 +80,13 @@ run() {
   if [ ! -e "$dir/run.json" ]; then
     worked=yes
     say "$name: training $STEPS steps at learning rate $lr"
-    "${command[@]}" 2>&1 | "$PY" -m megatron_dyt follow "$dir/checkpoint" --name "$name" --log "$dir/train.log"
+    "$PY" -m megatron_dyt follow "$dir" --name "$name" &
+    follower=$!
+    # All of the output is in the log, to the last line after Ctrl-C too; here is what a person must see.
+    "${command[@]}" 2>&1 | tee -aip "$dir/train.log" |
+      { grep --line-buffered -E '^(megatron_dyt|DyT |WARNING: DyT)|Error\b' || true; } ||
+      { code=$?; echo "quickstart: $name: training failed; all of its output is in $dir/train.log" >&2; exit $code; }
+    stop_following
     "$PY" examples/quickstart/record.py --finish "$dir" --learning-rate "$lr" --seconds $((SECONDS - began))
   fi
   if [ ! -e "$dir/eval.json" ]; then

@@ -27,7 +27,6 @@ COMMANDS = {
     "dry-run": Command(
         "recipes:dry_run", "try a launch's flags under a simulated world, without GPUs", "train"
     ),
-    "scaling": Command("recipes:scaling", "what DyT adds to communication, up to 4,096 ranks"),
     "prepare-data": Command("data:prepare_data", "tokenize text into Megatron's indexed data sets", "train"),
     "train-tokenizer": Command("data:train_tokenizer", "make a SentencePiece tokenizer", "train"),
     "eval": Command("evaluation:evaluate", "zero-shot evaluation of a checkpoint with lm-eval", "eval"),

@@ -1,9 +1,8 @@
-"""`recipe`, `plan`, `dry-run` and `scaling`: what a training will be, before it takes a GPU."""
+"""`recipe`, `plan` and `dry-run`: what a training will be, before it takes a GPU."""
 
 import json
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,6 @@ import click
 from megatron_dyt.cli.options import POSITIVE
 from megatron_dyt.llama import NORMS
 from megatron_dyt.recipes import load, memory, names
-from megatron_dyt.recipes import scaling as communication
 from megatron_dyt.recipes.layout import RECOMPUTE, Cluster
 from megatron_dyt.recipes.plan import Plan, Speeds, as_json, days, ranked, report
 
@@ -149,18 +147,3 @@ def dry_run(
     assert entries is not None
     lines = dry_run.run(flags, nodes * gpus_per_node, entries, files=files, parameters=parameters)
     click.echo("\n".join(lines))
-
-
-@click.command()
-@click.option(
-    "--write",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="PAGE",
-    help="Put it between the markers of this page instead.",
-)
-def scaling(write: Path | None) -> None:
-    """What DyT adds to a step's communication, counted for LLaMA up to 4,096 ranks, in Markdown."""
-    if write is None:
-        click.echo(communication.report())
-    else:
-        communication.write(write)

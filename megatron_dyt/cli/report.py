@@ -62,25 +62,17 @@ def report(
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--name", help="What to call the run. Default: the directory's name.")
-@click.option(
-    "--log",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Append standard input, a run's output, to FILE; show its warnings and errors; end when it ends.",
-)
-def follow(directory: Path, name: str | None, log: Path | None) -> None:
+def follow(directory: Path, name: str | None) -> None:
     """Show the progress of the run whose metrics.jsonl is, or will be, in DIRECTORY (its --save directory).
 
     It ends with the run's last step.
 
     \b
         megatron-dyt follow out/checkpoint
-        torchrun ... -m megatron_dyt.pretrain ... --save out/checkpoint 2>&1 |
-            megatron-dyt follow out/checkpoint --log out/train.log
     """
     from megatron_dyt.report.follow import follow_run
 
-    follow_run(directory, name or directory.resolve().name, log)
+    follow_run(directory, name or directory.resolve().name)
 
 
 def parse_runs(options: Sequence[str]) -> dict[str, Path]:

@@ -128,37 +128,28 @@ def wrap_tensorboard_writer(original: Callable[[Namespace], None], args: Namespa
         _warn_of_tensorboard(args.tensorboard_dir, error)
     if (writer := get_tensorboard_writer()) is not None:
         # PyTorch's SummaryWriter hands all that it writes to this one.
-        writer.file_writer.event_writer = _Forgiving(writer.file_writer.event_writer, args.tensorboard_dir)
+        _forgive(writer.file_writer.event_writer, args.tensorboard_dir)
 
 
-class _Forgiving:
-    """TensorBoard's EventFileWriter, which raises from a thread's failure on: one warning, then nothing."""
+def _forgive(events: Any, directory: str) -> None:
+    """TensorBoard's EventFileWriter raises from a thread's failure on: make it one warning, then nothing."""
+    failed = False
 
-    def __init__(self, writer: Any, directory: str) -> None:
-        self._writer = writer
-        self._directory = directory
-        self._failed = False
+    def forgiving(write: Callable[..., None]) -> Callable[..., None]:
+        def try_to(*args: Any) -> None:
+            nonlocal failed
+            if failed:
+                return
+            try:
+                write(*args)
+            except OSError as error:
+                failed = True
+                _warn_of_tensorboard(directory, error)
 
-    def __getattr__(self, name: str) -> Any:  # What torch's FileWriter asks for besides.
-        return getattr(self._writer, name)
+        return try_to
 
-    def add_event(self, event: Any) -> None:
-        self._try(lambda: self._writer.add_event(event))
-
-    def flush(self) -> None:
-        self._try(self._writer.flush)
-
-    def close(self) -> None:
-        self._try(self._writer.close)
-
-    def _try(self, write: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            write()
-        except OSError as error:
-            self._failed = True
-            _warn_of_tensorboard(self._directory, error)
+    for name in ("add_event", "flush", "close"):
+        setattr(events, name, forgiving(getattr(events, name)))
 
 
 def _warn_of_tensorboard(directory: str, error: OSError) -> None:

@@ -1,7 +1,6 @@
 """Reads `dyt_stats.jsonl`, which `mcore/monitor.py` writes: alpha and the input's scale at every DyT site.
 
-With pipeline parallelism each stage writes a file, `dyt_stats.stageN.jsonl`. As in metrics.py, the file of a
-run that was resumed is read without its abandoned part, and half a line is passed over.
+With pipeline parallelism each stage writes a file, `dyt_stats.stageN.jsonl`. Half a line is passed over.
 """
 
 import json
@@ -144,8 +143,6 @@ def _lines(path: Path) -> dict[int, dict[str, Any]]:
             iteration = _record(data).iteration
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if records and iteration <= next(reversed(records)):
-            records = {at: record for at, record in records.items() if at < iteration}
         records[iteration] = data
     return records
 

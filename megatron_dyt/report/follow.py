@@ -1,26 +1,18 @@
-"""Progress of a run in the terminal, from the metrics that it writes: step, loss, pace, time left.
-
-With `--log` it also keeps the run's output in a file, and shows of it what a person must see.
-"""
+"""Progress of a run in the terminal, from the metrics that it writes: step, loss, pace, time left."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import re
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
-from megatron_dyt.errors import UserError, describe
+from megatron_dyt.errors import UserError
 from megatron_dyt.report import metrics
 from megatron_dyt.report.metrics import Evaluation, Record, Start, Step
 
@@ -32,25 +24,18 @@ POLL_SECONDS = 0.5
 _LOG_SECONDS = 5.0
 # Time left is told from the median of so many of the last lines: one slow step must not move it.
 _RECENT = 20
-_SHOWN = re.compile(r"^(megatron_dyt|DyT |WARNING: DyT)|successfully (saved|loaded) checkpoint|Error\b")
-# What torch puts in front of each line of a traceback once there are several processes.
-_RANK = re.compile(r"^\[rank\d+\]: ?")
 
 
-def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
+def follow_run(directory: Path, name: str) -> None:
     """Show on stdout the progress of the run in `directory`, until its last step.
 
     Args:
         directory: where metrics.jsonl is or will be.
         name: what to call the run.
-        log: standard input is the run's output: append it to this file, and end when it ends.
 
     Raises:
-        UserError: the directory, or that of `log`, does not exist; or lines are missing in `log`.
+        UserError: the directory does not exist.
     """
-    if log is not None:
-        _follow_output(directory, Display(name, sys.stdout, from_start=True), log)
-        return
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist; {metrics.HOW_TO_WRITE}")
     if not metrics.find(directory).is_file():
@@ -60,32 +45,6 @@ def follow_run(directory: Path, name: str, log: Path | None = None) -> None:
         display.show(tail.read())
         time.sleep(POLL_SECONDS)
     display.close()
-
-
-def _follow_output(directory: Path, display: Display, log: Path) -> None:
-    if sys.stdin is None:
-        raise UserError("--log keeps what comes by standard input, which is closed; give it the run's output")
-    if not log.parent.is_dir():
-        raise UserError(f"the directory of {log} does not exist; make it first: mkdir -p {log.parent}")
-    try:
-        file = log.open("ab")
-    except OSError as error:
-        raise UserError(f"--log {log} cannot be written ({describe(error)}); give another file") from error
-    # An interrupt ends the run in front of the pipe; its last lines belong into the log, and then this ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tail = Tail(directory)
-    tail.read()  # What an interrupted run has written is no progress of this one.
-    # Its end waits for that of the output, also where nothing can be shown: a run that nobody reads dies.
-    with ThreadPoolExecutor(1) as thread:
-        copying = thread.submit(keep, sys.stdin.buffer, file, display.write_line)
-        while not copying.done():
-            wait([copying], POLL_SECONDS)
-            display.show(tail.read())
-    display.show(tail.read())  # What was written since the last look.
-    display.close()
-    if not copying.result():
-        raise UserError(f"--log {log} lacks lines of the run that could not be written; is the disk full?")
-    display.write_line(f"{display.name}: log ended, kept in {log}")
 
 
 class Tail:
@@ -120,13 +79,12 @@ class Display:
     Args:
         name: what to call the run.
         output: where to show it.
-        from_start: the first records to come are news, not the history of a run that goes on.
     """
 
-    def __init__(self, name: str, output: TextIO, from_start: bool = False) -> None:
+    def __init__(self, name: str, output: TextIO) -> None:
         self.name = name
         self.output = output
-        self.shows_evaluations = from_start
+        self.shows_evaluations = False  # The first records to come are history.
         self.bar: tqdm[None] | None = None
         self.total = 0
         self.complete = False
@@ -191,42 +149,3 @@ class Display:
         """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()
-
-
-def keep(lines: Iterable[bytes], log: BinaryIO, show: Callable[[str], None]) -> bool:
-    """Append `lines` to `log` as they come, close it, and `show` the lines that a person must see.
-
-    These are the plugin's own, saved and loaded checkpoints, tracebacks and errors. All lines are read,
-    whatever becomes of the log and of what is shown.
-
-    Returns:
-        Whether all of them are in the log.
-    """
-    whole, faults = True, list[OSError]()
-    in_traceback = False  # and its last line, the exception, is not indented
-    for line in lines:
-        whole = _append(log, line, faults) and whole
-        text = line.decode(errors="replace").rstrip()
-        bare = _RANK.sub("", text)
-        is_exception = in_traceback and not bare[:1].isspace()
-        in_traceback = bare.startswith("Traceback") or (in_traceback and not is_exception)
-        if in_traceback or is_exception or _SHOWN.search(bare):
-            with contextlib.suppress(OSError, ValueError):  # Nobody reads it, or its encoding lacks a letter.
-                show(text)
-    with contextlib.suppress(OSError):
-        log.close()  # It writes what is left in the buffer.
-        return whole
-    return False
-
-
-def _append(log: BinaryIO, line: bytes, faults: list[OSError]) -> bool:
-    """Whether `log` took the line: what it cannot write now stays in its buffer, for the next line's turn."""
-    taken = 0
-    try:
-        taken = log.write(line)
-        log.flush()
-    except OSError as error:
-        if not faults:
-            _log.warning("--log %s cannot be written now (%s); the run goes on", log.name, error.strerror)
-            faults.append(error)
-    return taken == len(line)

@@ -1,8 +1,7 @@
 """Reads `metrics.jsonl`, which `mcore/metrics_writer.py` writes: `read(path)` gives a run's numbers, typed.
 
-docs/metrics.md describes the fields. A run that was stopped and resumed has one file: where the iteration
-goes back, what came from there on belongs to the abandoned part and is left out, so that the last one
-wins. Half a line, which a killed run leaves, is passed over. A number that was not finite is nan.
+docs/metrics.md describes the fields. A run that was stopped and resumed has one file, in which each step
+stands once. Half a line, which a killed run leaves, is passed over. A number that was not finite is nan.
 """
 
 import json
@@ -155,24 +154,16 @@ def parse(lines: Iterable[str]) -> Iterator[Record]:
 def collect(path: Path, records: Iterable[Record]) -> RunMetrics:
     """The run that `records`, in the order of the file, make up."""
     starts: list[Start] = []
-    steps: dict[int, Step] = {}
+    steps: list[Step] = []
     evaluations: dict[tuple[int, bool, str | None], Evaluation] = {}
-    latest = 0
     for record in records:
         if isinstance(record, Start):
             starts.append(record)
-            continue
-        if isinstance(record, Evaluation):
-            evaluations[record.iteration, record.is_test, record.name] = record
+        elif isinstance(record, Step):
+            steps.append(record)
         else:
-            if record.iteration <= latest:  # Resumed from before: the later ones are void.
-                latest = record.iteration
-                steps = {at: step for at, step in steps.items() if at < latest}
-                evaluations = {key: value for key, value in evaluations.items() if key[0] < latest}
-            steps[record.iteration] = record
-        latest = max(latest, record.iteration)
-    ordered = sorted(evaluations.items(), key=lambda item: item[0][0])
-    return RunMetrics(path, tuple(starts), tuple(steps.values()), tuple(value for _, value in ordered))
+            evaluations[record.iteration, record.is_test, record.name] = record
+    return RunMetrics(path, tuple(starts), tuple(steps), tuple(evaluations.values()))
 
 
 def _start(data: dict[str, Any]) -> Start:

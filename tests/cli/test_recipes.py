@@ -1,4 +1,4 @@
-"""The commands `recipe`, `plan`, `dry-run` and `scaling`."""
+"""The commands `recipe`, `plan` and `dry-run`."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_dyt.cli import main
-from megatron_dyt.recipes import dry_run, load, names, scaling
+from megatron_dyt.recipes import dry_run, load, names
 
 SEVENTY = "plan --model 70b --nodes 128 --gpus-per-node 8 --gpu-memory 80"
 
@@ -101,7 +101,3 @@ def test_what_follows_two_dashes_is_megatrons(monkeypatch: pytest.MonkeyPatch) -
     text = output("dry-run --nodes 2 --vocab-size 8 --files --parameters 5 -- --bf16 --nodes 3 -x")
     assert calls == [(("--bf16", "--nodes", "3", "-x"), 16, 8, {"files": True, "parameters": 5})]
     assert text == "fine\n"
-
-
-def test_scaling_prints_the_table() -> None:
-    assert output("scaling").strip() == scaling.report()

@@ -1,4 +1,4 @@
-"""The count of `recipes/scaling.py` is what real steps of two processes hand to their collectives."""
+"""The count of `benchmarks/scaling.py` is what real steps of two processes hand to their collectives."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dyt.recipes.scaling import FP32, GUARD_BYTES, Stage, added, aligned
+from benchmarks.scaling import FP32, GUARD_BYTES, Stage, added, aligned
 from tests.distributed import cases
 
 pytestmark = pytest.mark.distributed

@@ -1,38 +1,22 @@
-"""Progress of a run from its metrics, watched while it is written or beside its piped output."""
+"""Progress of a run from its metrics, watched while it is written."""
 
 import io
 import json
-import os
 import threading
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_dyt.errors import UserError
 from megatron_dyt.report import follow
-from megatron_dyt.report.follow import Display, Tail, follow_run, keep
+from megatron_dyt.report.follow import Display, Tail, follow_run
 from tests.report.made_up_runs import start_line, step_line, validation_line, write_lines
 
 
 def append(path: Path, *lines: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-@pytest.fixture
-def piped(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what comes on standard input."""
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(follow.signal, "signal", lambda *_: None)
-
-    def give(lines: Iterable[bytes]) -> None:
-        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=lines))
-
-    return give
 
 
 class Terminal(io.StringIO):
@@ -137,155 +121,6 @@ def test_following_ends_with_the_last_step(
     assert "r: step 200/200, loss 2.500" in shown
 
 
-def test_what_a_person_must_see_is_shown_and_noise_is_not(tmp_path: Path) -> None:
-    log = [
-        b"INFO: something\n",
-        b"DyT attn  4 sites\n",
-        b"WARNING: DyT ffn: alpha*std(x) = 9\n",
-        b"megatron_dyt: CPU runtime set --use-cpu-initialization\n",
-        b" validation loss at iteration 50 | lm loss value: 4.5E+00 | lm loss PPL: 9.0E+01 |\n",
-        b"  successfully saved checkpoint from iteration 50 to x\n",
-        b"\xff\xfe\n",
-        b"Traceback (most recent call last):\n",
-        b'  File "x.py", line 1\n',
-        b"ValueError: no\n",
-        b"  indented noise\n",
-        b"[rank1]: Traceback (most recent call last):\n",
-        b'[rank1]:   File "y.py", line 2\n',
-        b"[rank1]: megatron_dyt.errors.TrainingFault: step 2\n",
-        b"[rank1]: noise\n",
-    ]
-    said: list[str] = []
-    assert keep(log, (tmp_path / "train.log").open("ab"), said.append)
-    assert said == [
-        "DyT attn  4 sites",
-        "WARNING: DyT ffn: alpha*std(x) = 9",
-        "megatron_dyt: CPU runtime set --use-cpu-initialization",
-        "  successfully saved checkpoint from iteration 50 to x",
-        "Traceback (most recent call last):",
-        '  File "x.py", line 1',
-        "ValueError: no",
-        "[rank1]: Traceback (most recent call last):",
-        '[rank1]:   File "y.py", line 2',
-        "[rank1]: megatron_dyt.errors.TrainingFault: step 2",
-    ]
-    assert (tmp_path / "train.log").read_bytes() == b"".join(log)
-
-
-def test_the_output_is_kept_and_its_end_ends_it(
-    tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_lines(tmp_path / "checkpoint" / "metrics.jsonl", [start_line(), step_line(100, 2.5)])
-    (tmp_path / "train.log").write_text("first run\n")
-
-    def output() -> Iterator[bytes]:
-        yield b"noise\n"
-        append(path, start_line(), step_line(51, 2.75), validation_line(51, 2.0))
-        yield b"megatron_dyt: a word\n"
-
-    piped(output())
-    follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
-    assert (tmp_path / "train.log").read_text() == "first run\nnoise\nmegatron_dyt: a word\n"
-    assert capsys.readouterr().out.splitlines() == [
-        "megatron_dyt: a word",
-        "dyt: validation loss 2.0000 (step 51)",
-        "dyt: step 51/200, loss 2.750, 0.50 s per step, 01:14 left",
-        f"dyt: log ended, kept in {tmp_path / 'train.log'}",
-    ]
-
-
-def test_lines_before_an_early_end_are_shown(
-    tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class DoneAtOnce(follow.ThreadPoolExecutor):
-        def submit(self, *args: Any) -> Any:
-            done = super().submit(*args)
-            done.result()
-            return done
-
-    monkeypatch.setattr(follow, "ThreadPoolExecutor", DoneAtOnce)
-    path = tmp_path / "checkpoint" / "metrics.jsonl"
-
-    def output() -> Iterator[bytes]:
-        write_lines(path, [start_line(), step_line(7, 2.75)])
-        yield b"noise\n"
-
-    piped(output())
-    follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
-    assert "dyt: step 7/200, loss 2.750" in capsys.readouterr().out
-
-
-def test_a_run_that_ends_before_its_first_step_is_no_error(
-    tmp_path: Path, piped: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    piped([b"Traceback (most recent call last):\n"])
-    follow_run(tmp_path / "checkpoint", "dyt", tmp_path / "train.log")
-    assert "Traceback" in capsys.readouterr().out
-
-
-def noise(unread: list[bytes]) -> Iterator[bytes]:
-    """More lines than a buffer holds; each is taken out of `unread`."""
-    while unread:
-        yield unread.pop()
-
-
-def test_a_log_that_cannot_be_written_does_not_end_the_run(
-    tmp_path: Path, piped: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    piped(noise(lines := [b"x" * 99 + b"\n"] * 9999))
-    with pytest.raises(UserError, match="--log /dev/full lacks lines"):
-        follow_run(tmp_path, "r", Path("/dev/full"))
-    assert not lines
-    assert [record.message for record in caplog.records] == [
-        "--log /dev/full cannot be written now (No space left on device); the run goes on"
-    ]
-
-
-@pytest.mark.parametrize(("between", "all_are_there"), [(2, True), (9999, False)])
-def test_lines_come_again_when_there_is_space(tmp_path: Path, between: int, all_are_there: bool) -> None:
-    """Without a gap where the buffer has room for those between."""
-    lines = [b"%04d" % i + b"x" * 95 + b"\n" for i in range(between)]
-    log, full = (tmp_path / "log").open("ab"), os.open("/dev/full", os.O_WRONLY)
-    own = os.dup(log.fileno())
-
-    def filling() -> Iterator[bytes]:
-        os.dup2(full, log.fileno())
-        yield from lines
-        os.dup2(own, log.fileno())
-        yield b"last\n"
-
-    assert keep(filling(), log, print) == all_are_there
-    found = (tmp_path / "log").read_bytes()
-    assert found.endswith(b"last\n")
-    assert (found == b"".join([*lines, b"last\n"])) == all_are_there
-
-
-def test_a_reader_that_goes_does_not_end_the_run(
-    tmp_path: Path, piped: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_lines(path := tmp_path / "metrics.jsonl", [start_line()])
-    reader, writer = os.pipe()
-    os.close(reader)
-    monkeypatch.setattr("sys.stdout", os.fdopen(writer, "w"))
-    lines = [b"megatron_dyt: a word\n"] * 9999
-
-    def output() -> Iterator[bytes]:
-        yield lines.pop()
-        append(path, step_line(1))
-        time.sleep(0.1)  # So that there is a step to show.
-        yield from noise(lines)
-
-    piped(output())
-    with pytest.raises(BrokenPipeError):  # The command ends as others do of which nobody reads the output.
-        follow_run(tmp_path, "r", tmp_path / "train.log")
-    assert not lines
-    assert len((tmp_path / "train.log").read_bytes().splitlines()) == 9999
-
-
-def test_missing_directories_are_refused(tmp_path: Path) -> None:
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; training with this plugin writes it"):
         follow_run(tmp_path / "no", "r")
-    with pytest.raises(UserError, match="does not exist; make it first"):
-        follow_run(tmp_path, "r", tmp_path / "no" / "train.log")
-    with pytest.raises(UserError, match=r"--log .* cannot be written \(IsADirectoryError.*give another file"):
-        follow_run(tmp_path, "r", tmp_path)

@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl: typed numbers, resumed and killed runs, files that are no metrics."""
+"""Reading metrics.jsonl: typed numbers, killed runs, files that are no metrics."""
 
 import json
 import math
@@ -69,26 +69,6 @@ def test_validation_is_in_order_and_the_test_set_apart(tmp_path: Path) -> None:
 def test_several_validation_sets_are_averaged(tmp_path: Path) -> None:
     run = read(tmp_path, validation_line(10, 2.0, "0"), validation_line(10, 3.0, "code"))
     assert run.validation == ((10, 2.5),)
-
-
-def test_a_resume_voids_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    run = read(
-        tmp_path,
-        start_line(lr=1.0),
-        *(step_line(10, 5.0), step_line(20, 4.0), validation_line(20, 4.5)),
-        *(step_line(30, 9.0), validation_line(30, 9.0), step_line(40, 9.0)),
-        # Killed, and resumed from iteration 20.
-        start_line(lr=2.0),
-        *(step_line(21, 3.9), step_line(30, 3.0)),
-    )
-    assert [(step.iteration, step.loss) for step in run.steps] == [(10, 5.0), (20, 4.0), (21, 3.9), (30, 3.0)]
-    assert run.validation == ((20, 4.5),)
-    assert run.arguments["lr"] == 2.0
-
-
-def test_a_validation_after_the_last_logged_step_is_voided_too(tmp_path: Path) -> None:
-    run = read(tmp_path, step_line(20), validation_line(25, 9.0), start_line(), step_line(21))
-    assert run.validation == ()
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])

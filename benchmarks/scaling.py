@@ -1,22 +1,24 @@
 """What DyT adds over RMSNorm to the communication of a training step, counted for layouts too large to try.
 
-Nothing here depends on the sequence's length or the batch: what is added are parameters, which are reduced
-once per step, and the guard's flags. `tests/distributed/test_scaling.py` compares the count with what real
-runs of two processes hand to their collectives. Bytes are those handed to a collective, not those on the
-wire, which depend on its algorithm.
+    python benchmarks/scaling.py [--write]
+
+Prints the tables of docs/scaling.md; --write puts them there. Nothing here depends on the sequence's length
+or the batch: what is added are parameters, which are reduced once per step, and the guard's flags.
+`tests/distributed/test_scaling.py` compares the count with what real runs of two processes hand to their
+collectives. Bytes are those handed to a collective, not those on the wire, which depend on its algorithm.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dyt import atomic
-from megatron_dyt.errors import UserError
 from megatron_dyt.recipes import Recipe, load
 from megatron_dyt.recipes.layout import Layout
 from megatron_dyt.recipes.memory import BF16, FP32, stage_parameters
 
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 # Elements. The distributed optimizer starts every parameter at a multiple of this many elements
 # (megatron/core/optimizer/param_layout.py).
 ALIGNMENT = 64
@@ -188,15 +190,16 @@ def _extremes() -> str:
     )
 
 
-BEGIN = "<!-- begin: megatron-dyt scaling -->"
-END = "<!-- end -->"
+def main(argv: list[str] | None = None) -> None:
+    from common_report import write_into  # Which the tests that import this file by its folder do not find.
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into {DOCS.name}, between its marks")
+    args = parser.parse_args(argv)
+    print(text := report())
+    if args.write:
+        write_into(DOCS, "scaling", text)
 
 
-def write(page: Path) -> None:
-    """Put the report between the page's markers. Raises UserError when it has none."""
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{page} has no lines {BEGIN!r} and {END!r} to write between")
-    head, rest = text.split(BEGIN, 1)
-    with atomic.whole_files([page]) as (partial,):
-        partial.write_text(f"{head}{BEGIN}\n{report()}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+if __name__ == "__main__":
+    main()

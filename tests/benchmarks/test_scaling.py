@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling
+from benchmarks.scaling import Added, Stage, added, layouts, report, stages, worst
 from megatron_dyt.config import DyTConfig
-from megatron_dyt.errors import UserError
 from megatron_dyt.nn import DynamicTanh
-from megatron_dyt.recipes import load, scaling
-from megatron_dyt.recipes.scaling import Added, Stage, added, layouts, report, stages, worst, write
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+from megatron_dyt.recipes import load
 
 
 def test_one_process_hands_nothing_over() -> None:
@@ -66,16 +64,13 @@ def test_the_layouts_reach_the_largest_world() -> None:
 
 
 def test_the_page_has_the_report() -> None:
-    assert f"{scaling.BEGIN}\n{report()}\n{scaling.END}" in PAGE.read_text(encoding="utf-8")
+    assert f"<!-- scaling -->\n{report()}\n<!-- end -->" in scaling.DOCS.read_text(encoding="utf-8")
     assert "| 4096 |" in report()
 
 
-def test_a_page_is_written_between_its_markers(tmp_path: Path) -> None:
+def test_a_page_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
-    write(page)
-    assert page.read_text() == f"before\n{scaling.BEGIN}\n{report()}\n{scaling.END}\nafter\n"
-    assert list(tmp_path.iterdir()) == [page]
-    page.write_text("no markers")
-    with pytest.raises(UserError, match="has no lines"):
-        write(page)
+    page.write_text("before\n<!-- scaling -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(scaling, "DOCS", page)
+    scaling.main(["--write"])
+    assert page.read_text() == f"before\n<!-- scaling -->\n{report()}\n<!-- end -->\nafter\n"
