@@ -121,7 +121,10 @@ def save_figures(report: dict[str, Any], directory: Path | None) -> None:
 def write_into(page: Path, name: str, text: str) -> None:
     """Put `text` between `<!-- NAME -->` and `<!-- end -->` of a page."""
     marked = re.compile(f"(<!-- {name} -->\\n).*?(<!-- end -->)", re.DOTALL)
-    write_atomically(page, marked.sub(lambda m: f"{m[1]}{text}\n{m[2]}", page.read_text()).encode())
+    whole, found = marked.subn(lambda m: f"{m[1]}{text}\n{m[2]}", page.read_text())
+    if not found:
+        raise SystemExit(f"error: {page} has no <!-- {name} --> with an <!-- end --> behind it")
+    write_atomically(page, whole.encode())
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,10 @@ mkdir -p "$OUT"
 before=$(cat "$OUT/elapsed_seconds" 2>/dev/null || echo 0)
 elapsed() { echo $((before + SECONDS)); }
 follower=
-stop_following() { { kill "$follower" && wait "$follower"; } 2>/dev/null || true; }
+stop_following() {
+  [ -z "$follower" ] || { kill "$follower" && wait "$follower"; } 2>/dev/null || true
+  follower=
+}
 trap 'elapsed >"$OUT/elapsed_seconds"; stop_following' EXIT
 say() { printf '\n== %s (%d s so far)\n' "$*" "$(elapsed)"; }
 
@@ -85,7 +88,7 @@ run() {
     # All of the output is in the log, to the last line after Ctrl-C too; here is what a person must see.
     "${command[@]}" 2>&1 | tee -aip "$dir/train.log" |
       { grep --line-buffered -E '^(megatron_dyt|DyT |WARNING: DyT)|Error\b' || true; } ||
-      { code=$?; echo "quickstart: $name: training failed; all of its output is in $dir/train.log" >&2; exit $code; }
+      { code=$?; [ $code -eq 130 ] || echo "quickstart: $name: training failed; its output is in $dir/train.log" >&2; exit $code; }
     stop_following
     "$PY" examples/quickstart/record.py --finish "$dir" --learning-rate "$lr" --seconds $((SECONDS - began))
   fi

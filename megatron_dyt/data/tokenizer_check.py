@@ -143,10 +143,11 @@ def check_vocabulary(size: int, saved: Namespace, path: str | None, directory: P
             f"Give the tokenizer of its training data with --tokenizer-model"
         )
     if rows - size >= multiple and path != saved.tokenizer_model:
+        moved = "; if this is it, put it at the path that the run had" if saved.tokenizer_model else ""
         raise UserError(
             f"the tokenizer {path} has {size} tokens, too few for the {rows} of the model in {directory} "
             f"(Megatron pads to a multiple of {multiple}). Give the tokenizer of its training data with "
-            f"--tokenizer-model; if this is it, put it at the path that the run had"
+            f"--tokenizer-model{moved}"
         )
 
 

@@ -86,7 +86,7 @@ def export(job: Export) -> None:
             raise UserError("--bos and --no-bos: the run had no tokenizer; give one with --tokenizer-model")
         if job.tokenizer and has_tokenizer:
             tokenizer = write_tokenizer(args, directory, job.bos)
-            check_against_data(job.args, args.tokenizer_model)
+            check_against_data(args, args.tokenizer_model)
             check_vocabulary(tokenizer.vocab_size, job.args, args.tokenizer_model, job.checkpoint.directory)
             model = model.with_vocabulary(tokenizer.vocab_size)
         plan = Plan(model, folded, job.dtype or source.dtype)

@@ -270,7 +270,7 @@ def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
         )
     if any(_is_dyt(key) or _is_norm(key) for key in missing | unexpected):
         return (
-            "The DyT settings differ (bias, function, embedding scale, log alpha, running scale); "
+            "The DyT settings differ (bias, function, squash, embedding scale, log alpha, running scale); "
             "--use-checkpoint-args restores those it was saved with."
         )
     return "Check the architecture flags against those it was saved with (--use-checkpoint-args)."
