@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 _log = logging.getLogger(__name__)
+# The first rank of every pipeline stage reports.
+_info = functools.partial(_log.info, extra=log.ALL_RANKS)
+_warning = functools.partial(_log.warning, extra=log.ALL_RANKS)
 
 # alpha * std(x) at the start. The paper's models start at 0.09 (70B, FFN) to 1.02 (7B, attention). In a small
 # model 0.1 costs 0.1 nats after 100 steps, 2 costs 0.4, in front of attention 0.01
@@ -41,8 +44,6 @@ GOOD_RANGE, GOOD_ATTENTION = (0.05, 1.5), (0.05, 2.5)
 # Gain of a linear layer, std * sqrt(hidden): 0.64 to 1.8 in the paper. Far below it, activations fade
 # from layer to layer and nothing restores them.
 GOOD_GAIN = (0.4, 3.0)
-
-
 # How long the last rank waits for another stage's numbers: both have just ended the same step.
 _SEND_SECONDS = 60.0
 
@@ -173,44 +174,47 @@ class Monitor:
 
     def log_start(self) -> None:
         """One line per role, one for the embedding scale, and warnings."""
-        # Other stages' first ranks report too.
-        info = functools.partial(_log.info, extra=log.ALL_RANKS)
-        warning = functools.partial(_log.warning, extra=log.ALL_RANKS)
         for role in dict.fromkeys(site.module.role for site in self.sites):
             norms = [s.module for s in self.sites if s.module.role == role and s.module in self.samples]
-            if not norms:
-                continue
-            samples = [self.samples[norm] for norm in norms]
-            drives = [sample.drive for sample in samples]
-            alphas = [float(sample.alpha) for sample in samples]
-            fresh = all(
-                math.isclose(alpha, norm.alpha_init, rel_tol=_rounding(norm.alpha_init))
-                for alpha, norm in zip(alphas, norms, strict=True)
-            )
-            what = (
-                f"alpha0 {alphas[0]:.4g}"
-                if fresh
-                else f"alpha {min(alphas):.3g} to {max(alphas):.3g} (trained)"
-            )
-            info(
-                f"DyT {role:<5} {len(samples):3d} sites, {what}, "
-                f"alpha*std(x) of the first batch {min(drives):.3g} to {max(drives):.3g}"
-            )
-            for drive in {min(drives), max(drives)} if fresh else ():
-                low, high = GOOD_ATTENTION if role == "attn" else GOOD_RANGE
-                if not low <= drive <= high:
-                    warning(
-                        f"DyT {role}: alpha*std(x) = {drive:.3g} is outside {low} to "
-                        f"{high}, where runs train. "
-                        + self._advice(f"change --dyt-alpha-init-{role} or --dyt-embedding-scale")
-                    )
+            if norms:
+                self._log_role(role, norms)
         if self.scale_value is not None:
-            info(f"DyT embedding scale {float(self.scale_value):.4g}")
+            _info(f"DyT embedding scale {float(self.scale_value):.4g}")
         if not GOOD_GAIN[0] <= self.linear_gain <= GOOD_GAIN[1]:
-            warning(
+            _warning(
                 f"DyT: linear layers start with gain std*sqrt(hidden) = {self.linear_gain:.2g}, "
                 f"runs that train have {GOOD_GAIN[0]} to {GOOD_GAIN[1]}. DyT does not rescale. "
                 + self._advice("--init-method-std near 1/sqrt(hidden)")
+            )
+
+    def _log_role(self, role: str, norms: list[DyTNorm]) -> None:
+        samples = [self.samples[norm] for norm in norms]
+        drives = [sample.drive for sample in samples]
+        alphas = [float(sample.alpha) for sample in samples]
+        fresh = all(
+            math.isclose(alpha, norm.alpha_init, rel_tol=_rounding(norm.alpha_init))
+            for alpha, norm in zip(alphas, norms, strict=True)
+        )
+        what = (
+            f"alpha0 {alphas[0]:.4g}" if fresh else f"alpha {min(alphas):.3g} to {max(alphas):.3g} (trained)"
+        )
+        _info(
+            f"DyT {role:<5} {len(samples):3d} sites, {what}, "
+            f"alpha*std(x) of the first batch {min(drives):.3g} to {max(drives):.3g}"
+        )
+        low, high = GOOD_ATTENTION if role == "attn" else GOOD_RANGE
+        for drive in {min(drives), max(drives)} if fresh else ():
+            if not low <= drive <= high:
+                _warning(
+                    f"DyT {role}: alpha*std(x) = {drive:.3g} is outside {low} to "
+                    f"{high}, where runs train. "
+                    + self._advice(f"change --dyt-alpha-init-{role} or --dyt-embedding-scale")
+                )
+        if norms[0].function == "identity" and norms[0].input_rms is None:
+            _warning(
+                f"DyT {role}: the identity without a running scale, so nothing bounds the output: a large "
+                "learning rate or a deep model diverges. Add --dyt-running-scale all, or leave out "
+                "--dyt-squash and --dyt-function."
             )
 
     def _advice(self, change: str) -> str:
@@ -254,7 +258,7 @@ class Monitor:
         except TimeoutError as error:
             self.tracked = False
             what = "DyT's statistics of step %d are not in TensorBoard and W&B, nor later ones: %s"
-            _log.warning(what, iteration, error, extra=log.ALL_RANKS)
+            _warning(what, iteration, error)
             return
         if texts:
             records: list[StatsRecord] = [json.loads(text) for text in texts]

@@ -75,6 +75,26 @@ def test_a_site_far_from_the_range_that_trains_is_warned_about(
         assert f"--dyt-alpha-init-{role}" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({}, set()),
+        ({"function": "identity"}, {"attn", "ffn", "final"}),
+        ({"squash": "mlp"}, {"attn", "final"}),
+        ({"squash": "mlp", "running_scale": "mlp"}, {"attn", "final"}),
+        ({"squash": "mlp", "running_scale": "all"}, set()),
+    ],
+)
+def test_a_site_that_nothing_bounds_is_warned_about(
+    make_monitor: Make, loss_of: LossOf, settings: dict[str, Any], warned: set[str], start_lines: StartLines
+) -> None:
+    watch, model = make_monitor(DyTConfig.unit(32, **settings))
+    watch.look()
+    loss_of(model)
+    lines = [line for line in start_lines(watch) if "nothing bounds" in line]
+    assert {line.split()[2].rstrip(":") for line in lines} == warned
+
+
 def test_an_alpha_that_was_trained_is_called_so_and_not_warned_about(
     make_monitor: Make, loss_of: LossOf, start_lines: StartLines
 ) -> None:
