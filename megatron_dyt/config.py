@@ -35,8 +35,6 @@ Function = Literal[
     "tanh", "erf", "hardtanh", "sigmoid", "isru", "arctan", "satursin", "arcsinhclip", "identity"
 ]
 WeightInit = Literal["one", "unit"]
-# Where the function stands; elsewhere it is the identity.
-Squash = Literal["all", "mlp"]
 # Where alpha is divided by a running average of the input's rms.
 RunningScale = Literal["none", "mlp", "all"]
 Backend = Literal["auto", "triton", "torch"]
@@ -206,15 +204,6 @@ class DyTConfig:
     )
     """What bounds alpha * x; "tanh" is DyT, "erf" is Derf (arXiv 2512.10938) and has a learnable shift."""
 
-    squash: Squash = _setting(
-        "dyt_squash",
-        "Where DyT has its function: everywhere, or in front of the MLP or MoE alone and elsewhere the "
-        "identity, for --dyt-running-scale all. Default: all.",
-        default="all",
-    )
-    """Where DyT has `function`: "all", everywhere, or "mlp", in front of the MLP or MoE. The other sites are
-    the identity then, weight * alpha * x + bias, which nothing but a `running_scale` keeps in bounds."""
-
     weight_init: WeightInit = _setting(
         "dyt_weight_init",
         "Initial weight (gamma): one, or unit for an output of unit variance. Default: preset.",
@@ -370,10 +359,6 @@ class DyTConfig:
         value: float = getattr(self, f"alpha_{role}")
         return value
 
-    def function_of(self, role: str) -> Function:
-        """The function of a norm with this role."""
-        return self.function if self.squash == "all" or role == "ffn" else "identity"
-
     def has_running_scale(self, role: str) -> bool:
         """Whether alpha of a norm with this role is divided by a running average."""
         return self.running_scale == "all" or (self.running_scale == "mlp" and role == "ffn")
@@ -392,7 +377,7 @@ class DyTConfig:
         """Initial weight (gamma) of a norm with this role."""
         if self.weight_init == "one":
             return 1.0
-        mean, std = unit_response(self.function_of(role), self.alpha(role))
+        mean, std = unit_response(self.function, self.alpha(role))
         # Without a bias a mean stays, and it is the rms that is 1.
         return 1.0 / (std if self.bias else math.hypot(mean, std))
 
@@ -400,7 +385,7 @@ class DyTConfig:
         """Initial bias (beta) of a norm with this role: what gives a centered input mean 0 again."""
         if self.weight_init == "one" or not self.bias:
             return 0.0
-        return -self.initial_weight(role) * unit_response(self.function_of(role), self.alpha(role))[0]
+        return -self.initial_weight(role) * unit_response(self.function, self.alpha(role))[0]
 
     def linear_init_std(self, hidden_size: int) -> float | None:
         """Std that the preset wants for linear layers, or None where Megatron's own is right."""

@@ -168,7 +168,6 @@ OTHER: dict[str, tuple[str, Any]] = {
     "bias": ("dyt_bias", True),
     "embedding_scale": ("dyt_embedding_scale", 2.5),
     "function": ("dyt_function", "erf"),
-    "squash": ("dyt_squash", "mlp"),
     "weight_init": ("dyt_weight_init", "one"),
     "log_alpha": ("dyt_log_alpha", True),
     "running_scale": ("dyt_running_scale", "all"),

@@ -116,7 +116,7 @@ def _norm(model: Model, size: int, role: Role) -> Sizes:
         sizes["alpha_floor"] = (1,)
     if model.dyt.bias:
         sizes["bias"] = (size,)
-    if model.dyt.function_of(role) == "erf":
+    if model.dyt.function == "erf":
         sizes["shift"] = (1,)
     return sizes
 

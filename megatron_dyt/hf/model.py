@@ -114,7 +114,6 @@ class Model:
             **{f"alpha_{role}": config["dyt_alpha_init"].get(role, 1.0) for role in get_args(Role)},
             bias=config["dyt_bias"],
             function=config["dyt_function"],
-            squash=config.get("dyt_squash", "all"),
             embedding_scale="none" if scale is None else scale,
         )
         return cls(shape, std, dyt, scale)
@@ -160,7 +159,6 @@ class Model:
             **settings,
             architectures=["LlamaDyTForCausalLM"],
             dyt_function=self.dyt.function,
-            dyt_squash=self.dyt.squash,
             dyt_bias=self.dyt.bias,
             dyt_alpha_init={role: self.dyt.alpha(role) for role in roles},
             dyt_weight_init={role: self.dyt.initial_weight(role) for role in roles},

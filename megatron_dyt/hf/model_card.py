@@ -69,8 +69,7 @@ def _norm(model: Model) -> str:
     if model.dyt is None:
         return f"RMSNorm, epsilon {model.shape.norm_epsilon:g}"
     bias = " and bias" if model.dyt.bias else ""
-    where = "" if model.dyt.squash == "all" else " in front of the MLPs, identity elsewhere"
-    return f"Dynamic Tanh ({model.dyt.function}{where}), with weight{bias}; arXiv 2503.10622"
+    return f"Dynamic Tanh ({model.dyt.function}), with weight{bias}; arXiv 2503.10622"
 
 
 def _usage(has_dyt: bool, has_tokenizer: bool) -> str:

@@ -52,7 +52,6 @@ class LlamaDyTConfig(LlamaConfig):
 
     Attributes:
         dyt_function: f; one of FUNCTIONS. "erf" (Derf, arXiv 2512.10938) has a learnable shift.
-        dyt_squash: where f is: "all", everywhere, or "mlp", in front of the MLP; elsewhere the identity.
         dyt_bias: whether DyT has a bias.
         dyt_alpha_init, dyt_weight_init: initial alpha and weight by role, for a model that is trained
             from scratch; a role left out starts at the default (alpha 0.5, weight 1).
@@ -68,7 +67,6 @@ class LlamaDyTConfig(LlamaConfig):
     base_model_tp_plan = Qwen3Config.base_model_tp_plan
 
     dyt_function: str = "tanh"
-    dyt_squash: str = "all"
     dyt_bias: bool = False
     dyt_alpha_init: dict | None = None
     dyt_weight_init: dict | None = None
@@ -80,8 +78,6 @@ class LlamaDyTConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.dyt_function not in FUNCTIONS:
             raise ValueError(f"dyt_function is {self.dyt_function!r}; allowed: {', '.join(FUNCTIONS)}")
-        if self.dyt_squash not in ("all", "mlp"):
-            raise ValueError(f"dyt_squash is {self.dyt_squash!r}; allowed: all, mlp")
         if self.dyt_alpha_init is None:
             self.dyt_alpha_init = {"attn": 0.8, "ffn": 0.2, "final": 0.2, "qk": 1.0}
         self.dyt_weight_init = self.dyt_weight_init or {}
@@ -100,7 +96,7 @@ class LlamaDyT(nn.Module):
     def __init__(self, config: LlamaDyTConfig, role: str, size: int) -> None:
         super().__init__()
         self.role = role
-        self.function = config.dyt_function if config.dyt_squash == "all" or role == "ffn" else "identity"
+        self.function = config.dyt_function
         affine = role not in (config.dyt_folded or ())
         self.alpha = nn.Parameter(torch.empty(1))
         self.weight = nn.Parameter(torch.empty(size)) if affine else None

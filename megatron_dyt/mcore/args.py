@@ -232,8 +232,6 @@ def restore(args: Namespace, saved: Namespace) -> None:
         given, kept = getattr(args, name, None), getattr(saved, name, None)
         if name == "dyt_running_scale" and is_dyt(saved):
             kept = saved_running_scale(kept)
-        if name == "dyt_squash" and is_dyt(saved):
-            kept = kept or "all"  # Absent from earlier checkpoints.
         if given is not None and _comparable(name, given) != _comparable(name, kept):
             raise UserError(
                 f"--{name.replace('_', '-')} {given} was given, but the checkpoint was trained with {kept}, "

@@ -129,22 +129,18 @@ def refuse_strictness(strictness: str) -> None:
 
 
 def compare_function(given: Namespace | None, saved: Namespace | None, checkpoint_dir: Directory) -> None:
-    """Raise UserError when DyT's function or its places changed: settings that leave no key behind.
+    """Raise UserError when DyT's function changed: it is the one setting that leaves no key behind.
 
     Args:
         given, saved: Megatron's args of this run and of the checkpoint; None where there are none.
         checkpoint_dir: for the message.
     """
-    # Checkpoints from before --dyt-squash have the function everywhere.
-    squash = None if getattr(saved, "dyt_function", None) is None else "all"
-    for name, absent in (("dyt_function", None), ("dyt_squash", squash)):
-        now, then = getattr(given, name, None), getattr(saved, name, None) or absent
-        if now != then and None not in (now, then):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"the checkpoint {checkpoint_dir} was trained with {flag} {then}, and this run has "
-                f"{now}. Give {flag} {then}, or --use-checkpoint-args."
-            )
+    now, then = getattr(given, "dyt_function", None), getattr(saved, "dyt_function", None)
+    if now != then and None not in (now, then):
+        raise UserError(
+            f"the checkpoint {checkpoint_dir} was trained with --dyt-function {then}, and this run has "
+            f"{now}. Give --dyt-function {then}, or --use-checkpoint-args."
+        )
 
 
 def model_tensor_keys(sharded_state_dict: object) -> Iterator[str]:
@@ -270,7 +266,7 @@ def _diagnosis(missing: set[str], unexpected: set[str]) -> str:
         )
     if any(_is_dyt(key) or _is_norm(key) for key in missing | unexpected):
         return (
-            "The DyT settings differ (bias, function, squash, embedding scale, log alpha, running scale); "
+            "The DyT settings differ (bias, function, embedding scale, log alpha, running scale); "
             "--use-checkpoint-args restores those it was saved with."
         )
     return "Check the architecture flags against those it was saved with (--use-checkpoint-args)."

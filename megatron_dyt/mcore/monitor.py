@@ -214,7 +214,7 @@ class Monitor:
             _warning(
                 f"DyT {role}: the identity without a running scale, so nothing bounds the output: a large "
                 "learning rate or a deep model diverges. Add --dyt-running-scale all, or leave out "
-                "--dyt-squash and --dyt-function."
+                "--dyt-function."
             )
 
     def _advice(self, change: str) -> str:

@@ -89,7 +89,7 @@ class DyTNorm(DynamicTanh):
             weight_init=dyt.initial_weight(role),
             bias=dyt.bias,
             bias_init=dyt.initial_bias(role),
-            function=dyt.function_of(role),
+            function=dyt.function,
             backend=dyt.backend,
             dtype=config.params_dtype,
         )

@@ -51,26 +51,24 @@ class Work(NamedTuple):
     by_role: list[str]
 
 
-def work(record: StatsRecord, function: str = "tanh", squash: str | None = None) -> Work:
+def work(record: StatsRecord, function: str = "tanh") -> Work:
     """Whether DyT's `function` is a straight line or a squash at the sites of `record`.
 
     A straight line it is where less than 1 % of its output's variance is not linear in the input, if that
     is normal with the std that was measured, and less than 0.1 % of the inputs are saturated
-    (`nn/statistics.py` has the reasons). squash: "mlp" for a run with `--dyt-squash mlp`,
-    of which only the sites in front of MLPs count.
+    (`nn/statistics.py` has the reasons).
     """
     from megatron_dyt.nn.statistics import curved_share, is_straight
 
     roles: dict[str, list[tuple[SiteStats, float]]] = {}
-    with_function = [site for site in record.sites if squash != "mlp" or site.role == "ffn"]
-    for site in with_function:
+    for site in record.sites:
         curved = curved_share(function, site.alpha_std) if site.alpha_std > 0 else 0.0
         roles.setdefault(site.role, []).append((site, curved))
     straight = {
         role: sum(is_straight(curved, site.saturated) for site, curved in found)
         for role, found in roles.items()
     }
-    lines, sites = sum(straight.values()), len(with_function)
+    lines, sites = sum(straight.values()), len(record.sites)
     kind, count = ("a straight line", lines) if 2 * lines > sites else ("a squash", sites - lines)
     return Work(
         f"At iteration {record.iteration} {function} works as {kind} at {count} of {sites} sites.",

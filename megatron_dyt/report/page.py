@@ -139,16 +139,13 @@ def _difference(key: str, value: float | None, base: float | None) -> str:
 
 
 def _statistics(run: Run) -> dict[str, Any]:
-    arguments = run.metrics.arguments
     return {
         "name": run.name,
         "first": run.stats[0].iteration,
         "last": run.stats[-1].iteration,
         "alpha": charts.alpha_chart(run.stats),
         "alpha_std": charts.history_chart(run.stats, charts.ALPHA_STD),
-        "work": dyt_stats.work(
-            run.stats[-1], arguments.get("dyt_function") or "tanh", arguments.get("dyt_squash")
-        ),
+        "work": dyt_stats.work(run.stats[-1], run.metrics.arguments.get("dyt_function") or "tanh"),
         "saturated": charts.history_chart(run.stats, charts.SATURATED),
     }
 

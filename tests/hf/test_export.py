@@ -56,9 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dyt": DyTConfig.auto(32, running_scale="all"),
         "qk_layernorm": True,
     },
-    "erf in front of MLPs alone": {
-        "dyt": DyTConfig.unit(32, function="erf", squash="mlp", running_scale="all")
-    },
     "running scale, alpha": {"dyt": DyTConfig.unit(32, running_scale="all")},
     "wide heads, other rotary base": {"kv_channels": 16, "model": {"rotary_base": 500}},
     "LLaMA 3's rotary scaling": {"model": {"rope_scaling": True}},

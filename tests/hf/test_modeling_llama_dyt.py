@@ -96,7 +96,6 @@ def test_default_configuration_is_the_paper_s_7b() -> None:
     ("settings", "message"),
     [
         ({"dyt_function": "cos"}, "dyt_function is 'cos'; allowed: tanh"),
-        ({"dyt_squash": "attn"}, "dyt_squash is 'attn'; allowed: all, mlp"),
         ({"dyt_alpha_init": {"mlp": 1.0}}, r"unknown DyT role \['mlp'\]"),
         ({"dyt_folded": ["qk"]}, "no linear layer behind"),
     ],

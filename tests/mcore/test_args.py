@@ -164,8 +164,8 @@ def test_a_checkpoint_of_an_earlier_build_keeps_its_running_scale(saved: dict[st
     old = SimpleNamespace(normalization="DyT", dyt_preset="auto", **saved)
     args = SimpleNamespace(normalization="DyT")
     args_module.restore(args, old)
-    assert (args.dyt_running_scale, args.dyt_squash) == (where, "all")
-    args_module.restore(SimpleNamespace(normalization="DyT", dyt_running_scale=where, dyt_squash="all"), old)
+    assert args.dyt_running_scale == where
+    args_module.restore(SimpleNamespace(normalization="DyT", dyt_running_scale=where), old)
 
 
 def test_a_checkpoint_restores_every_model_setting(parse: Make) -> None:

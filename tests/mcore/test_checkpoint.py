@@ -171,13 +171,6 @@ def test_a_changed_function_is_refused_though_the_keys_agree() -> None:
     checkpoint.compare_function(now, now, "c")
     checkpoint.compare_function(None, saved, "c")
     checkpoint.compare_function(now, None, "c")
-    # One from before there was a choice has it everywhere.
-    now.dyt_squash = "all"
-    checkpoint.compare_function(now, SimpleNamespace(dyt_function="tanh"), "c")
-    now.dyt_squash = "mlp"
-    with pytest.raises(UserError, match="trained with --dyt-squash all, and this run has mlp"):
-        checkpoint.compare_function(now, SimpleNamespace(dyt_function="tanh"), "c")
-    checkpoint.compare_function(now, SimpleNamespace(), "c")
 
 
 # --- places of parameters in joined buckets; what it is for is in tests/distributed/test_checkpoints.py ----

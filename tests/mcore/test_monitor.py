@@ -80,9 +80,8 @@ def test_a_site_far_from_the_range_that_trains_is_warned_about(
     [
         ({}, set()),
         ({"function": "identity"}, {"attn", "ffn", "final"}),
-        ({"squash": "mlp"}, {"attn", "final"}),
-        ({"squash": "mlp", "running_scale": "mlp"}, {"attn", "final"}),
-        ({"squash": "mlp", "running_scale": "all"}, set()),
+        ({"function": "identity", "running_scale": "mlp"}, {"attn", "final"}),
+        ({"function": "identity", "running_scale": "all"}, set()),
     ],
 )
 def test_a_site_that_nothing_bounds_is_warned_about(

@@ -48,18 +48,6 @@ def test_alpha_starts_at_its_roles_value(make_config: Make, role: str) -> None:
     assert f"role={role}" in repr(norm)
 
 
-@pytest.mark.parametrize("role", ["attn", "ffn", "final", "qk"])
-def test_the_function_can_be_in_front_of_mlps_alone(make_config: Make, role: str) -> None:
-    config = make_config()
-    config.dyt = DyTConfig.unit(8, function="erf", squash="mlp")
-    norm, x = DyTNorm(config, 8, role=role), torch.linspace(-90, 90, 16).reshape(2, 8)
-    assert (norm.shift is not None) == (role == "ffn")
-    if role == "ffn":
-        assert float(norm(x).abs().max()) == pytest.approx(config.dyt.initial_weight(role))
-    else:  # Of unit variance, so that it hands on what it gets.
-        assert torch.allclose(norm(x), x)
-
-
 def test_parameters_have_megatrons_dtype(make_config: Make) -> None:
     config = make_config(params_dtype=torch.bfloat16)
     assert {p.dtype for p in DyTNorm(config, 8, role="attn").parameters()} == {torch.bfloat16}

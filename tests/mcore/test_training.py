@@ -153,7 +153,6 @@ SETTINGS = {
     "dyt_bias": True,
     "dyt_embedding_scale": 2.5,
     "dyt_function": "erf",
-    "dyt_squash": "mlp",
     "dyt_weight_init": "one",
     "dyt_log_alpha": True,
     "dyt_running_scale": "all",
@@ -184,7 +183,7 @@ def test_a_checkpoint_brings_every_dyt_setting(
     assert {name: p.shape for name, p in loaded.model[0].named_parameters()} == shapes
     sites = [module for module in loaded.model[0].modules() if isinstance(module, DyTNorm)]
     assert len(sites) == 9
-    assert {(site.role == "ffn", site.function) for site in sites} == {(True, "erf"), (False, "identity")}
+    assert {site.function for site in sites} == {"erf"}
     assert {site.alpha_init for site in sites} == {0.71, 0.31, 0.41, 0.61}
 
 

@@ -26,15 +26,6 @@ def test_stats(tmp_path: Path) -> None:
     assert (found.alpha, found.input_std, found.alpha_std, found.saturated) == (0.25, 2.0, 0.5, 0.125)
 
 
-def test_sites_without_the_function_do_not_count() -> None:
-    sites = tuple(dyt_stats.SiteStats(role, role, 1, 1.0, 1.0, 1.0, 0.0) for role in ("attn", "ffn"))
-    record = dyt_stats.StatsRecord(5, sites, None)
-    assert "tanh works as a squash at 2 of 2 sites" in dyt_stats.work(record).headline
-    headline, (ffn,) = dyt_stats.work(record, squash="mlp")
-    assert "tanh works as a squash at 1 of 1 sites" in headline
-    assert ffn.startswith("ffn: a straight line at 0 of 1")
-
-
 def test_broken_lines_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "dyt_stats.jsonl"
     lines = [
