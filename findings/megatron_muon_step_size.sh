@@ -4,7 +4,7 @@
 # learning rates carry over; that takes a factor of 0.2 (emerging-optimizers' docstring, arXiv 2502.16982), and Megatron's
 # --muon-extra-scale-factor is 1. Below, the root mean square of a step in learning rates, for gradients of noise, betas of
 # 0.9 and 0.95, momentum 0.9, no weight decay. A small LLaMA with RMSNorm loses 0.25 nats by it, each factor at its best
-# rate (docs/results.md). Seen with PyTorch 2.11.0, 2026-11-30:
+# rate (docs/muon.md). Seen with PyTorch 2.11.0, 2026-11-30:
 #
 #   Megatron's defaults: spectral, 1.0
 #   64 x 192: Muon 1.0, AdamW 0.2

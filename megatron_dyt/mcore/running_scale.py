@@ -3,7 +3,7 @@
 RMSNorm divides each token by its own rms; here a whole site divides by one number, `DyTNorm.input_rms`, an
 exponential average over past steps. In a step it is a constant: the forward pass reduces nothing and waits
 for no other rank, and kernels, export and evaluation see an alpha. What it takes away is that every change
-of the residual stream's size changes the size of all that follows (docs/results.md).
+of the residual stream's size changes the size of all that follows (docs/long-runs.md).
 
 Each forward pass adds the sum of squares and the count of a sample of its tokens to `DyTNorm.seen`. Where
 Megatron completes the gradients of a step, after the last backward pass, the sums of all sites are reduced
