@@ -134,6 +134,18 @@ class LlamaDyTEmbedding(nn.Embedding):
         super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.scale = nn.Parameter(torch.empty(1)) if config.embedding_scale is not None else None
 
+    @property
+    def embed_scale(self) -> torch.Tensor:
+        """The scalar, by the name under which PEFT looks for it to scale what an adapter adds.
+
+        Raises:
+            AttributeError: there is none, or it has no value yet. SGLang and some releases of vLLM look here
+                too, while the model is on the meta device, for a constant that they could keep.
+        """
+        if self.scale is None or self.scale.is_meta:
+            raise AttributeError("embed_scale")
+        return self.scale
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = super().forward(input)
         return x if self.scale is None else (x * self.scale.float()).to(x.dtype)
