@@ -210,11 +210,11 @@ class Monitor:
                     f"{high}, where runs train. "
                     + self._advice(f"change --dyt-alpha-init-{role} or --dyt-embedding-scale")
                 )
-        if norms[0].function == "identity" and norms[0].input_rms is None:
+        if fresh and norms[0].function == "identity":
             _warning(
-                f"DyT {role}: the identity without a running scale, so nothing bounds the output: a large "
-                "learning rate or a deep model diverges. Add --dyt-running-scale all, or leave out "
-                "--dyt-function."
+                f"DyT {role}: the identity bounds nothing. Deep models diverge, and so do shallow ones at a "
+                "high learning rate with a short warm-up, over a running scale too. Leave out "
+                "--dyt-function, if this is no trial (docs/long-runs.md#without-the-squash)."
             )
 
     def _advice(self, change: str) -> str:
