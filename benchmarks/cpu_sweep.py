@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 SWEEP = ROOT / "examples" / "sweeps" / "quickstart.yaml"
 # What other builds know too, near its best rate.
 POINTS = ({"norm": "rmsnorm", "lr": "8e-3"}, {"norm": "unit", "lr": "5.6e-3"})
+# -P: not this checkout, where it is the working directory, in the place of the one in PYTHONPATH.
+PYTHON = (sys.executable, "-P")
 # Runs at a time -> threads of each.
 THREADS = {2: 1, 1: 2}
 
@@ -112,11 +114,19 @@ def measure_anew(
     environment: Mapping[str, str], runs: Mapping[str, Sequence[str]], at_a_time: int, directory: Path
 ) -> dict[str, Run]:
     def start(flags: Sequence[str], log: Path) -> Process:
-        command = [sys.executable, "-m", "megatron_dyt.pretrain", *flags]
+        command = [*PYTHON, "-m", "megatron_dyt.pretrain", *flags]
         with log.open("wb") as out:
             return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
     return measure(start, os.getpid(), runs, at_a_time, directory)
+
+
+def imported_from(checkout: Path) -> Path:
+    """Where a process of `measure_anew` for `checkout` has its megatron_dyt from."""
+    code = "import megatron_dyt; print(megatron_dyt.__path__[0])"
+    environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    found = subprocess.run([*PYTHON, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return Path(found.stdout.splitlines()[-1]).resolve().parent
 
 
 def compare(runs: Mapping[str, Sequence[str]], against: Path, at_a_time: int) -> list[dict[str, Any]]:
@@ -196,6 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.against / "megatron_dyt").is_dir():
         parser.error(f"--against {args.against} is no checkout of megatron_dyt")
+    if (found := imported_from(args.against)) != args.against.resolve():
+        parser.error(f"--against {args.against}: Python imports the megatron_dyt of {found} in its place")
     sweep = spec.load(SWEEP, ["--train-iters", str(args.steps)])
     seed = sweep.runs[0].seed
     runs = {run.point["norm"]: run.flags for run in sweep.runs if run.point in POINTS and run.seed == seed}

@@ -39,6 +39,25 @@ def test_each_run_gets_its_own_time_and_losses(tmp_path: Path) -> None:
         assert run.wall > 0.4
 
 
+def test_two_runs_at_a_time_are_told_apart(tmp_path: Path) -> None:
+    import cpu_sweep
+
+    found = cpu_sweep.measure(start, os.getpid(), {"a": ["4.5", "0"], "b": ["4.25", "0"]}, 2, tmp_path)
+    assert {name: run.losses[-1] for name, run in found.items()} == {"a": 4.5, "b": 4.25}
+    assert 0.8 < sum(run.cpu for run in found.values()) < 20.0
+
+
+def test_the_other_build_is_not_that_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cpu_sweep
+
+    (tmp_path / "megatron_dyt").mkdir()
+    (tmp_path / "megatron_dyt" / "__init__.py").write_text("")
+    monkeypatch.chdir(cpu_sweep.ROOT)
+    assert cpu_sweep.imported_from(tmp_path) == tmp_path.resolve()
+
+
 def test_a_run_that_fails_ends_the_measurement(tmp_path: Path) -> None:
     import cpu_sweep
 
