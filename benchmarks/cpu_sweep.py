@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--against {args.against} is no checkout of megatron_dyt")
     if (found := imported_from(args.against)) != args.against.resolve():
         parser.error(f"--against {args.against}: Python imports the megatron_dyt of {found} in its place")
-    sweep = spec.load(SWEEP, ["--train-iters", str(args.steps)])
+    # Without statistics: earlier builds write them beside a --save alone.
+    sweep = spec.load(SWEEP, ["--train-iters", str(args.steps), "--dyt-stats-interval", "0"])
     seed = sweep.runs[0].seed
     runs = {run.point["norm"]: run.flags for run in sweep.runs if run.point in POINTS and run.seed == seed}
     (data,) = {flags.values(words)["valid_data_path"] for words in runs.values()}
